@@ -1,0 +1,268 @@
+"""The built-in data: short Chinese and English stories about counting, generated from a seed.
+
+Every file has a random stream of its own, drawn from the seed and the file's name: changing the
+size of one file leaves the others as they are. Training files hold nothing of what the eval files
+hold (see ``mini_world_problems.py``).
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveInt, field_validator
+
+from minimind.datasets.mini_world_problems import Problem, ProblemSpace, answer_of
+from minimind.datasets.mini_world_stories import (
+    CHINESE,
+    ENGLISH,
+    Language,
+    Story,
+    compare,
+    tell,
+)
+from minimind.errors import UserError
+from minimind.params import Section
+
+LEVELS = (1, 2, 3, 4)
+
+# What a document is made of; the sizes and mixes that one tries out stand in params.yaml.
+LINES_PER_DOCUMENT = (5, 8)
+LINE_WEIGHTS = {"equation": 45, "chain": 15, "story": 30, "comparison": 10}
+MAX_FRUITLESS_DRAWS = 2_000  # in a row, before the problems of a level count as used up
+
+Rows = Iterator[dict[str, Any]]
+Weight = Annotated[float, Field(ge=0)]
+LevelWeights = tuple[Weight, Weight, Weight, Weight]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class MiniWorldConfig(Section):
+    """Sizes and mixes of the built-in data. Level weights are for levels 1 to 4, of any sum."""
+
+    seed: int
+    max_value: int = Field(ge=20, le=999)
+    # More than 30 % would leave next to no four-step problem free of held-out parts.
+    held_out_percent: int = Field(ge=1, le=30)
+    num_tokenizer: PositiveInt
+    num_pretrain: PositiveInt
+    num_sft: PositiveInt
+    num_dpo: PositiveInt
+    num_reason: PositiveInt
+    num_prompts: PositiveInt
+    num_eval_per_level: PositiveInt
+    num_eval_text: PositiveInt
+    sft_level_weights: LevelWeights
+    sft_full_share: Share  # answers in a full sentence; the others are a bare number
+    sft_two_turn_share: Share
+    dpo_level_weights: LevelWeights
+    dpo_bare_share: Share  # rejected for a bare number; the others for a wrong one
+    reason_level_weights: LevelWeights
+    prompts_level_weights: LevelWeights
+
+    @field_validator(
+        "sft_level_weights", "dpo_level_weights", "reason_level_weights", "prompts_level_weights"
+    )
+    @classmethod
+    def _some_level_is_wanted(cls, weights: LevelWeights) -> LevelWeights:
+        if sum(weights) == 0:
+            raise ValueError("at least one level must have a weight above 0")
+        return weights
+
+
+def write_mini_world(directory: Path, config: MiniWorldConfig) -> dict[str, int]:
+    """Write all files into ``directory`` and return the number of rows of each.
+
+    Raises:
+        UserError: there are too few held-out problems for ``num_eval_per_level``.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    space = ProblemSpace(config.max_value, config.held_out_percent)
+    num_rows = {}
+    for name, rows_of_file in ROWS_OF_FILE.items():
+        rng = random.Random(f"{config.seed}/{name}")
+        num_rows[name] = 0
+        with open(directory / f"{name}.jsonl", "w", encoding="utf-8", newline="\n") as file:
+            for row in rows_of_file(config, space, rng):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                num_rows[name] += 1
+    return num_rows
+
+
+def pretrain_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
+    """Raw text: equations, two-step chains, told-out stories and comparisons."""
+    for index in range(config.num_pretrain):
+        yield {"text": _document(space, rng, _language(index))}
+
+
+def sft_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
+    """Chats of one or two turns with a direct answer: a full sentence or a bare number."""
+    for index in range(config.num_sft):
+        turns = []
+        for _ in range(2 if rng.random() < config.sft_two_turn_share else 1):
+            story = _training_story(space, rng, config.sft_level_weights, _language(index))
+            in_full = rng.random() < config.sft_full_share
+            reply = story.sentence(story.answer) if in_full else str(story.answer)
+            turns += _turn(story.prompt, reply)
+        yield {"conversations": turns}
+
+
+def dpo_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
+    """The full sentence is preferred to a bare number and to a sentence with a wrong number."""
+    for index in range(config.num_dpo):
+        story = _training_story(space, rng, config.dpo_level_weights, _language(index))
+        if rng.random() < config.dpo_bare_share:
+            rejected = str(story.answer)
+        else:
+            rejected = story.sentence(rng.choice(space.wrong_answers(story.problem)))
+        chosen = story.sentence(story.answer)
+        yield {"prompt": story.prompt, "chosen": chosen, "rejected": rejected}
+
+
+def reason_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
+    """Chats whose reply thinks the steps first."""
+    for index in range(config.num_reason):
+        story = _training_story(space, rng, config.reason_level_weights, _language(index))
+        reply = f"<think>{story.thought}</think>\n<answer>{story.answer}</answer>"
+        yield {"conversations": _turn(story.prompt, reply)}
+
+
+def prompts_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
+    """Questions with their answers, for reinforcement."""
+    for index in range(config.num_prompts):
+        story = _training_story(space, rng, config.prompts_level_weights, _language(index))
+        level = len(story.problem)
+        yield {"prompt": story.prompt, "answer": str(story.answer), "level": level}
+
+
+def tokenizer_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
+    """Text to train the tokenizer on: half documents, half chats with all kinds of replies.
+
+    The role names are there because every chat spells them out; the tags are not, because they
+    are tokens of their own.
+    """
+    for index in range(config.num_tokenizer):
+        language = _language(index // 2)
+        if index % 2 == 0:
+            yield {"text": _document(space, rng, language)}
+        else:
+            story = _training_story(space, rng, config.reason_level_weights, language)
+            answers = (str(story.answer), story.sentence(story.answer))
+            reply = rng.choice((*answers, f"{story.thought}\n{story.answer}"))
+            yield {"text": f"user\n{story.prompt}\nassistant\n{reply}"}
+
+
+def eval_text_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
+    """Raw text as in pretraining, of held-out problems."""
+    for index in range(config.num_eval_text):
+        yield {"text": _document(space, rng, _language(index), held_out=True)}
+
+
+def eval_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
+    """Held-out problems of every level, none twice, with four numbers to choose from.
+
+    Raises:
+        UserError: there are fewer held-out problems of a level than asked for.
+    """
+    for level in LEVELS:
+        problems = _distinct_held_out_problems(space, rng, level, config.num_eval_per_level)
+        for index, problem in enumerate(problems):
+            story = tell(rng, problem, _language(index))
+            label = index // 2 % 4  # the languages alternate, so it moves on after both
+            yield {
+                "id": f"l{level}-{index:04d}",
+                "level": level,
+                "language": story.language.code,
+                "prompt": story.prompt,
+                "answer": str(story.answer),
+                "full": story.sentence(story.answer),
+                "choices": _choices(space, rng, problem, label),
+                "label": label,
+                "story": story.statement,
+                "completion_prompt": story.completion_prompt,
+            }
+
+
+ROWS_OF_FILE: dict[str, Callable[[MiniWorldConfig, ProblemSpace, random.Random], Rows]] = {
+    "eval": eval_rows,  # first, since it alone can fail
+    "eval_text": eval_text_rows,
+    "tokenizer": tokenizer_rows,
+    "pretrain": pretrain_rows,
+    "sft": sft_rows,
+    "dpo": dpo_rows,
+    "reason": reason_rows,
+    "prompts": prompts_rows,
+}
+
+
+def _language(index: int) -> Language:
+    return ENGLISH if index % 2 == 0 else CHINESE
+
+
+def _turn(prompt: str, reply: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+
+
+def _training_story(
+    space: ProblemSpace, rng: random.Random, weights: LevelWeights, language: Language
+) -> Story:
+    (level,) = rng.choices(LEVELS, weights)
+    return tell(rng, space.draw_training(rng, level), language)
+
+
+def _document(
+    space: ProblemSpace, rng: random.Random, language: Language, held_out: bool = False
+) -> str:
+    draw = space.draw_held_out if held_out else space.draw_training
+    num_lines = rng.randint(*LINES_PER_DOCUMENT)
+    lines = []
+    for kind in rng.choices(list(LINE_WEIGHTS), list(LINE_WEIGHTS.values()), k=num_lines):
+        if kind == "equation":
+            (step,) = draw(rng, level=1)
+            lines.append(step.equation)
+        elif kind == "chain":
+            lines.append(";".join(step.equation for step in draw(rng, level=2)))
+        elif kind == "story":
+            lines.append(tell(rng, draw(rng, level=1), language).told_out)
+        else:
+            lines.append(compare(*space.draw_comparison(rng, held_out), language))
+    return "\n".join(lines)
+
+
+def _distinct_held_out_problems(
+    space: ProblemSpace, rng: random.Random, level: int, num_problems: int
+) -> Iterator[Problem]:
+    seen: set[Problem] = set()
+    num_fruitless = 0
+    while len(seen) < num_problems:
+        problem = space.draw_held_out(rng, level)
+        if problem not in seen:
+            seen.add(problem)
+            num_fruitless = 0
+            yield problem
+        elif (num_fruitless := num_fruitless + 1) == MAX_FRUITLESS_DRAWS:
+            raise UserError(
+                f"mini_world.num_eval_per_level is {num_problems}, but only {len(seen)} held-out "
+                f"problems of level {level} were found with max_value {space.max_value} and "
+                f"held_out_percent {space.held_out_percent}; lower num_eval_per_level or raise "
+                "one of these."
+            )
+
+
+def _choices(space: ProblemSpace, rng: random.Random, problem: Problem, label: int) -> list[str]:
+    """Four distinct numbers with the answer at ``label``.
+
+    How many of them are smaller is drawn first: were the wrong ones spread evenly about the
+    answer, picking a middle one would do well without any arithmetic.
+    """
+    answer = answer_of(problem)
+    mistakes = space.wrong_answers(problem)
+    smaller = [n for n in mistakes if n < answer]
+    larger = [n for n in mistakes if n > answer]
+    num_smaller = min(rng.randint(0, 3), len(smaller))
+    num_smaller = max(num_smaller, 3 - len(larger))
+    choices = rng.sample(smaller, num_smaller) + rng.sample(larger, 3 - num_smaller)
+    rng.shuffle(choices)
+    choices.insert(label, answer)
+    return [str(choice) for choice in choices]

@@ -1,0 +1,157 @@
+"""Counting problems told as short stories, in Chinese and in English."""
+
+import random
+from dataclasses import dataclass
+
+from minimind.datasets.mini_world_problems import Problem, answer_of
+
+
+@dataclass(frozen=True)
+class Language:
+    """The phrases of one language; ``{unit}`` is the measure word that Chinese wants."""
+
+    code: str
+    names: tuple[str, ...]
+    items: tuple[tuple[str, str], ...]  # noun, measure word
+    has: str
+    has_boxes: str
+    gains: tuple[str, ...]
+    losses: tuple[str, ...]
+    questions: tuple[str, ...]
+    result: str
+    more: str
+    less: str
+    thought_start: str
+    thought_separator: str
+    sentence_separator: str
+
+
+CHINESE = Language(
+    code="zh",
+    names=(
+        *("小明", "小红", "小刚", "小丽", "小华", "小芳", "小军", "小玲"),
+        *("大伟", "阿强", "晓东", "晓燕", "子涵", "雨桐", "思远", "佳怡"),
+    ),
+    items=(
+        *(("苹果", "个"), ("铅笔", "支"), ("书", "本"), ("糖", "颗"), ("贝壳", "枚")),
+        *(("气球", "个"), ("邮票", "张"), ("橘子", "个"), ("卡片", "张"), ("纽扣", "粒")),
+    ),
+    has="{name}有{n}{unit}{item}。",
+    has_boxes="{name}有{boxes}盒{item}，每盒{each}{unit}。",
+    gains=("又买了{n}{unit}。", "捡到{n}{unit}。", "朋友送来{n}{unit}。", "又得到{n}{unit}。"),
+    losses=("送出{n}{unit}。", "用掉{n}{unit}。", "丢了{n}{unit}。", "分给同学{n}{unit}。"),
+    questions=("现在有多少{unit}{item}？", "{name}现在一共有几{unit}{item}？"),
+    result="{name}现在有{n}{unit}{item}。",
+    more="{a}比{b}大。",
+    less="{a}比{b}小。",
+    thought_start="先算",
+    thought_separator="，",
+    sentence_separator="",
+)
+
+ENGLISH = Language(
+    code="en",
+    names=(
+        *("Tom", "Amy", "Ben", "Lily", "Jack", "Mia", "Sam", "Zoe"),
+        *("Leo", "Eva", "Max", "Ivy", "Dan", "Kim", "Rob", "Sue"),
+    ),
+    items=(
+        *(("apples", ""), ("pencils", ""), ("books", ""), ("candies", ""), ("shells", "")),
+        *(("balloons", ""), ("stamps", ""), ("oranges", ""), ("cards", ""), ("buttons", "")),
+    ),
+    has="{name} has {n} {item}.",
+    has_boxes="{name} has {boxes} boxes with {each} {item} each.",
+    gains=(
+        "{name} buys {n} more.",
+        "{name} finds {n} more.",
+        "{name} gets {n} from a friend.",
+        "{name} wins {n} more.",
+    ),
+    losses=(
+        "{name} gives away {n}.",
+        "{name} uses {n}.",
+        "{name} loses {n}.",
+        "{name} hands {n} to a classmate.",
+    ),
+    questions=("How many {item} does {name} have now?", "How many {item} are there now?"),
+    result="{name} now has {n} {item}.",
+    more="{a} is more than {b}.",
+    less="{a} is less than {b}.",
+    thought_start="",
+    thought_separator=", ",
+    sentence_separator=" ",
+)
+
+
+@dataclass(frozen=True)
+class Story:
+    """A problem told in words."""
+
+    problem: Problem
+    language: Language
+    statement: str  # what happened, without the question
+    question: str
+    result_start: str  # the answering sentence up to its number
+    result_end: str
+
+    @property
+    def prompt(self) -> str:
+        return self.statement + self.language.sentence_separator + self.question
+
+    @property
+    def completion_prompt(self) -> str:
+        """The told-out story up to its result, for a model that continues raw text.
+
+        Without the space before the number: in byte-level tokens it belongs to what follows.
+        """
+        separator = self.language.sentence_separator
+        return (self.statement + separator + self.result_start).rstrip(" ")
+
+    @property
+    def told_out(self) -> str:
+        return self.statement + self.language.sentence_separator + self.sentence(self.answer)
+
+    @property
+    def answer(self) -> int:
+        return answer_of(self.problem)
+
+    @property
+    def thought(self) -> str:
+        equations = self.language.thought_separator.join(step.equation for step in self.problem)
+        return self.language.thought_start + equations
+
+    def sentence(self, number: int) -> str:
+        """The answering sentence, with this number in it."""
+        return f"{self.result_start}{number}{self.result_end}"
+
+
+def tell(rng: random.Random, problem: Problem, language: Language) -> Story:
+    """Put a problem into words."""
+    name = rng.choice(language.names)
+    item, unit = rng.choice(language.items)
+    words = {"name": name, "item": item, "unit": unit}
+    first = problem[0]
+    if first.operator == "*":
+        opening = language.has_boxes.format(boxes=first.before, each=first.amount, **words)
+        events = problem[1:]
+    else:
+        opening = language.has.format(n=first.before, **words)
+        events = problem
+    sentences = [opening]
+    for event in events:
+        phrases = language.gains if event.operator == "+" else language.losses
+        sentences.append(rng.choice(phrases).format(n=event.amount, **words))
+    before_number, after_number = language.result.split("{n}")
+    return Story(
+        problem=problem,
+        language=language,
+        statement=language.sentence_separator.join(sentences),
+        question=rng.choice(language.questions).format(**words),
+        result_start=before_number.format(**words),
+        result_end=after_number.format(**words),
+    )
+
+
+def compare(a: int, b: int, language: Language) -> str:
+    """Say which of two different numbers is the larger."""
+    return (language.more if a > b else language.less).format(a=a, b=b)

@@ -1,0 +1,526 @@
+"""The built-in data, judged by reading the written text back.
+
+The reader below knows the phrases but none of the generator's objects, so it would notice a story
+that does not say what its answer says, and a held-out sum in any training text.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from minimind.datasets.mini_world import MiniWorldConfig, write_mini_world
+from stages.mini_world import app
+
+World = dict[str, list[dict[str, Any]]]  # rows of each file
+
+TRAINING_FILES = ("tokenizer", "pretrain", "sft", "dpo", "reason", "prompts")
+ALL_FILES = (*TRAINING_FILES, "eval", "eval_text")
+SECTION: dict[str, Any] = {
+    "seed": 7,
+    "max_value": 99,
+    "held_out_percent": 10,
+    "num_tokenizer": 400,
+    "num_pretrain": 600,
+    "num_sft": 1000,
+    "num_dpo": 1000,
+    "num_reason": 1000,
+    "num_prompts": 600,
+    "num_eval_per_level": 200,
+    "num_eval_text": 60,
+    "sft_level_weights": [1, 1, 1, 0],
+    "sft_full_share": 0.5,
+    "sft_two_turn_share": 0.25,
+    "dpo_level_weights": [1, 1, 1, 0],
+    "dpo_bare_share": 0.6,
+    "reason_level_weights": [20, 39, 39, 2],
+    "prompts_level_weights": [0, 1, 1, 2],
+}
+SIZES = [key for key in SECTION if key.startswith("num_")]
+
+
+def config(**changes: Any) -> MiniWorldConfig:
+    return MiniWorldConfig.model_validate(SECTION | changes)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    directory = tmp_path_factory.mktemp("world")
+    write_mini_world(directory, config())
+    return read_all(directory)
+
+
+@pytest.fixture(scope="module")
+def crowded_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Few values and much text: a leak of held-out problems would be certain to show."""
+    directory = tmp_path_factory.mktemp("crowded")
+    changes = {"max_value": 25, "num_pretrain": 4000, "num_reason": 3000, "num_eval_per_level": 40}
+    write_mini_world(directory, config(**changes))
+    return read_all(directory)
+
+
+def read_all(directory: Path) -> World:
+    return {
+        name: [json.loads(line) for line in (directory / f"{name}.jsonl").open(encoding="utf-8")]
+        for name in ALL_FILES
+    }
+
+
+# ---- the reader ----
+
+
+class ReadStep(NamedTuple):
+    before: int
+    operator: str
+    amount: int
+    after: int
+
+
+ReadProblem = tuple[ReadStep, ...]
+
+GAIN = re.compile(r"\w+ (?:buys|finds|gets|wins) (\d+)|(?:又买了|捡到|朋友送来|又得到)(\d+)")
+LOSS = re.compile(r"\w+ (?:gives away|uses|loses|hands) (\d+)|(?:送出|用掉|丢了|分给同学)(\d+)")
+BOXES = re.compile(r"\w+ has (\d+) boxes with (\d+) \w+ each|\w+有(\d+)盒\w+，每盒(\d+)\w")
+START = re.compile(r"\w+ has (\d+) \w+|\w+有(\d+)\w+")
+RESULT = re.compile(r"\w+ now has (\d+) \w+\.|\w+现在有(\d+)\w+。")
+EQUATION = re.compile(r"(\d+)([-+*])(\d+)=(\d+)")
+COMPARISON = re.compile(r"(\d+)(?: is |比)(?:(\d+)大|(\d+)小|more than (\d+)|less than (\d+))[.。]")
+
+
+def numbers(match: re.Match[str]) -> list[int]:
+    return [int(group) for group in match.groups() if group is not None]
+
+
+def calculate(before: int, operator: str, amount: int) -> int:
+    return {"+": before + amount, "-": before - amount, "*": before * amount}[operator]
+
+
+def read_story(text: str) -> ReadProblem:
+    """The problem that a story tells, computed from its numbers; a question may follow."""
+    sentences = [s for s in re.split(r"(?<=\.) |(?<=。)", text) if s and s[-1] not in "?？"]
+    steps: list[ReadStep] = []
+
+    def add(operator: str, amount: int) -> None:
+        before = steps[-1].after if steps else start
+        steps.append(ReadStep(before, operator, amount, calculate(before, operator, amount)))
+
+    if boxes := BOXES.match(sentences[0]):
+        start, each = numbers(boxes)
+        add("*", each)
+    else:
+        opening = START.match(sentences[0])
+        assert opening, text
+        (start,) = numbers(opening)
+    for sentence in sentences[1:]:
+        gain, loss = GAIN.match(sentence), LOSS.match(sentence)
+        event = gain or loss
+        assert event, text
+        add("+" if gain else "-", *numbers(event))
+    assert sum(len(re.findall(r"\d+", s)) for s in sentences) == len(steps) + 1, text
+    return tuple(steps)
+
+
+def read_equations(text: str) -> ReadProblem:
+    steps = tuple(ReadStep(int(a), op, int(b), int(c)) for a, op, b, c in EQUATION.findall(text))
+    assert steps, text
+    return steps
+
+
+def read_line(line: str) -> ReadProblem | None:
+    """The problem in a line of raw text, or None for a comparison; its result is checked."""
+    if "=" in line:
+        assert EQUATION.sub("", line).strip(";") == "", line
+        return read_equations(line)
+    if comparison := COMPARISON.fullmatch(line):
+        a, b = numbers(comparison)
+        assert (a > b) == ("more" in line or "大" in line), line
+        return None
+    result = re.search(rf"(?:{RESULT.pattern})$", line)
+    assert result, line
+    problem = read_story(line[: result.start()].strip())
+    assert numbers(result) == [problem[-1].after], line
+    return problem
+
+
+def read_document(text: str) -> Iterator[ReadProblem]:
+    for line in text.split("\n"):
+        if problem := read_line(line):
+            yield problem
+
+
+def read_row(row: dict[str, Any]) -> Iterator[ReadProblem]:
+    """Every problem in a row of any training file, from stories and from equations."""
+    if "conversations" in row:
+        texts = [turn["content"] for turn in row["conversations"]]
+        yield from (read_story(text) for text in texts[::2])
+        yield from (read_equations(text) for text in texts[1::2] if "=" in text)
+    elif "prompt" in row:
+        yield read_story(row["prompt"])
+    elif row["text"].startswith("user\n"):
+        _, prompt, _, *reply = row["text"].split("\n")
+        yield read_story(prompt)
+        yield from (read_equations(text) for text in reply if "=" in text)
+    else:
+        yield from read_document(row["text"])
+
+
+def training_problems(world: World) -> Iterator[ReadProblem]:
+    for name in TRAINING_FILES:
+        for row in world[name]:
+            yield from read_row(row)
+
+
+def parts(problem: ReadProblem) -> Iterator[ReadProblem]:
+    """All runs of successive steps, the single ones and the whole included."""
+    for start in range(len(problem)):
+        for end in range(start + 1, len(problem) + 1):
+            yield problem[start:end]
+
+
+def key(problem: ReadProblem) -> str:
+    """What makes two problems the same: 3+5-2 and 5+3-2 are."""
+    first = problem[0]
+    pair = [first.before, first.amount]
+    if first.operator in "+*":
+        pair.sort()
+    rest = "".join(f"{step.operator}{step.amount}" for step in problem[1:])
+    return f"{pair[0]}{first.operator}{pair[1]}{rest}"
+
+
+def is_held_out(problem: ReadProblem) -> bool:
+    """The rule, spelled out again: it must not move when the generator is rewritten."""
+    if len(problem) == 1 and problem[0].operator == "*":
+        return False
+    return int(hashlib.sha256(key(problem).encode()).hexdigest()[:16], 16) % 100 < 10
+
+
+# ---- the files ----
+
+
+def test_equal_seeds_give_equal_bytes_and_other_seeds_other_ones(tmp_path: Path) -> None:
+    sizes = dict.fromkeys(SIZES, 100)
+    for directory, seed in (("a", 7), ("b", 7), ("c", 8)):
+        write_mini_world(tmp_path / directory, config(**sizes, seed=seed))
+    for name in ALL_FILES:
+        a, b, c = ((tmp_path / d / f"{name}.jsonl").read_bytes() for d in "abc")
+        assert a == b
+        assert a != c
+        assert b"\r" not in a
+        assert b"\\u" not in a
+        assert a.endswith(b"}\n")
+
+
+@pytest.mark.parametrize(
+    ("size", "changed"),
+    [(f"num_{name}", name) for name in (*TRAINING_FILES, "eval_text")]
+    + [("num_eval_per_level", "eval")],
+)
+def test_a_changed_size_changes_one_file_only(tmp_path: Path, size: str, changed: str) -> None:
+    sizes = dict.fromkeys(SIZES, 20)
+    write_mini_world(tmp_path / "before", config(**sizes))
+    write_mini_world(tmp_path / "after", config(**sizes | {size: 30}))
+    for name in ALL_FILES:
+        before, after = ((tmp_path / d / f"{name}.jsonl").read_text() for d in ("before", "after"))
+        assert (before == after) == (name != changed), name
+        if name == changed and name != "eval":
+            assert after.startswith(before)
+
+
+def test_the_stage_writes_all_files_and_their_sizes(tmp_path: Path) -> None:
+    result = run_stage(tmp_path, SECTION)
+    assert result.exit_code == 0, result.output
+    num_rows = {name: len(rows) for name, rows in read_all(tmp_path / "data").items()}
+    assert num_rows == {
+        "tokenizer": 400,
+        "pretrain": 600,
+        "sft": 1000,
+        "dpo": 1000,
+        "reason": 1000,
+        "prompts": 600,
+        "eval": 800,
+        "eval_text": 60,
+    }
+    metrics = json.loads((tmp_path / "metrics/mini_world.json").read_text())
+    assert metrics == {"mini_world": num_rows}
+
+
+def run_stage(directory: Path, section: dict[str, Any]) -> Any:
+    params = directory / "params.yaml"
+    params.write_text(yaml.safe_dump({"mini_world": section}))
+    paths = [f"--output={directory}/data", f"--metrics={directory}/metrics/mini_world.json"]
+    return CliRunner().invoke(app, [*paths, f"--params={params}"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"max_value": 5}, "mini_world.max_value is 5; it should be greater than or equal to 20"),
+        ({"num_sft": 0}, "mini_world.num_sft is 0; it should be greater than 0"),
+        ({"num_stf": 3}, "mini_world.num_stf is not a known key"),
+        ({"held_out_percent": 60}, "it should be less than or equal to 30"),
+        ({"dpo_bare_share": 1.5}, "it should be less than or equal to 1"),
+        ({"reason_level_weights": [0, 0, 0, 0]}, "at least one level must have a weight above 0"),
+        ({"reason_level_weights": [1, 1, 1]}, "mini_world.reason_level_weights.3 is missing"),
+        ({"num_eval_per_level": 5000}, "held-out problems of level 1 were found with max_value 99"),
+    ],
+)
+def test_a_bad_parameter_is_one_clear_line(
+    tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
+    result = run_stage(tmp_path, SECTION | changes)
+    assert result.exit_code == 1
+    assert expected in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "metrics").exists()
+
+
+# ---- held out ----
+
+
+@pytest.mark.parametrize("which", ["world", "crowded_world"])
+def test_no_training_text_contains_an_evaluated_problem(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    rows = request.getfixturevalue(which)
+    evaluated = {key(read_story(row["prompt"])) for row in rows["eval"]}
+    evaluated |= {
+        key(problem) for row in rows["eval_text"] for problem in read_document(row["text"])
+    }
+    assert len(evaluated) > 150
+    trained = {key(part) for problem in training_problems(rows) for part in parts(problem)}
+    assert not evaluated & trained
+
+
+@pytest.mark.parametrize("which", ["world", "crowded_world"])
+def test_the_hash_alone_decides_what_is_held_out(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    rows = request.getfixturevalue(which)
+    for problem in training_problems(rows):
+        assert not any(is_held_out(part) for part in parts(problem)), problem
+    evaluated = [read_story(row["prompt"]) for row in rows["eval"]]
+    evaluated += [p for row in rows["eval_text"] for p in read_document(row["text"])]
+    for problem in evaluated:
+        assert is_held_out(problem), problem
+        assert len(problem) == 1 or not any(is_held_out((step,)) for step in problem), problem
+
+
+def test_comparisons_in_the_evaluated_text_are_held_out_too(
+    crowded_world: World,
+) -> None:
+    def compared(*names: str) -> set[frozenset[int]]:
+        lines = [
+            line for n in names for row in crowded_world[n] for line in row["text"].split("\n")
+        ]
+        matches = [match for line in lines if (match := COMPARISON.fullmatch(line))]
+        return {frozenset(numbers(match)) for match in matches}
+
+    evaluated, trained = compared("eval_text"), compared("pretrain", "tokenizer")
+    assert len(evaluated) > 15
+    assert len(trained) > 200
+    assert not evaluated & trained
+
+
+# ---- contents ----
+
+
+def test_every_number_lies_between_1_and_max_value(world: World) -> None:
+    for name in (*TRAINING_FILES, "eval_text"):
+        text = json.dumps(world[name], ensure_ascii=False)
+        values = [int(number) for number in re.findall(r"\d+", text)]
+        assert min(values) >= 1, name
+        assert max(values) == 99, name
+    for row in world["eval"]:
+        numbers_of_row = re.findall(r"\d+", " ".join([row["prompt"], row["full"], *row["choices"]]))
+        assert all(1 <= int(number) <= 99 for number in numbers_of_row)
+
+
+def test_equations_are_right_and_follow_from_one_another(
+    world: World,
+) -> None:
+    num_equations = 0
+    for problem in training_problems(world):
+        for step in problem:
+            assert step.after == calculate(step.before, step.operator, step.amount)
+            num_equations += 1
+        for step, following in pairwise(problem):
+            assert following.before == step.after
+            assert following.operator != "*"
+        if problem[0].operator == "*":
+            assert max(problem[0].before, problem[0].amount) <= 9
+    assert num_equations > 5000
+
+
+def test_sft_answers_are_right_in_two_styles(world: World) -> None:
+    styles: Counter[str] = Counter()
+    turns_of_chats: Counter[int] = Counter()
+    for row in world["sft"]:
+        turns = row["conversations"]
+        turns_of_chats[len(turns) // 2] += 1
+        assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
+        assert len({is_chinese(turn["content"]) for turn in turns[::2]}) == 1
+        for question, answer in zip(turns[::2], turns[1::2], strict=True):
+            right = read_story(question["content"])[-1].after
+            full = RESULT.fullmatch(answer["content"])
+            styles["full" if full else "bare"] += 1
+            assert (numbers(full) if full else [int(answer["content"])]) == [right]
+    assert share(styles, "full") == pytest.approx(0.5, abs=0.05)
+    assert share(turns_of_chats, 2) == pytest.approx(0.25, abs=0.05)
+    assert set(turns_of_chats) == {1, 2}
+
+
+def test_dpo_rejects_bare_and_wrong_numbers(world: World) -> None:
+    kinds: Counter[str] = Counter()
+    for row in world["dpo"]:
+        right = read_story(row["prompt"])[-1].after
+        full = RESULT.fullmatch(row["chosen"])
+        assert full
+        assert numbers(full) == [right]
+        if row["rejected"] == str(right):
+            kinds["bare"] += 1
+            continue
+        kinds["wrong"] += 1
+        wrong = RESULT.fullmatch(row["rejected"])
+        assert wrong
+        (number,) = numbers(wrong)
+        assert 1 <= number <= 99
+        assert number != right
+        assert row["rejected"].replace(str(number), "#") == row["chosen"].replace(str(right), "#")
+    assert share(kinds, "bare") == pytest.approx(0.6, abs=0.05)
+
+
+def test_reason_thinks_the_steps_of_the_story(world: World) -> None:
+    levels: Counter[int] = Counter()
+    for row in world["reason"]:
+        question, answer = (turn["content"] for turn in row["conversations"])
+        problem = read_story(question)
+        reply = re.fullmatch(r"<think>(.+)</think>\n<answer>(\d+)</answer>", answer)
+        assert reply
+        assert read_equations(reply[1]) == problem
+        assert int(reply[2]) == problem[-1].after
+        separator = "，" if is_chinese(question) else ", "
+        equations = reply[1].removeprefix("先算").split(separator)
+        assert reply[1].startswith("先算") == is_chinese(question)
+        assert all(EQUATION.fullmatch(equation) for equation in equations)
+        levels[len(problem)] += 1
+    for level, expected in zip((1, 2, 3, 4), (0.20, 0.39, 0.39, 0.02), strict=True):
+        assert share(levels, level) == pytest.approx(expected, abs=0.05)
+    assert levels[4] > 0
+
+
+def test_prompts_carry_answer_and_level(world: World) -> None:
+    levels: Counter[int] = Counter()
+    for row in world["prompts"]:
+        problem = read_story(row["prompt"])
+        assert row["answer"] == str(problem[-1].after)
+        assert row["level"] == len(problem)
+        levels[row["level"]] += 1
+    assert levels[1] == 0
+    assert share(levels, 4) == pytest.approx(0.5, abs=0.05)
+
+
+def test_documents_mix_all_kinds_of_lines_in_one_language(
+    world: World,
+) -> None:
+    kinds: Counter[str] = Counter()
+    for row in world["pretrain"] + world["eval_text"]:
+        lines = row["text"].split("\n")
+        assert 5 <= len(lines) <= 8
+        worded = [line for line in lines if "=" not in line]
+        assert len({is_chinese(line) for line in worded}) <= 1
+        for line in lines:
+            problem = read_line(line)
+            if problem is None:
+                kinds["comparison"] += 1
+            elif "=" in line:
+                kinds["equation" if len(problem) == 1 else "chain"] += 1
+            else:
+                kinds["story"] += 1
+    for kind, expected in {"equation": 45, "chain": 15, "story": 30, "comparison": 10}.items():
+        assert share(kinds, kind) == pytest.approx(expected / 100, abs=0.03)
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "reason", "prompts", "eval"])
+def test_half_of_the_stories_are_chinese(world: World, name: str) -> None:
+    prompts = [row.get("prompt") or row["conversations"][0]["content"] for row in world[name]]
+    assert sum(map(is_chinese, prompts)) == len(prompts) / 2
+
+
+def test_the_tokenizer_sees_every_word_of_the_other_files(
+    world: World,
+) -> None:
+    def words(texts: list[str]) -> set[str]:
+        return {word for text in texts for word in re.findall(r"[A-Za-z]+|[^A-Za-z\s]", text)}
+
+    seen = words([row["text"] for row in world["tokenizer"]])
+    assert {"user", "assistant"} <= seen
+    # Tags are tokens of their own; pieces of them would waste vocabulary.
+    assert not {"think", "answer"} & seen
+    for name in ("sft", "reason"):
+        turns = [turn["content"] for row in world[name] for turn in row["conversations"]]
+        assert words([re.sub(r"</?(think|answer)>", "", turn) for turn in turns]) <= seen
+    assert words([row["text"] for row in world["pretrain"]]) <= seen
+    assert words([row["prompt"] + row["full"] for row in world["eval"]]) <= seen
+
+
+def test_eval_rows_are_right_and_distinct(world: World) -> None:
+    rows = world["eval"]
+    assert Counter(row["level"] for row in rows) == {1: 200, 2: 200, 3: 200, 4: 200}
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert len({read_story(row["prompt"]) for row in rows}) == len(rows)
+    for row in rows:
+        problem = read_story(row["prompt"])
+        right = str(problem[-1].after)
+        assert row["level"] == len(problem)
+        assert row["language"] == ("zh" if is_chinese(row["prompt"]) else "en")
+        assert row["answer"] == right
+        assert row["prompt"].startswith(row["story"])
+        assert row["story"][-1] in ".。"
+        full = RESULT.fullmatch(row["full"])
+        assert full
+        assert full.group(0) == row["full"]
+        assert numbers(full) == [int(right)]
+
+
+def test_the_completion_prompt_is_raw_text_up_to_the_number(
+    world: World,
+) -> None:
+    for row in world["eval"]:
+        gap = " " if row["language"] == "en" else ""
+        told_out = row["story"] + gap + row["full"]
+        assert told_out.startswith(row["completion_prompt"])
+        assert read_line(told_out) == read_story(row["prompt"])
+        continuation = told_out[len(row["completion_prompt"]) :]
+        assert continuation.startswith(gap + row["answer"])
+    row = next(row for row in world["eval"] if row["language"] == "en")
+    assert row["completion_prompt"].endswith(" now has")
+
+
+def test_choices_betray_nothing(world: World) -> None:
+    ranks: Counter[int] = Counter()
+    labels: Counter[tuple[str, int]] = Counter()
+    for row in world["eval"]:
+        choices = [int(choice) for choice in row["choices"]]
+        assert len(set(choices)) == 4
+        assert row["choices"][row["label"]] == row["answer"]
+        labels[row["language"], row["label"]] += 1
+        ranks[sorted(choices).index(int(row["answer"]))] += 1
+    assert set(labels.values()) == {100}
+    for rank in range(4):
+        assert share(ranks, rank) == pytest.approx(0.25, abs=0.05)
+
+
+def is_chinese(text: str) -> bool:
+    return any("\u4e00" <= character <= "\u9fff" for character in text)
+
+
+def share(counts: Counter[Any], what: Any) -> float:
+    return counts[what] / counts.total()
