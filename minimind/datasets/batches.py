@@ -1,0 +1,205 @@
+"""Batches: samples laid end to end, with the positions that are trained on.
+
+What a step holds is a pure function of (seed, step): resuming needs the step's number only,
+and any number of processes divides the same step among itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from minimind.datasets.encoded import EncodedDataset
+from minimind.model.transformer import PackedTokens
+
+Rows = NDArray[np.int64]
+# What a loss term is divided by: trained tokens, rows, or samples (a preference pair is one
+# sample of two rows).
+Unit = Literal["tokens", "rows", "samples"]
+TAG = 2  # the class of a trained token that is part of a think or answer tag
+
+
+class Counts(NamedTuple):
+    """The denominators of a micro-batch or a whole optimizer step."""
+
+    tokens: int
+    rows: int
+    samples: int
+
+    def __add__(self, other: Counts) -> Counts:  # type: ignore[override]
+        return Counts(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """N rows of T tokens in all, of which M are trained on.
+
+    extras: whatever else belongs to rows ([N, ..]) or to trained tokens ([M, ..]).
+    """
+
+    tokens: PackedTokens
+    predict_at: Tensor  # int64 [M], the position in T before each trained token
+    targets: Tensor  # int64 [M], the trained tokens
+    is_tag: Tensor  # bool [M]
+    row_of_target: Tensor  # int64 [M], 0..N-1
+    counts: Counts
+    rows: Rows  # [N], numbers of the rows in the data set, for messages
+    extras: dict[str, Tensor]
+
+    def to(self, device: torch.device) -> PackedBatch:
+        if device.type == "cpu":
+            return self
+        ids, positions, boundaries, longest = self.tokens
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            tokens=PackedTokens(move(ids), move(positions), move(boundaries), longest),
+            predict_at=move(self.predict_at),
+            targets=move(self.targets),
+            is_tag=move(self.is_tag),
+            row_of_target=move(self.row_of_target),
+            extras={name: move(tensor) for name, tensor in self.extras.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An array that travels with the rows (``per="rows"``) or the trained tokens of a data set."""
+
+    values: NDArray[np.generic]  # [rows, ..] or [trained tokens, ..]
+    per: Literal["rows", "tokens"]
+
+
+def split_samples(num_samples: int, validation_share: float, seed: int) -> tuple[Rows, Rows]:
+    """Numbers of the samples to train on and to validate on, each in ascending order."""
+    num_validation = math.floor(num_samples * validation_share)
+    shuffled = np.random.default_rng([seed, 0]).permutation(num_samples)
+    return np.sort(shuffled[num_validation:]), np.sort(shuffled[:num_validation])
+
+
+def pack(dataset: EncodedDataset, samples: Rows, extras: dict[str, Extra]) -> PackedBatch:
+    """Lay the rows of some samples end to end."""
+    per_sample = dataset.rows_per_sample
+    rows = (samples[:, None] * per_sample + np.arange(per_sample)).ravel()
+    starts, ends = dataset.offsets[rows], dataset.offsets[rows + 1]
+    lengths = ends - starts
+    spans = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+    ids = np.concatenate([dataset.tokens[span] for span in spans]).astype(np.int64)
+    classes = np.concatenate([dataset.classes[span] for span in spans])
+    boundaries = np.concatenate([[0], np.cumsum(lengths)])
+    trained = np.flatnonzero(classes)
+    row_of_token = np.repeat(np.arange(len(rows)), lengths)
+    return PackedBatch(
+        tokens=PackedTokens(
+            ids=torch.from_numpy(ids),
+            positions=torch.from_numpy(np.arange(len(ids)) - boundaries[row_of_token]),
+            boundaries=torch.from_numpy(boundaries.astype(np.int32)),
+            longest=int(lengths.max()),
+        ),
+        predict_at=torch.from_numpy(trained - 1),  # a row's first token is never trained
+        targets=torch.from_numpy(ids[trained]),
+        is_tag=torch.from_numpy(classes[trained] == TAG),
+        row_of_target=torch.from_numpy(row_of_token[trained]),
+        counts=Counts(tokens=len(trained), rows=len(rows), samples=len(samples)),
+        rows=rows,
+        extras={name: _select(dataset, rows, extra) for name, extra in extras.items()},
+    )
+
+
+def _select(dataset: EncodedDataset, rows: Rows, extra: Extra) -> Tensor:
+    if extra.per == "rows":
+        return torch.from_numpy(np.ascontiguousarray(extra.values[rows]))
+    offsets = dataset.trained_offsets
+    return torch.from_numpy(
+        np.concatenate([extra.values[offsets[row] : offsets[row + 1]] for row in rows])
+    )
+
+
+class Step(NamedTuple):
+    """One process's share of an optimizer step."""
+
+    micro_batches: list[PackedBatch]
+    totals: Counts  # of the whole step, over all micro-batches and processes
+
+
+@dataclass(frozen=True)
+class Batches:
+    """All optimizer steps of a training run over some samples of a data set.
+
+    A step takes batch_size * accumulation_steps samples; the last step of an epoch takes what
+    is left. `epochs` may be a fraction. Processes take every world-th sample of a micro-batch.
+    """
+
+    dataset: EncodedDataset
+    samples: Rows
+    batch_size: int
+    accumulation_steps: int
+    epochs: float
+    max_steps: int  # 0: no limit
+    seed: int
+    extras: dict[str, Extra]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.samples) / (self.batch_size * self.accumulation_steps))
+
+    @property
+    def num_steps(self) -> int:
+        whole_epochs, part = divmod(self.epochs, 1)
+        last = math.ceil(part * len(self.samples) / (self.batch_size * self.accumulation_steps))
+        steps = int(whole_epochs) * self.steps_per_epoch + last
+        return min(steps, self.max_steps) if self.max_steps else steps
+
+    def samples_of(self, step: int) -> Rows:
+        """Numbers of the samples of optimizer step `step`, in their order."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = _epoch_order(len(self.samples), self.seed, epoch)
+        size = self.batch_size * self.accumulation_steps
+        return self.samples[order[position * size : (position + 1) * size]]
+
+    def step(self, step: int, rank: int, world: int) -> Step:
+        samples = self.samples_of(step)
+        micro_batches = [
+            pack(self.dataset, share, self.extras)
+            for start in range(0, len(samples), self.batch_size)
+            if len(share := samples[start : start + self.batch_size][rank::world])
+        ]
+        return Step(micro_batches, count(self.dataset, samples))
+
+
+_last_order: dict[tuple[int, int, int], Rows] = {}
+
+
+def _epoch_order(num_samples: int, seed: int, epoch: int) -> Rows:
+    """The epoch's permutation; the last one is kept, since every step of an epoch asks for it."""
+    key = (num_samples, seed, epoch)
+    if key not in _last_order:
+        _last_order.clear()
+        _last_order[key] = np.random.default_rng([seed, 1, epoch]).permutation(num_samples)
+    return _last_order[key]
+
+
+def count(dataset: EncodedDataset, samples: Rows) -> Counts:
+    """Denominators of some samples, from the data set's index alone."""
+    per_sample = dataset.rows_per_sample
+    offsets = dataset.trained_offsets
+    tokens = offsets[(samples + 1) * per_sample] - offsets[samples * per_sample]
+    return Counts(int(tokens.sum()), len(samples) * per_sample, len(samples))
+
+
+def in_order(
+    dataset: EncodedDataset, samples: Rows, batch_size: int, extras: dict[str, Extra]
+) -> Iterator[PackedBatch]:
+    """One pass over some samples in the given order, `batch_size` samples at a time."""
+    for start in range(0, len(samples), batch_size):
+        yield pack(dataset, samples[start : start + batch_size], extras)

@@ -1,0 +1,52 @@
+"""What every stage's command has in common: people's mistakes end in one line, not a traceback."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from minimind.errors import Stopped, UserError
+
+
+def stage_app(name: str) -> StageApp:
+    """A Typer app for the stage ``name``; errors a person can mend are one line and exit code 1."""
+    return StageApp(name)
+
+
+class StageApp(typer.Typer):
+    """Typer whose commands turn :class:`UserError` and :class:`OSError` into one line."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            name=name, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+        )
+        self.stage = name
+
+    def command(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
+        register = super().command(*args, **kwargs)
+
+        def decorate(function: Callable[..., None]) -> Callable[..., None]:
+            @functools.wraps(function)
+            def guarded(*call_args: Any, **call_kwargs: Any) -> None:
+                try:
+                    function(*call_args, **call_kwargs)
+                except (UserError, OSError) as error:
+                    self._complain(str(error))
+                    raise typer.Exit(1) from None
+                except Stopped as stopped:
+                    self._complain(str(stopped))
+                    raise typer.Exit(stopped.exit_code) from None
+                except KeyboardInterrupt:
+                    self._complain("stopped; run the same command to start again")
+                    raise typer.Exit(130) from None
+
+            register(guarded)
+            return function
+
+        return decorate
+
+    def _complain(self, message: str) -> None:
+        typer.echo(f"{self.stage}: {' '.join(message.split())}", err=True)

@@ -1,0 +1,149 @@
+"""One execution of a training stage: device, signals, resume states, provenance and record."""
+
+import hashlib
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minimind.errors import Stopped, UserError
+from minimind.params import Section, load_section
+from minimind.runtime.device import prepare_device
+from minimind.runtime.progress import Progress
+from minimind.runtime.provenance import Provenance
+from minimind.runtime.settings import RuntimeSettings, load_settings
+from minimind.runtime.stop import StopRequest, watch_parents
+from minimind.training.resume import STATE_FORMAT, ResumeStore, forget_recorded
+
+RECORDED_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "dvc")
+
+
+@dataclass
+class Run:
+    """What a training loop asks of its surroundings."""
+
+    stage: str
+    params: Path
+    sections: Mapping[str, Section]
+    settings: RuntimeSettings
+    device: torch.device
+    stop: StopRequest
+    provenance: Provenance
+    store: ResumeStore
+    record: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    def progress(self, num_steps: int, first_step: int) -> Progress:
+        return Progress(self.stage, num_steps, first_step, self.settings.log_seconds)
+
+    def say(self, message: str) -> None:
+        print(f"{self.stage}: {message}", file=sys.stderr, flush=True)
+
+    def computed_with(self) -> dict[str, Any]:
+        """Whatever may change the last bits of a result, and is not tracked."""
+        return {
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "matmul_precision": torch.get_float32_matmul_precision(),
+            "torch": torch.__version__,
+            "processor": torch.backends.cpu.get_cpu_capability(),
+        }
+
+    def raise_if_stopped(self, where: str) -> None:
+        if self.stop.requested:
+            raise Stopped(
+                f"asked to stop; state saved {where}. Run the same command again to go on.",
+                self.stop.exit_code,
+            )
+
+    @contextmanager
+    def saving(self, metrics: Path) -> Iterator[None]:
+        """Around the writing of outputs: what made them must be what the stage started with.
+
+        metrics: the stage's metrics file, by which a later run knows that DVC recorded this one.
+        """
+        self._check_unchanged()
+        yield
+        self._check_unchanged()
+        self.raise_if_stopped("at the last step")
+        self._write_record()
+        digest = hashlib.md5(metrics.read_bytes(), usedforsecurity=False).hexdigest()
+        self.store.finish({"folder": str(Path.cwd()), "metrics_md5": digest})
+
+    def _check_unchanged(self) -> None:
+        self.provenance.check()
+        for name, section in self.sections.items():
+            if load_section(self.params, name, type(section)) != section:
+                raise UserError(
+                    f"{self.params}: {name} changed while the stage was running; "
+                    "nothing was saved under false colours: run `dvc repro` again."
+                )
+
+    def _write_record(self) -> None:
+        """runs/<stage>.json: how the stage was computed. Not an output: it differs every time."""
+        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        record = {
+            "stage": self.stage,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "seconds": round(time.monotonic() - self.started, 2),
+            "peak_memory_mib": round(peak_kib / 1024),
+            **self.record,
+            **self.computed_with(),
+            "host": platform.node(),
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in RECORDED_PACKAGES},
+            "inputs": self.provenance.digests(),
+        }
+        path = self.settings.root / "runs" / f"{self.stage}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def start_run(
+    stage: str, params: Path, sections: Mapping[str, Section], inputs: Sequence[Path]
+) -> Iterator[Run]:
+    """Begin a training stage: pin what it depends on, find its states, listen to signals.
+
+    sections: those sections of the params file that decide the result, by name.
+    inputs: files and folders that decide the result.
+    """
+    settings = load_settings()
+    stop = StopRequest()
+    if settings.dvc_stage:
+        watch_parents()
+    provenance = Provenance(inputs)
+    resume_root = settings.root / ".resume"
+    forget_recorded(resume_root)
+    store = ResumeStore(resume_root / stage / _fingerprint(stage, sections, provenance))
+    run = Run(stage, params, sections, settings, prepare_device(settings), stop, provenance, store)
+    try:
+        yield run
+    except BaseException:
+        store.close()
+        raise
+    finally:
+        stop.restore()
+    store.close()
+    if not settings.dvc_stage:
+        store.remove()  # nothing will record the outputs, so there is nothing to wait for
+
+
+def _fingerprint(stage: str, sections: Mapping[str, Section], provenance: Provenance) -> str:
+    identity = {
+        "state_format": STATE_FORMAT,
+        "stage": stage,
+        "params": {name: section.model_dump(mode="json") for name, section in sections.items()},
+        "files": provenance.digests(),
+    }
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

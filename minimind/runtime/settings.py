@@ -1,0 +1,39 @@
+"""How things are computed: read from MINIMIND_* environment variables, tracked by nobody.
+
+Nothing here may change what a stage computes beyond rounding; what does belongs in params.yaml.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from minimind.errors import UserError
+
+
+class RuntimeSettings(BaseSettings):
+    """One field a variable: `device` is MINIMIND_DEVICE, and so on."""
+
+    model_config = SettingsConfigDict(env_prefix="MINIMIND_", frozen=True, env_ignore_empty=True)
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves PyTorch's choice")
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    save_seconds: float = Field(default=60.0, ge=0, description="between two resume states")
+    log_seconds: float = Field(default=10.0, ge=0, description="between two lines of progress")
+    root: Path = Field(
+        default=Path("."), validation_alias="DVC_ROOT", description="where runs/ and .resume/ are"
+    )
+    dvc_stage: str = Field(default="", validation_alias="DVC_STAGE")
+
+
+def load_settings() -> RuntimeSettings:
+    try:
+        return RuntimeSettings()
+    except ValidationError as error:
+        detail = error.errors()[0]
+        name = str(detail["loc"][0])
+        variable = name if name.startswith("DVC_") else f"MINIMIND_{name.upper()}"
+        reason = detail["msg"].replace("Input", "it", 1)
+        raise UserError(f"{variable} is {detail['input']!r}; {reason}.") from None

@@ -1,0 +1,66 @@
+"""Being asked to stop: by a signal, or because the DVC process that started us is gone.
+
+A stage is never torn from the middle of a step: the request is a flag that the training loop
+reads between two steps, where it saves its state and leaves with the signal's exit code.
+"""
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+import psutil
+
+SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGINT or the death of the parent; a second signal acts at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._previous = {
+            number: signal.signal(number, self._handle)
+            for number in (signal.SIGTERM, signal.SIGINT)
+            if threading.current_thread() is threading.main_thread()
+        }
+
+    @property
+    def requested(self) -> bool:
+        return self.signal != 0
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signal
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = number
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+def watch_parents(interval_seconds: float = 0.5) -> None:
+    """Send ourselves SIGTERM when the process that started us dies.
+
+    DVC starts commands through a shell, which outlives a killed DVC; so the first ancestor that
+    is no shell is watched, and every shell on the way.
+    """
+    watched = []
+    for ancestor in psutil.Process().parents():
+        watched.append(ancestor)
+        if ancestor.name() not in SHELLS:
+            break
+
+    def watch() -> None:
+        # is_running compares creation times too, so a reused process number does not fool it.
+        while all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in watched):
+            time.sleep(interval_seconds)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="watch-parents", daemon=True).start()

@@ -1,0 +1,343 @@
+"""The training loop of every supervised stage; the objective is all that they differ in."""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from minimind.datasets.batches import (
+    Batches,
+    Counts,
+    Extra,
+    Rows,
+    Step,
+    Unit,
+    in_order,
+    split_samples,
+)
+from minimind.datasets.encoded import EncodedDataset
+from minimind.errors import UserError
+from minimind.metrics import Number
+from minimind.objectives.loss import Loss, Objective, Term
+from minimind.runtime.run import Run
+from minimind.training.optimizer import Optimizer, OptimizerConfig
+from minimind.training.precision import autocast
+from minimind.training.resume import TrainingState
+from minimind.training.schedule import ScheduleName, learning_rate
+
+MAX_CURVE_ROWS = 2000
+# A state is saved no more often than every this many times what saving took the last time:
+# so saving never costs more than 1 % of training.
+SAVE_SPACING = 100
+HIDDEN = ("step", "lr", "grad_norm")  # of a curve's row, in the metrics
+
+
+class FitConfig(OptimizerConfig):
+    """Keys of every supervised stage's section."""
+
+    seed: int = Field(ge=0)
+    epochs: float = Field(gt=0)
+    max_steps: int = Field(ge=0)  # 0: as the epochs say
+    batch_size: int = Field(gt=0)  # samples of a micro-batch
+    accumulation_steps: int = Field(gt=0)  # micro-batches of an optimizer step
+    schedule: ScheduleName
+    warmup_steps: int = Field(ge=0)
+    validation_share: float = Field(ge=0, lt=1)
+    eval_interval: int = Field(gt=0)  # steps between validations
+    patience: int = Field(ge=0)  # validations without gain before stopping early; 0: never
+    min_delta: float = Field(ge=0)  # what counts as a gain
+    curve_interval: int = Field(gt=0)  # steps a row of the curve averages over
+    gradient_checkpointing: bool
+
+
+@dataclass
+class History:
+    """What a run remembers beside weights and optimizer; goes into the resume state as JSON."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    resumes: int = 0
+    curve: list[dict[str, Number]] = field(default_factory=list)
+    window: dict[str, float] = field(default_factory=dict)  # sums since the curve's last row
+    window_steps: int = 0
+    validation: dict[str, float] = field(default_factory=dict)  # the latest
+    best_loss: float = math.inf
+    best_step: int = 0
+    evaluations_without_gain: int = 0
+
+
+def fit(
+    model: nn.Module,
+    objective: Objective,
+    dataset: EncodedDataset,
+    config: FitConfig,
+    run: Run,
+    extras: Mapping[str, Extra] | None = None,
+) -> History:
+    """Train `model` in place; returns the history, its curve ready to be written.
+
+    Picks up the newest state of the same run, if there is one, and continues as if it had never
+    stopped. With patience, the model ends with the weights of its best validation.
+
+    Raises:
+        Stopped: a signal came; the state is saved.
+        UserError: no sample to train on, or the loss is not finite.
+    """
+    extras = dict(extras or {})
+    train, held_out = split_samples(dataset.num_samples, config.validation_share, config.seed)
+    if not len(train):
+        raise UserError(
+            f"{dataset.directory} has {dataset.num_samples} samples and validation_share "
+            f"{config.validation_share} leaves none to train on; add data or lower the share."
+        )
+    if config.patience and not len(held_out):
+        raise UserError(
+            f"patience is {config.patience}, but validation_share {config.validation_share} of "
+            f"{dataset.num_samples} samples holds none out; raise the share or set patience to 0."
+        )
+    batches = Batches(
+        dataset,
+        train,
+        config.batch_size,
+        config.accumulation_steps,
+        config.epochs,
+        config.max_steps,
+        config.seed,
+        extras,
+    )
+    num_steps = batches.num_steps
+    curve_interval = max(config.curve_interval, math.ceil(num_steps / (MAX_CURVE_ROWS - 2)))
+
+    model.to(run.device).train()
+    optimizer = Optimizer(model, config, run.device)
+    history, best = _restore(model, optimizer, run)
+    progress = run.progress(num_steps, history.step)
+    last_save, save_seconds = time.monotonic(), 0.0
+
+    def validate() -> None:
+        nonlocal best
+        history.validation = mean_loss(model, objective, dataset, held_out, extras, config, run)
+        if config.patience and history.validation["loss"] < history.best_loss - config.min_delta:
+            history.best_loss, history.best_step = history.validation["loss"], history.step
+            history.evaluations_without_gain = 0
+            best = {name: p.detach().clone() for name, p in _trained(model)}
+        elif history.step:
+            history.evaluations_without_gain += 1
+
+    def save() -> None:
+        nonlocal last_save, save_seconds
+        started = time.monotonic()
+        run.store.save(_state(model, optimizer, history, best, run))
+        last_save = time.monotonic()
+        save_seconds = last_save - started
+
+    if history.step == 0 and not history.curve and len(held_out):
+        validate()
+        history.curve.append({"step": 0, **_prefixed(history.validation)})
+
+    while history.step < num_steps:
+        if config.patience and history.evaluations_without_gain >= config.patience:
+            progress.say(f"no gain in {config.patience} validations; best at {history.best_step}")
+            break
+        started = time.monotonic()
+        scheduled = learning_rate(
+            config.schedule, 1.0, history.step, num_steps, config.warmup_steps
+        )
+        step = batches.step(history.step, rank=0, world=1)
+        values = take_step(
+            model, objective, optimizer, step, history.step / num_steps, scheduled, run
+        )
+        _require_finite(values["loss"], history.step, scheduled * config.lr, step, dataset)
+        tokens = sum(len(batch.tokens.ids) for batch in step.micro_batches)
+        progress.update(history.step, values["loss"], tokens)
+        history.step += 1
+        history.tokens += tokens
+        for name, value in values.items():
+            history.window[name] = history.window.get(name, 0.0) + value
+        history.window_steps += 1
+        last = history.step == num_steps
+        evaluated = bool(len(held_out)) and (history.step % config.eval_interval == 0 or last)
+        if evaluated:
+            validate()
+        if history.step % curve_interval == 0 or last:
+            row: dict[str, Number] = {"step": history.step, "lr": scheduled * config.lr}
+            row |= {name: total / history.window_steps for name, total in history.window.items()}
+            row |= _prefixed(history.validation) if evaluated else {}
+            history.curve.append(row)
+            history.window, history.window_steps = {}, 0
+        history.seconds += time.monotonic() - started
+        due = max(run.settings.save_seconds, SAVE_SPACING * save_seconds)
+        if run.stop.requested or time.monotonic() - last_save >= due:
+            save()
+            run.raise_if_stopped(f"at step {history.step} of {num_steps}")
+
+    progress.close()
+    save()  # so that a kill from here on, while outputs are written and recorded, costs nothing
+    if best:
+        model.load_state_dict(best, strict=False)
+        history.validation = mean_loss(model, objective, dataset, held_out, extras, config, run)
+    run.record |= {
+        "steps": history.step,
+        "tokens": history.tokens,
+        "training_seconds": round(history.seconds, 2),
+        "tokens_per_second": round(history.tokens / max(history.seconds, 1e-9)),
+        "resumes": history.resumes,
+    }
+    return history
+
+
+def summary(history: History) -> dict[str, Number]:
+    """The few numbers that stand for a run in its metrics: of the curve's last row, but lr."""
+    last = {name: value for name, value in history.curve[-1].items() if name not in HIDDEN}
+    last |= _prefixed(history.validation)  # of the step that the weights are of
+    return {"steps": history.step, "tokens": history.tokens, **last}
+
+
+def take_step(
+    model: nn.Module,
+    objective: Objective,
+    optimizer: Optimizer,
+    step: Step,
+    progress: float,
+    rate: float,
+    run: Run,
+) -> dict[str, float]:
+    """One optimizer step over all micro-batches: the mean of every term, loss and gradient norm.
+
+    Each term is divided by its count over the whole step, so that micro-batches of unequal size
+    weigh what they hold.
+    """
+    means: dict[str, Tensor] = {}
+    for batch in step.micro_batches:
+        with autocast(run.device, optimizer.config.dtype):
+            loss = objective(model, batch.to(run.device), progress)
+        shares = {
+            name: term.total / getattr(step.totals, term.per) for name, term in loss.terms.items()
+        }
+        total = torch.stack(list(shares.values())).sum()
+        optimizer.backward(total)
+        _add(means, {"loss": total.detach()})
+        for name, term in _reported(loss).items():
+            _add(means, {name: term.total.detach() / getattr(step.totals, term.per)})
+    values = _to_floats(means)
+    return values | {"grad_norm": optimizer.step(rate)}
+
+
+def mean_loss(
+    model: nn.Module,
+    objective: Objective,
+    dataset: EncodedDataset,
+    samples: Rows,
+    extras: dict[str, Extra],
+    config: FitConfig,
+    run: Run,
+) -> dict[str, float]:
+    """Loss and metrics over held-out samples, each the mean over all of them."""
+    sums: dict[str, Tensor] = {}
+    counts = Counts(0, 0, 0)
+    units: dict[str, Unit] = {}
+    term_names: set[str] = set()
+    model.eval()
+    with torch.no_grad(), autocast(run.device, config.dtype):
+        for batch in in_order(dataset, samples, config.batch_size, extras):
+            loss = objective(model, batch.to(run.device), progress=0.0)
+            counts += batch.counts
+            term_names |= set(loss.terms)
+            for name, term in {**loss.terms, **_reported(loss)}.items():
+                _add(sums, {name: term.total})
+                units[name] = term.per
+    model.train()
+    means = {name: total / getattr(counts, units[name]) for name, total in _to_floats(sums).items()}
+    shown = {name: means[name] for name in means if name in _reported(loss)}
+    return {"loss": sum(means[name] for name in means if name in term_names), **shown}
+
+
+def _reported(loss: Loss) -> dict[str, Term]:
+    """Metrics, and terms where the loss has several."""
+    return {**(loss.terms if len(loss.terms) > 1 else {}), **loss.metrics}
+
+
+def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def _to_floats(values: dict[str, Tensor]) -> dict[str, float]:
+    """All at once: on a GPU every single read would wait for it."""
+    return dict(
+        zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True)
+    )
+
+
+def _prefixed(validation: dict[str, float]) -> dict[str, float]:
+    return {f"val_{name}": value for name, value in validation.items()}
+
+
+def _require_finite(
+    loss: float, step: int, rate: float, batch: Step, dataset: EncodedDataset
+) -> None:
+    if not math.isfinite(loss):
+        rows = sorted(int(row) for micro in batch.micro_batches for row in micro.rows)
+        shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
+        raise UserError(
+            f"the loss is {loss} at step {step} (learning rate {rate:g}) on rows {shown} of "
+            f"{dataset.directory}; lower lr, or look at these rows. The last good state is kept."
+        )
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _state(
+    model: nn.Module, optimizer: Optimizer, history: History, best: dict[str, Tensor], run: Run
+) -> TrainingState:
+    tensors: dict[str, Tensor] = {f"model/{name}": p for name, p in _trained(model)}
+    tensors |= {f"optimizer/{name}": t for name, t in optimizer.state_tensors().items()}
+    tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
+    tensors["rng/cpu"] = torch.get_rng_state()
+    if run.device.type == "cuda":
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    values = {
+        "history": asdict(history),
+        "scaler": optimizer.scaler_state(),
+        "computed_with": run.computed_with(),
+    }
+    return TrainingState(history.step, tensors, values)
+
+
+def _restore(model: nn.Module, optimizer: Optimizer, run: Run) -> tuple[History, dict[str, Tensor]]:
+    """The newest state's history and best weights; model, optimizer and generators are set."""
+    state, damaged = run.store.load()
+    for line in damaged:
+        run.say(line)
+    if state is None:
+        return History(), {}
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {
+            name.removeprefix(prefix): tensor
+            for name, tensor in state.tensors.items()
+            if name.startswith(prefix)
+        }
+
+    model.load_state_dict(part("model/"), strict=False)
+    optimizer.load_state_tensors(part("optimizer/"))
+    optimizer.load_scaler_state(state.values["scaler"])
+    torch.set_rng_state(state.tensors["rng/cpu"])
+    if run.device.type == "cuda" and "rng/cuda" in state.tensors:
+        torch.cuda.set_rng_state(state.tensors["rng/cuda"])
+    history = History(**state.values["history"])
+    history.resumes += 1
+    run.say(f"going on from step {history.step}")
+    before, now = state.values["computed_with"], run.computed_with()
+    if before != now:
+        changed = ", ".join(f"{k} {before[k]} -> {now[k]}" for k in now if before[k] != now[k])
+        run.say(f"computed otherwise than before ({changed}): the last bits may differ")
+    best = {name: tensor.to(run.device) for name, tensor in part("best/").items()}
+    return history, best

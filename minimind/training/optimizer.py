@@ -1,0 +1,117 @@
+"""The optimizer step that every training loop shares: scale, clip, update, and its state."""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from minimind.params import Section
+from minimind.training.precision import DType
+
+
+class OptimizerConfig(Section):
+    """Keys of every trained stage's section that decide a single update."""
+
+    optimizer: Literal["adamw", "muon"]
+    lr: float = Field(gt=0)
+    muon_lr: float = Field(gt=0)  # of the matrices inside layers; read by muon alone
+    weight_decay: float = Field(ge=0)  # of matrices; norms and the like never decay
+    beta2: float = Field(gt=0, lt=1)
+    grad_clip: float = Field(gt=0)
+    dtype: DType
+
+
+class Optimizer:
+    """AdamW (arXiv:1711.05101), or Muon for the matrices inside layers and AdamW for the rest.
+
+    Muon is PyTorch's, with the learning rate matched to AdamW's update size (arXiv:2502.16982).
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, device: torch.device) -> None:
+        self.config = config
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizers = list(_build(model, config))
+        # Only float16's range calls for loss scaling.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self, rate: float) -> float:
+        """Clip, update and clear the gradients; returns their norm before clipping.
+
+        rate: the scheduled share of each configured learning rate, 1 being the whole.
+        """
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["full_lr"] * rate
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        return float(norm)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Every moment and counter by name: ``<optimizer>.<parameter>.<key>``."""
+        tensors = {
+            f"{index}.{parameter}.{key}": value
+            for index, optimizer in enumerate(self.optimizers)
+            for parameter, state in optimizer.state_dict()["state"].items()
+            for key, value in state.items()
+        }
+        assert all(isinstance(tensor, Tensor) for tensor in tensors.values())
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        for index, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in tensors.items():
+                which, parameter, key = name.split(".")
+                if int(which) == index:
+                    state.setdefault(int(parameter), {})[key] = tensor
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def scaler_state(self) -> dict[str, Any]:
+        return self.scaler.state_dict()
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        if state:
+            self.scaler.load_state_dict(state)
+
+
+def _build(model: nn.Module, config: OptimizerConfig) -> Iterable[torch.optim.Optimizer]:
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [(name, p) for name, p in named if p.dim() == 2]
+    others = [p for _, p in named if p.dim() != 2]
+    if config.optimizer == "muon":
+        inside = [p for name, p in matrices if ".layers." in name]
+        matrices = [(name, p) for name, p in matrices if ".layers." not in name]
+        muon = torch.optim.Muon(
+            inside,
+            lr=config.muon_lr,
+            weight_decay=config.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        yield _remember_full_lr(muon)
+    groups = [
+        {"params": [p for _, p in matrices], "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(0.9, config.beta2),
+        fused=True,
+    )
+    yield _remember_full_lr(adamw)
+
+
+def _remember_full_lr(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    for group in optimizer.param_groups:
+        group["full_lr"] = group["lr"]
+    return optimizer

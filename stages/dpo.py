@@ -1,0 +1,67 @@
+"""Direct preference optimization: make the chosen answers likelier than the rejected ones."""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from pydantic import Field
+
+from minimind.checkpoint import load_model, require_same_tokenizer, save_checkpoint
+from minimind.datasets.batches import Extra
+from minimind.datasets.encoded import EncodedDataset
+from minimind.errors import UserError
+from minimind.metrics import write_curve, write_metrics
+from minimind.objectives.dpo import Dpo, Reduction
+from minimind.params import load_section
+from minimind.runtime.command import stage_app
+from minimind.runtime.run import start_run
+from minimind.training.fit import FitConfig, fit, summary
+
+app = stage_app("dpo")
+
+
+class DpoConfig(FitConfig):
+    """The `dpo` section."""
+
+    init: str  # the checkpoint to start from, and the reference: models/<init>
+    beta: float = Field(gt=0)  # strength of the pull towards the reference
+    reduction: Reduction  # log-probabilities of an answer: sum or mean over its tokens
+
+
+@app.command()
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="where to start from")],
+    preferences: Annotated[Path, typer.Option(help="encoded preference pairs")],
+    reference: Annotated[Path, typer.Option(help="the reference's log-probabilities, .npy")],
+    output: Annotated[Path, typer.Option()],
+    metrics: Annotated[Path, typer.Option()],
+    curve: Annotated[Path, typer.Option()],
+    params: Annotated[Path, typer.Option()] = Path("params.yaml"),
+) -> None:
+    """Train on preference pairs against cached reference log-probabilities."""
+    config = load_section(params, "dpo", DpoConfig)
+    inputs = [checkpoint, preferences, reference]
+    with start_run("dpo", params, {"dpo": config}, inputs) as run:
+        model = load_model(checkpoint)
+        dataset = EncodedDataset.open(preferences)
+        require_same_tokenizer(checkpoint, dataset)
+        logprobs = np.load(reference, mmap_mode="r", allow_pickle=False)
+        if logprobs.shape != (dataset.rows,):
+            raise UserError(
+                f"{reference} holds {logprobs.shape} values for {dataset.rows} rows; "
+                "run the reference stage again."
+            )
+        extras = {"reference": Extra(logprobs, per="rows")}
+        history = fit(model, Dpo(config.beta, config.reduction), dataset, config, run, extras)
+        results = summary(history)
+        if "val_accuracy" in results:
+            results["pair_accuracy"] = results.pop("val_accuracy")
+        with run.saving(metrics):
+            save_checkpoint(output, model, checkpoint)
+            write_curve(curve, history.curve)
+            write_metrics(metrics, "dpo", results)
+
+
+if __name__ == "__main__":
+    app()

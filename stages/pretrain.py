@@ -1,0 +1,56 @@
+"""Teach a new model the statistics of plain text."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minimind.checkpoint import require_same_tokenizer, save_checkpoint
+from minimind.datasets.encoded import EncodedDataset
+from minimind.metrics import write_curve, write_metrics
+from minimind.model.transformer import ModelConfig, ModelShape, Transformer
+from minimind.objectives.next_token import NextToken
+from minimind.params import load_section
+from minimind.runtime.command import stage_app
+from minimind.runtime.run import start_run
+from minimind.tokenizer import ChatTokenizer
+from minimind.training.fit import FitConfig, fit, summary
+
+app = stage_app("pretrain")
+
+
+class PretrainConfig(FitConfig):
+    """The `pretrain` section."""
+
+
+@app.command()
+def main(
+    tokenizer: Annotated[Path, typer.Option()],
+    text: Annotated[Path, typer.Option(help="encoded text")],
+    output: Annotated[Path, typer.Option()],
+    metrics: Annotated[Path, typer.Option()],
+    curve: Annotated[Path, typer.Option()],
+    params: Annotated[Path, typer.Option()] = Path("params.yaml"),
+) -> None:
+    """Pretrain a model from nothing; its shape is the `model` section's."""
+    config = load_section(params, "pretrain", PretrainConfig)
+    shape = load_section(params, "model", ModelShape)
+    sections = {"pretrain": config, "model": shape}
+    with start_run("pretrain", params, sections, [tokenizer, text]) as run:
+        vocab_size = ChatTokenizer.load(tokenizer).vocab_size
+        model = Transformer(ModelConfig(vocab_size=vocab_size, **shape.model_dump()))
+        model.initialize(config.seed)
+        run.say(f"{model.num_parameters:,} parameters")
+        dataset = EncodedDataset.open(text)
+        require_same_tokenizer(tokenizer, dataset)
+        history = fit(model, NextToken(), dataset, config, run)
+        with run.saving(metrics):
+            save_checkpoint(output, model, tokenizer)
+            write_curve(curve, history.curve)
+            write_metrics(
+                metrics, "pretrain", {"parameters": model.num_parameters, **summary(history)}
+            )
+
+
+if __name__ == "__main__":
+    app()

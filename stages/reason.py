@@ -1,0 +1,53 @@
+"""Reasoning distillation: teach a model to think before it answers."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import Field
+
+from minimind.checkpoint import load_model, require_same_tokenizer, save_checkpoint
+from minimind.datasets.encoded import EncodedDataset
+from minimind.metrics import write_curve, write_metrics
+from minimind.objectives.next_token import NextToken
+from minimind.params import load_section
+from minimind.runtime.command import stage_app
+from minimind.runtime.run import start_run
+from minimind.training.fit import FitConfig, fit, summary
+
+app = stage_app("reason")
+
+
+class ReasonConfig(FitConfig):
+    """The `reason` section."""
+
+    init: str  # the checkpoint to start from: models/<init>, as dvc.yaml has it
+    tag_weight: float = Field(gt=0)  # of <think>, </think>, <answer>, </answer> in the loss
+    final_tag_weight: float = Field(gt=0)  # reached linearly at the last step
+
+
+@app.command()
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="where to start from")],
+    conversations: Annotated[Path, typer.Option(help="encoded think/answer chats")],
+    output: Annotated[Path, typer.Option()],
+    metrics: Annotated[Path, typer.Option()],
+    curve: Annotated[Path, typer.Option()],
+    params: Annotated[Path, typer.Option()] = Path("params.yaml"),
+) -> None:
+    """Train on think/answer traces, the tags weighing more than other tokens."""
+    config = load_section(params, "reason", ReasonConfig)
+    with start_run("reason", params, {"reason": config}, [checkpoint, conversations]) as run:
+        model = load_model(checkpoint)
+        dataset = EncodedDataset.open(conversations)
+        require_same_tokenizer(checkpoint, dataset)
+        objective = NextToken(config.tag_weight, config.final_tag_weight)
+        history = fit(model, objective, dataset, config, run)
+        with run.saving(metrics):
+            save_checkpoint(output, model, checkpoint)
+            write_curve(curve, history.curve)
+            write_metrics(metrics, "reason", summary(history))
+
+
+if __name__ == "__main__":
+    app()

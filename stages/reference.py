@@ -1,0 +1,59 @@
+"""Log-probabilities of preference pairs under the reference, computed once for any dpo run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from pydantic import ConfigDict, Field
+
+from minimind.checkpoint import load_model, require_same_tokenizer
+from minimind.datasets.batches import in_order
+from minimind.datasets.encoded import EncodedDataset
+from minimind.objectives.dpo import Reduction, row_logprobs
+from minimind.params import Section, load_section
+from minimind.runtime.command import stage_app
+from minimind.runtime.run import start_run
+from minimind.training.precision import DType, autocast
+
+app = stage_app("reference")
+
+
+class SharedWithPolicy(Section):
+    """Those keys of the `dpo` section that a log-probability depends on."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    # The reference is computed in the policy's precision, or the loss would not start at ln 2.
+    dtype: DType
+    reduction: Reduction
+    batch_size: int = Field(gt=0)  # pairs
+
+
+@app.command()
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="the reference: where dpo starts from")],
+    preferences: Annotated[Path, typer.Option(help="encoded preference pairs")],
+    output: Annotated[Path, typer.Option(help=".npy, float32 [rows]")],
+    params: Annotated[Path, typer.Option()] = Path("params.yaml"),
+) -> None:
+    """Score every row; depends on the checkpoint and the data, never on dpo's beta or lr."""
+    config = load_section(params, "dpo", SharedWithPolicy)
+    with start_run("reference", params, {"dpo": config}, [checkpoint, preferences]) as run:
+        model = load_model(checkpoint).to(run.device).eval()
+        dataset = EncodedDataset.open(preferences)
+        require_same_tokenizer(checkpoint, dataset)
+        pairs = np.arange(dataset.num_samples)
+        with torch.inference_mode(), autocast(run.device, config.dtype):
+            scores = [
+                row_logprobs(model, batch.to(run.device), config.reduction).cpu()
+                for batch in in_order(dataset, pairs, config.batch_size, extras={})
+            ]
+        with run.saving(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            np.save(output, torch.cat(scores).numpy(), allow_pickle=False)
+
+
+if __name__ == "__main__":
+    app()

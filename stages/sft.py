@@ -1,0 +1,49 @@
+"""Supervised fine-tuning: teach a pretrained model to hold a conversation."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minimind.checkpoint import load_model, require_same_tokenizer, save_checkpoint
+from minimind.datasets.encoded import EncodedDataset
+from minimind.metrics import write_curve, write_metrics
+from minimind.objectives.next_token import NextToken
+from minimind.params import load_section
+from minimind.runtime.command import stage_app
+from minimind.runtime.run import start_run
+from minimind.training.fit import FitConfig, fit, summary
+
+app = stage_app("sft")
+
+
+class SftConfig(FitConfig):
+    """The `sft` section."""
+
+    init: str  # the checkpoint to start from: models/<init>, as dvc.yaml has it
+
+
+@app.command()
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="where to start from")],
+    conversations: Annotated[Path, typer.Option(help="encoded chats")],
+    output: Annotated[Path, typer.Option()],
+    metrics: Annotated[Path, typer.Option()],
+    curve: Annotated[Path, typer.Option()],
+    params: Annotated[Path, typer.Option()] = Path("params.yaml"),
+) -> None:
+    """Train on the assistant's turns of conversations."""
+    config = load_section(params, "sft", SftConfig)
+    with start_run("sft", params, {"sft": config}, [checkpoint, conversations]) as run:
+        model = load_model(checkpoint)
+        dataset = EncodedDataset.open(conversations)
+        require_same_tokenizer(checkpoint, dataset)
+        history = fit(model, NextToken(), dataset, config, run)
+        with run.saving(metrics):
+            save_checkpoint(output, model, checkpoint)
+            write_curve(curve, history.curve)
+            write_metrics(metrics, "sft", summary(history))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,202 @@
+"""The model: sizes, equality with the plain padded computation, Hugging Face checkpoints."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaForCausalLM
+
+from minimind.checkpoint import load_model, save_checkpoint
+from minimind.datasets.batches import pack
+from minimind.errors import UserError
+from minimind.model.attention import _attention_per_sample, packed_attention
+from minimind.model.transformer import ModelConfig, Transformer
+from tests.tiny import random_rows, tiny_model, write_rows
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "num_layers", "parameters"),
+    [
+        (512, 1, 6_096_384),
+        (512, 2, 8_915_456),
+        (768, 2, 17_305_344),
+        (512, 8, 25_829_888),
+        (768, 16, 104_030_976),
+    ],
+)
+def test_parameter_counts_are_the_recipes(
+    hidden_size: int, num_layers: int, parameters: int
+) -> None:
+    config = ModelConfig(
+        vocab_size=6400,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=8,
+        num_kv_heads=2,
+        max_positions=512,
+        rope_theta=1e6,
+        norm_eps=1e-5,
+    )
+    with torch.device("meta"):
+        assert Transformer(config).num_parameters == parameters
+
+
+def padded_losses(model: Transformer, ids: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+    """Logits [B, L, V] by the plain way: padding, a mask, and attention written out."""
+
+    def attend(_layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        groups = q.shape[2] // k.shape[2]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+        scores = scores.masked_fill(~(causal & attention[:, None, None, :]), float("-inf"))
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    return model.logits(model.model(ids, positions, attend))
+
+
+def test_packed_equals_padded_in_loss_and_gradient(tmp_path: Path) -> None:
+    rows = random_rows(7)
+    batch = pack(write_rows(tmp_path, rows), np.arange(7), extras={})
+    packed_model, padded_model = tiny_model(), tiny_model()
+
+    logits = packed_model(batch.tokens, batch.predict_at).logits
+    packed_loss = F.cross_entropy(logits, batch.targets)
+    packed_loss.backward()
+
+    longest = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([r + [0] * (longest - len(r)) for r, _ in rows])
+    real = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r, _ in rows]).bool()
+    trained = torch.tensor([c + [0] * (longest - len(c)) for _, c in rows]) > 0
+    all_logits = padded_losses(padded_model, ids, real)
+    padded_loss = F.cross_entropy(all_logits[:, :-1][trained[:, 1:]], ids[:, 1:][trained[:, 1:]])
+    padded_loss.backward()
+
+    torch.testing.assert_close(packed_loss, padded_loss)
+    for (name, ours), theirs in zip(
+        packed_model.named_parameters(), padded_model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_portable_attention_is_the_same_function() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+    boundaries = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+    ours = [t.clone().requires_grad_() for t in (q, k, v)]
+    plain = [t.clone().requires_grad_() for t in (q, k, v)]
+    out, expected = (
+        packed_attention(*ours, boundaries, 5),
+        _attention_per_sample(*plain, boundaries),
+    )
+    torch.testing.assert_close(out, expected)
+    weights = torch.randn_like(out)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_a_sample_does_not_see_its_neighbours(tmp_path: Path) -> None:
+    rows = random_rows(3)
+    together = pack(write_rows(tmp_path / "a", rows), np.arange(3), extras={})
+    alone = pack(write_rows(tmp_path / "b", rows[1:2]), np.arange(1), extras={})
+    model = tiny_model()
+    logits = model(together.tokens, together.predict_at).logits[together.row_of_target == 1]
+    torch.testing.assert_close(logits, model(alone.tokens, alone.predict_at).logits)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None:
+    batch = pack(write_rows(tmp_path, random_rows(4)), np.arange(4), extras={})
+    gradients = []
+    for recompute in (False, True):
+        model = tiny_model().train()
+        model.model.recompute_layers = recompute
+        F.cross_entropy(model(batch.tokens, batch.predict_at).logits, batch.targets).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.fixture
+def tokenizer_directory(tmp_path: Path) -> Path:
+    directory = tmp_path / "tokenizer"
+    directory.mkdir()
+    (directory / "tokenizer.json").write_text("{}")
+    (directory / "tokenizer.json").chmod(0o444)  # as DVC links files into the workspace
+    return directory
+
+
+def test_stock_llama_loads_a_checkpoint_with_equal_logits(
+    tmp_path: Path, tokenizer_directory: Path
+) -> None:
+    model = tiny_model(seed=3)
+    save_checkpoint(tmp_path / "model", model, tokenizer_directory)
+    llama, problems = LlamaForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(problems.values())
+    assert llama.generation_config.eos_token_id == 2
+
+    rows = random_rows(4)
+    batch = pack(write_rows(tmp_path / "data", rows), np.arange(4), extras={})
+    ours = model.logits(model.hidden(batch.tokens))
+    theirs = torch.cat([llama(torch.tensor([ids])).logits[0] for ids, _ in rows])
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path, tokenizer_directory: Path) -> None:
+    model = tiny_model(seed=5)
+    save_checkpoint(tmp_path / "a", model, tokenizer_directory)
+    save_checkpoint(tmp_path / "b", load_model(tmp_path / "a"), tmp_path / "a")
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+        assert file.stat().st_mode & 0o200, f"{file.name} must not inherit a read-only mode"
+
+
+def _cut_short(directory: Path) -> None:
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def _another_shape(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+
+
+def _another_model(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_cut_short, "cannot be read"),
+        (_another_shape, "model.layers.2.*missing"),
+        (_another_model, "'gpt2'; allowed is"),
+        (lambda d: (d / "config.json").unlink(), "is not a checkpoint"),
+        (lambda d: (d / "model.safetensors").unlink(), "cannot be read"),
+        (lambda d: (d / "config.json").write_text("{"), "is not valid"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_clear_line(
+    tmp_path: Path, tokenizer_directory: Path, damage, message: str
+) -> None:
+    save_checkpoint(tmp_path / "model", tiny_model(), tokenizer_directory)
+    damage(tmp_path / "model")
+    with pytest.raises(UserError, match=message) as error:
+        load_model(tmp_path / "model")
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, tokenizer_directory: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    save_checkpoint(tmp_path / "model", model, tokenizer_directory)
+    with pytest.raises(UserError, match=r"model\.norm\.weight holds NaN"):
+        load_model(tmp_path / "model")

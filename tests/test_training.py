@@ -1,0 +1,173 @@
+"""Objectives, schedules and the loop: the mathematics, and that nothing depends on the packing."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minimind.datasets.batches import Batches, Extra, count, pack, split_samples
+from minimind.objectives.dpo import Dpo, row_logprobs
+from minimind.objectives.next_token import NextToken
+from minimind.training.schedule import learning_rate
+from tests.tiny import random_pairs, random_rows, tiny_model, write_rows
+
+
+def test_the_documents_schedule_starts_above_the_rate() -> None:
+    assert learning_rate("minimind_cosine", 5e-4, 0, 10, 0) == pytest.approx(0.00055)
+
+
+def test_the_documents_five_rates() -> None:
+    # The second notebook counts steps from 1: steps 1..5 of 5.
+    rates = [learning_rate("minimind_cosine", 5e-4, k, 5, 0) for k in range(1, 6)]
+    assert rates == pytest.approx(
+        [0.00050225, 0.00037725, 0.00022275, 0.00009775, 0.00005], abs=5e-9
+    )
+
+
+@pytest.mark.parametrize("name", ["minimind_cosine", "cosine", "linear", "step", "constant"])
+def test_warmup_rises_to_the_schedules_start_and_never_stands_still(name) -> None:
+    rates = [learning_rate(name, 1.0, k, 100, 10) for k in range(100)]
+    assert rates[0] > 0
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[9] == pytest.approx(learning_rate(name, 1.0, 10, 100, 10))
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] > 0
+
+
+def test_step_schedule_falls_tenfold_at_half_and_three_quarters() -> None:
+    rates = [learning_rate("step", 1.0, k, 100, 0) for k in (0, 49, 50, 74, 75, 99)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_cosine_and_linear_end_where_they_say() -> None:
+    assert learning_rate("cosine", 1.0, 100, 100, 0) == pytest.approx(0.1)
+    assert learning_rate("linear", 1.0, 100, 100, 0) == pytest.approx(0.0)
+
+
+def loss_and_gradient(model, objective, batches, totals) -> tuple[float, torch.Tensor]:
+    total = torch.zeros(())
+    for batch in batches:
+        terms = objective(model, batch, 0.0).terms.values()
+        part = sum(term.total / getattr(totals, term.per) for term in terms)
+        part.backward()
+        total += part.detach()
+    return float(total), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("kind", ["next_token", "dpo"])
+def test_four_micro_batches_are_one_big_batch(tmp_path: Path, kind: str) -> None:
+    if kind == "dpo":
+        dataset = write_rows(tmp_path, random_pairs(10), "preference")
+        values = np.random.default_rng(0).normal(-20, 3, dataset.rows).astype(np.float32)
+        extras = {"reference": Extra(values, per="rows")}
+        objective = Dpo(beta=0.1, reduction="sum")
+    else:
+        dataset, extras = write_rows(tmp_path, random_rows(10)), {}
+        objective = NextToken(tag_weight=10.0, final_tag_weight=5.0)
+    samples = np.arange(10)
+    totals = count(dataset, samples)
+    parts = [pack(dataset, samples[i : i + 3], extras) for i in (0, 3, 6, 9)]
+    assert len(parts) == 4
+    big = loss_and_gradient(tiny_model(), objective, [pack(dataset, samples, extras)], totals)
+    small = loss_and_gradient(tiny_model(), objective, parts, totals)
+    assert small[0] == pytest.approx(big[0], rel=1e-6)
+    torch.testing.assert_close(small[1], big[1])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_dpo_starts_at_log_2_with_no_margin(tmp_path: Path, reduction) -> None:
+    dataset = write_rows(tmp_path, random_pairs(6), "preference")
+    model = tiny_model()
+    with torch.no_grad():
+        reference = row_logprobs(model, pack(dataset, np.arange(6), {}), reduction).numpy()
+    batch = pack(dataset, np.arange(6), {"reference": Extra(reference, per="rows")})
+    loss = Dpo(0.1, reduction)(model, batch, 0.0)
+    assert float(loss.terms["dpo"].total.detach()) / 6 == pytest.approx(math.log(2), abs=1e-7)
+    assert float(loss.metrics["margin"].total) == 0.0
+
+
+def test_dpo_is_equation_7(tmp_path: Path) -> None:
+    dataset = write_rows(tmp_path, random_pairs(3), "preference")
+    reference = np.array([-9.0, -8.0, -7.0, -11.0, -5.0, -6.0], dtype=np.float32)
+    batch = pack(dataset, np.arange(3), {"reference": Extra(reference, per="rows")})
+    model = tiny_model()
+    log_pi = row_logprobs(model, batch, "sum").detach().double().numpy()
+    margins = (log_pi[0::2] - reference[0::2]) - (log_pi[1::2] - reference[1::2])
+    expected = np.log1p(np.exp(-0.3 * margins)).sum()
+    loss = Dpo(0.3, "sum")(model, batch, 0.0)
+    assert float(loss.terms["dpo"].total.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_tags_weigh_more_and_the_denominator_does_not(tmp_path: Path) -> None:
+    dataset = write_rows(tmp_path, random_rows(5))
+    batch = pack(dataset, np.arange(5), {})
+    assert 0 < int(batch.is_tag.sum()) < len(batch.targets)
+    model = tiny_model()
+    plain = NextToken()(model, batch, 0.0)
+    tags_only = replace(batch, targets=batch.targets, is_tag=~batch.is_tag)
+    heavy = NextToken(10.0, 10.0)(model, batch, 0.0)
+    others = NextToken(10.0, 10.0)(model, tags_only, 0.0)
+    # tags ten times + others ten times = eleven times the plain sum
+    together = heavy.terms["next_token"].total + others.terms["next_token"].total
+    torch.testing.assert_close(together, 11 * plain.terms["next_token"].total)
+    assert heavy.terms["next_token"].per == "tokens"
+    assert batch.counts.tokens == len(batch.targets)
+
+
+def test_the_tag_weight_moves_linearly(tmp_path: Path) -> None:
+    batch = pack(write_rows(tmp_path, random_rows(5)), np.arange(5), {})
+    model = tiny_model()
+
+    def loss(objective: NextToken, progress: float) -> torch.Tensor:
+        return objective(model, batch, progress).terms["next_token"].total.detach()
+
+    moving = NextToken(10.0, 5.0)
+    torch.testing.assert_close(loss(moving, 0.0), loss(NextToken(10.0, 10.0), 0.0))
+    torch.testing.assert_close(loss(moving, 0.5), loss(NextToken(7.5, 7.5), 0.0))
+    torch.testing.assert_close(loss(moving, 1.0), loss(NextToken(5.0, 5.0), 0.0))
+
+
+def make_batches(tmp_path: Path, **changes) -> Batches:
+    dataset = write_rows(tmp_path, random_rows(23))
+    values = {
+        "batch_size": 4,
+        "accumulation_steps": 2,
+        "epochs": 2.5,
+        "max_steps": 0,
+        "seed": 1,
+    }
+    return Batches(dataset, np.arange(23), extras={}, **(values | changes))
+
+
+def test_an_epoch_takes_every_sample_once_the_last_smaller_step_too(tmp_path: Path) -> None:
+    batches = make_batches(tmp_path)
+    assert batches.steps_per_epoch == 3
+    assert batches.num_steps == 3 + 3 + 2
+    for epoch in (0, 1):
+        samples = [s for k in range(3) for s in batches.samples_of(3 * epoch + k)]
+        assert sorted(samples) == list(range(23))
+    assert list(batches.samples_of(0)) != list(batches.samples_of(3))
+    assert len(batches.samples_of(2)) == 7
+    assert make_batches(tmp_path, max_steps=4).num_steps == 4
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_divide_a_step_and_agree_on_its_size(tmp_path: Path, world: int) -> None:
+    batches = make_batches(tmp_path)
+    for k in range(batches.num_steps):
+        shares = [batches.step(k, rank, world) for rank in range(world)]
+        rows = sorted(int(r) for share in shares for b in share.micro_batches for r in b.rows)
+        assert rows == sorted(batches.samples_of(k))
+        counts = [b.counts for share in shares for b in share.micro_batches]
+        assert {share.totals for share in shares} == {
+            type(counts[0])(*(sum(values) for values in zip(*counts, strict=True)))
+        }
+
+
+def test_validation_is_apart_from_training() -> None:
+    train, held_out = split_samples(100, 0.13, seed=4)
+    assert len(held_out) == 13
+    assert sorted([*train, *held_out]) == list(range(100))

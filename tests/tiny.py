@@ -1,0 +1,91 @@
+"""Small real things that the tests are made of."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from minimind.datasets.encoded import EncodedDataset
+from minimind.model.transformer import ModelConfig, Transformer
+
+VOCAB_SIZE = 97
+
+
+def tiny_config(**changes: int | float) -> ModelConfig:
+    values: dict[str, int | float] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "max_positions": 128,
+        "rope_theta": 1e6,
+        "norm_eps": 1e-5,
+    }
+    return ModelConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+def tiny_model(seed: int = 0, **changes: int | float) -> Transformer:
+    model = Transformer(tiny_config(**changes))
+    model.initialize(seed)
+    return model
+
+
+def write_rows(
+    directory: Path,
+    rows: list[tuple[list[int], list[int]]],
+    format: str = "chat",
+    tokenizer: str = "none",
+) -> EncodedDataset:
+    """An encoded data set of given (ids, classes)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    ids = np.array([token for row, _ in rows for token in row], dtype=np.uint16)
+    classes = np.array([c for _, row in rows for c in row], dtype=np.uint8)
+    offsets = np.cumsum([0] + [len(row) for row, _ in rows]).astype(np.int64)
+    trained = np.cumsum([0] + [sum(c > 0 for c in row) for _, row in rows]).astype(np.int64)
+    arrays = {
+        "tokens": ids,
+        "classes": classes,
+        "offsets": offsets,
+        "trained_offsets": trained,
+    }
+    for name, array in arrays.items():
+        array.tofile(directory / f"{name}.bin")
+    meta = {
+        "format": format,
+        "rows": len(rows),
+        "tokens": len(ids),
+        "trained_tokens": int(trained[-1]),
+        "token_dtype": "uint16",
+        "rows_per_sample": 2 if format == "preference" else 1,
+        "tokenizer": tokenizer,
+        "max_length": 128,
+    }
+    (directory / "meta.json").write_text(json.dumps(meta))
+    return EncodedDataset.open(directory)
+
+
+def random_rows(num_rows: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    """Rows of 4 to 20 tokens: a context, then trained tokens, some of them tags."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(num_rows):
+        length = int(rng.integers(4, 21))
+        context = int(rng.integers(1, length - 1))
+        trained = rng.choice([1, 1, 1, 2], size=length - context)
+        rows.append(
+            (rng.integers(3, VOCAB_SIZE, size=length).tolist(), [0] * context + trained.tolist())
+        )
+    return rows
+
+
+def random_pairs(num_pairs: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    """Preference rows: chosen and rejected share their context."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(num_pairs):
+        context = rng.integers(3, VOCAB_SIZE, size=int(rng.integers(2, 8))).tolist()
+        for _side in range(2):
+            answer = rng.integers(3, VOCAB_SIZE, size=int(rng.integers(1, 9))).tolist()
+            rows.append((context + answer, [0] * len(context) + [1] * len(answer)))
+    return rows
