@@ -16,14 +16,17 @@ SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT or the death of the parent; a second signal acts at once."""
+    """Set by SIGTERM, SIGINT or the death of the parent; the same signal again acts at once.
+
+    One of each may come for a single wish: Ctrl-C reaches a process both directly and through
+    the launcher that starts it.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
         self._previous = {
             number: signal.signal(number, self._handle)
-            for number in (signal.SIGTERM, signal.SIGINT)
-            if threading.current_thread() is threading.main_thread()
+            for number in (int(signal.SIGTERM), int(signal.SIGINT))
         }
 
     @property
@@ -36,7 +39,7 @@ class StopRequest:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
-        self.restore()
+        signal.signal(number, self._previous.pop(number))
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""

@@ -1,0 +1,108 @@
+"""A copy of the project with a tiny configuration, in a git repository of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.graph import ROOT
+
+TINY_STAGE = {"max_steps": 6, "eval_interval": 3, "curve_interval": 2, "warmup_steps": 2}
+TINY: dict[str, dict[str, Any]] = {
+    "mini_world": {
+        "num_tokenizer": 300,
+        "num_pretrain": 300,
+        "num_sft": 200,
+        "num_dpo": 120,
+        "num_reason": 200,
+        "num_prompts": 40,
+        "num_eval_per_level": 4,
+        "num_eval_text": 10,
+    },
+    "tokenizer": {"vocab_size": 300},
+    "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2},
+    "pretrain": TINY_STAGE,
+    "sft": TINY_STAGE,
+    "dpo": TINY_STAGE,
+    "reason": TINY_STAGE,
+}
+
+
+def copy_project(directory: Path) -> Path:
+    """The project's files as they are in the working tree, with tiny numbers, committed."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-coz", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file() and not name.startswith(("metrics/", "dvc.lock", "docs/")):
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, directory / name)
+    params = yaml.safe_load((directory / "params.yaml").read_text(encoding="utf-8"))
+    for section, values in TINY.items():
+        assert set(values) <= set(params[section]), f"tiny values of {section} are not parameters"
+        params[section] |= values
+    (directory / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    git(directory, "init", "-q")
+    git(directory, "add", "-A")
+    git(directory, "commit", "-qm", "tiny")
+    return directory
+
+
+def git(directory: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    return _run(directory, ["git", *identity, *arguments])
+
+
+def dvc(directory: Path, *arguments: str, expect: int = 0, **environment: str) -> str:
+    """Run dvc as a user would; returns what it printed on both streams."""
+    return _run(directory, [sys.executable, "-m", "dvc", *arguments], expect, environment)
+
+
+def _run(
+    directory: Path,
+    command: list[str],
+    expect: int = 0,
+    environment: dict[str, str] | None = None,
+) -> str:
+    python_folder = os.path.dirname(sys.executable)
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("DVC_", "MINIMIND_", "PYTHONPATH"))
+    }
+    result = subprocess.run(
+        command,
+        cwd=directory,
+        env=inherited
+        | {"PATH": f"{python_folder}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        | (environment or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == expect, f"{command} gave {result.returncode}:\n{result.stdout}"
+    return result.stdout
+
+
+def stages_run(printed: str) -> list[str]:
+    """Names of the stages that dvc says it ran."""
+    return [line.split("'")[1] for line in printed.splitlines() if line.startswith("Running stage")]
+
+
+def file_bytes(directory: Path, *folders: str) -> dict[str, bytes]:
+    """Contents of every file below some folders of a project, by path."""
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for folder in folders
+        for path in sorted((directory / folder).rglob("*"))
+        if path.is_file()
+    }

@@ -1,0 +1,212 @@
+"""The training loop as a whole: it learns, resumes with the same bytes, and stops in time."""
+
+import json
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minimind.datasets.encoded import EncodedDataset
+from minimind.errors import Stopped, UserError
+from minimind.model.transformer import Transformer
+from minimind.objectives.next_token import NextToken
+from minimind.runtime.run import Run, start_run
+from minimind.training.fit import FitConfig, History, fit
+from tests.tiny import random_rows, tiny_model, write_rows
+
+CONFIG = {
+    "optimizer": "adamw",
+    "lr": 0.01,
+    "muon_lr": 0.01,
+    "weight_decay": 0.01,
+    "beta2": 0.95,
+    "grad_clip": 1.0,
+    "dtype": "float32",
+    "seed": 1,
+    "epochs": 5.0,
+    "max_steps": 20,
+    "batch_size": 4,
+    "accumulation_steps": 2,
+    "schedule": "cosine",
+    "warmup_steps": 3,
+    "validation_share": 0.2,
+    "eval_interval": 5,
+    "patience": 0,
+    "min_delta": 0.0,
+    "curve_interval": 2,
+    "gradient_checkpointing": False,
+}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> EncodedDataset:
+    return write_rows(tmp_path / "data", random_rows(50))
+
+
+@contextmanager
+def a_run(tmp_path: Path, config: FitConfig) -> Iterator[Run]:
+    params = tmp_path / "params.yaml"
+    params.write_text(json.dumps({"sft": config.model_dump()}))
+    with start_run("sft", params, {"sft": config}, [tmp_path / "data"]) as run:
+        yield run
+
+
+@pytest.fixture(autouse=True)
+def quiet_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    monkeypatch.setenv("MINIMIND_SAVE_SECONDS", "3600")
+    torch.set_num_threads(1)
+
+
+def train(
+    tmp_path: Path, data: EncodedDataset, stop_after: int = 0, **changes: object
+) -> tuple[History, Transformer]:
+    """A run from the newest state on; with stop_after, a signal comes after that many steps."""
+    config = FitConfig.model_validate(CONFIG | changes)
+    model = tiny_model(seed=2)
+    steps_seen = 0
+    with a_run(tmp_path, config) as run:
+
+        def objective(model: torch.nn.Module, batch, progress: float):  # type: ignore[no-untyped-def]
+            nonlocal steps_seen
+            steps_seen += model.training
+            if model.training and steps_seen == stop_after * config.accumulation_steps:
+                signal.raise_signal(signal.SIGTERM)
+            return NextToken(10.0, 5.0)(model, batch, progress)
+
+        history = fit(model, objective, data, config, run)
+    return history, model
+
+
+def weights(model: Transformer) -> dict[str, bytes]:
+    return {name: p.detach().numpy().tobytes() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon"}, {"dtype": "float16"}])
+@pytest.mark.parametrize("stop_after", [1, 7, 13])
+def test_a_stopped_run_ends_with_the_same_bytes(
+    tmp_path: Path, data: EncodedDataset, changes: dict[str, object], stop_after: int
+) -> None:
+    whole, whole_model = train(tmp_path, data, **changes)
+    with pytest.raises(Stopped, match=f"at step {stop_after} of 20") as stopped:
+        train(tmp_path, data, stop_after=stop_after, **changes)
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    resumed, resumed_model = train(tmp_path, data, **changes)
+    assert resumed.resumes == 1
+    assert weights(resumed_model) == weights(whole_model)
+    assert resumed.curve == whole.curve
+
+
+def test_states_of_other_parameters_are_not_picked_up(tmp_path: Path, data: EncodedDataset) -> None:
+    with pytest.raises(Stopped):
+        train(tmp_path, data, stop_after=5)
+    other, _ = train(tmp_path, data, lr=0.02)
+    assert other.resumes == 0
+    same, _ = train(tmp_path, data)
+    assert same.resumes == 1
+
+
+def test_a_damaged_state_falls_back_to_the_one_before(
+    tmp_path: Path, data: EncodedDataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, whole_model = train(tmp_path, data)
+    for stop_after in (4, 3):  # states at steps 4 and 7
+        with pytest.raises(Stopped):
+            train(tmp_path, data, stop_after=stop_after)
+    newest = max((tmp_path / ".resume").glob("*/*/state-*"))
+    tensors = newest / "tensors.safetensors"
+    damaged = bytearray(tensors.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    tensors.write_bytes(damaged)
+    _, model = train(tmp_path, data)
+    said = capsys.readouterr().err
+    assert "state-000000007 is damaged" in said
+    assert "going on from step 4" in said
+    assert weights(model) == weights(whole_model)
+
+
+def test_the_golden_curve(tmp_path: Path, data: EncodedDataset) -> None:
+    """A refactoring leaves these numbers as they are."""
+    history, _ = train(tmp_path, data)
+    losses = [row["loss"] for row in history.curve if "loss" in row]
+    assert losses == pytest.approx(GOLDEN, rel=1e-5)
+
+
+GOLDEN = [
+    15.00865,
+    18.2303,
+    12.03849,
+    14.68293,
+    11.76593,
+    11.54358,
+    10.49124,
+    9.834118,
+    7.635044,
+    9.298894,
+]
+
+
+def test_the_loss_falls_and_validation_is_reported(tmp_path: Path, data: EncodedDataset) -> None:
+    history, _ = train(tmp_path, data, validation_share=0.1, max_steps=60, epochs=20)
+    losses = [row["loss"] for row in history.curve if "loss" in row]
+    assert losses[-1] < losses[0] / 2
+    assert history.curve[0].keys() == {"step", "val_loss", "val_nll"}
+    evaluated = [row["step"] for row in history.curve if "val_loss" in row]
+    assert evaluated[0] == 0 and evaluated[-1] == 60
+    assert history.curve[0]["val_nll"] == pytest.approx(math.log(97), rel=0.02)
+
+
+def test_accumulation_changes_nothing_but_memory(tmp_path: Path, data: EncodedDataset) -> None:
+    one, _ = train(tmp_path, data, batch_size=8, accumulation_steps=1)
+    four, _ = train(tmp_path, data, batch_size=2, accumulation_steps=4)
+    for a, b in zip(one.curve, four.curve, strict=True):
+        assert a == pytest.approx(b, rel=2e-4)
+
+
+def test_early_stopping_keeps_the_best_weights(tmp_path: Path, data: EncodedDataset) -> None:
+    changes = {"lr": 0.05, "schedule": "constant", "patience": 2, "eval_interval": 4}
+    changes |= {"max_steps": 200, "epochs": 100}
+    history, _ = train(tmp_path, data, **changes)
+    assert history.step < 200
+    validations = [row["val_loss"] for row in history.curve if "val_loss" in row]
+    assert history.best_loss <= min(validations) + 1e-12
+    assert history.validation["loss"] == pytest.approx(history.best_loss, rel=1e-6)
+    assert history.best_step < history.step
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precisions_are_honoured(tmp_path: Path, data: EncodedDataset, dtype: str) -> None:
+    full, _ = train(tmp_path, data)
+    half, _ = train(tmp_path, data, dtype=dtype)
+    losses = [[r["loss"] for r in h.curve if "loss" in r] for h in (full, half)]
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.05)
+
+
+def test_a_loss_that_is_not_finite_names_step_rows_and_rate(
+    tmp_path: Path, data: EncodedDataset
+) -> None:
+    with pytest.raises(UserError, match=r"nan|inf") as error:
+        train(tmp_path, data, lr=1e30, grad_clip=1e30, warmup_steps=0)
+    assert "learning rate" in str(error.value)
+    assert "on rows" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_two_processes_never_share_a_state(tmp_path: Path, data: EncodedDataset) -> None:
+    config = FitConfig.model_validate(CONFIG)
+    in_use = pytest.raises(UserError, match="in use by process")
+    with a_run(tmp_path, config), in_use, a_run(tmp_path, config):
+        pass
+
+
+def test_too_little_data_is_said(tmp_path: Path) -> None:
+    one = write_rows(tmp_path / "data", random_rows(1))
+    with pytest.raises(UserError, match="holds none out"):
+        train(tmp_path, one, patience=1)

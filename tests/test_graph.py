@@ -1,0 +1,114 @@
+"""dvc.yaml, dvc.lock and the code agree."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.graph import ROOT, UNTRACKED, code_dependencies, project_imports
+
+GRAPH: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+STAGES: dict[str, dict[str, Any]] = {
+    name: stage.get("do", stage) for name, stage in GRAPH["stages"].items()
+}
+
+
+def stage_file(stage: dict[str, Any]) -> str:
+    match = re.match(r"python -m (stages\.\w+) ", stage["cmd"])
+    assert match, f"{stage['cmd']} must run a module of stages with python -m"
+    return match[1].replace(".", "/") + ".py"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stages_code_dependencies_are_its_imports(name: str) -> None:
+    stage = STAGES[name]
+    listed = [dep for dep in stage["deps"] if dep.startswith(("stages/", "minimind/"))]
+    needed = code_dependencies(stage_file(stage))
+    assert listed == needed, (
+        f"{name}: missing {sorted({*needed} - {*listed})}, superfluous "
+        f"{sorted({*listed} - {*needed})}; run python -m tests.update_dependencies"
+    )
+
+
+def test_the_report_and_the_tests_never_retrain_a_model() -> None:
+    for name in ("pretrain", "sft", "dpo", "reason"):
+        files = code_dependencies(stage_file(STAGES[name]))
+        assert not [f for f in files if f.startswith(("minimind/evaluation", "minimind/report"))]
+        assert "minimind/training/fit.py" in files
+
+
+def test_every_stage_module_is_in_the_graph() -> None:
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "stages").glob("[!_]*.py")}
+    assert modules == {stage_file(stage) for stage in STAGES.values()}
+
+
+def test_the_library_never_imports_stages_nor_does_a_stage_import_another() -> None:
+    for package in ("minimind", "stages"):
+        for path in (ROOT / package).rglob("*.py"):
+            file = path.relative_to(ROOT).as_posix()
+            imported = [f for f in project_imports(file) if f.startswith("stages/")]
+            assert not imported, f"{file} imports {imported}"
+
+
+def test_what_is_untracked_is_named_once() -> None:
+    from minimind.runtime.provenance import RUNTIME_PACKAGE
+
+    assert RUNTIME_PACKAGE.replace(".", "/") + "/" == UNTRACKED
+
+
+def outputs(stage: dict[str, Any]) -> list[str]:
+    entries = [*stage.get("outs", []), *stage.get("plots", [])]
+    paths = [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+    return [re.sub(r"\$\{.*?\}", "x", path) for path in paths]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_outputs_are_ignored_by_git_before_their_stage_has_run(name: str) -> None:
+    for path in outputs(STAGES[name]):
+        ignored = subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT, check=False)
+        assert ignored.returncode == 0, f"{path} is not in .gitignore"
+
+
+def test_metrics_stay_in_git() -> None:
+    for stage in STAGES.values():
+        for entry in stage.get("metrics", []):
+            ((path, options),) = entry.items()
+            assert options == {"cache": False}
+            path = re.sub(r"\$\{.*?\}", "x", path)
+            ignored = subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT, check=False)
+            assert ignored.returncode == 1, f"{path} must not be ignored"
+
+
+def test_the_lock_is_in_step_with_code_and_parameters() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "dvc", "repro", "--dry", "--allow-missing"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Running stage" not in result.stdout, (
+        f"dvc.lock is behind: run dvc repro and commit dvc.lock and metrics/\n{result.stdout}"
+    )
+
+
+def test_links_are_set_up_so_that_models_are_not_stored_twice() -> None:
+    config = (ROOT / ".dvc" / "config").read_text(encoding="utf-8")
+    assert "reflink,hardlink,symlink" in config
+    assert "__pycache__" in (ROOT / ".dvcignore").read_text(encoding="utf-8")
+
+
+def test_nothing_here_holds_an_absolute_path() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    home = re.compile(r"(?<![\w.])/(home|Users|root|work)/\w")
+    for name in filter(None, listed.stdout.split("\0")):
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".yaml", ".toml", ".json", ".lock") and path.is_file():
+            assert not home.search(Path(path).read_text(encoding="utf-8")), name
