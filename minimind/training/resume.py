@@ -52,7 +52,8 @@ class ResumeStore:
         partial.mkdir()
         tensors = {name: tensor.detach().cpu() for name, tensor in state.tensors.items()}
         save_file({n: t.contiguous() for n, t in tensors.items()}, partial / "tensors.safetensors")
-        values = json.dumps({"step": state.step, **state.values}, sort_keys=True)
+        # Not sorted: a resumed curve keeps the order of its columns.
+        values = json.dumps({"step": state.step, **state.values})
         with (partial / "tensors.safetensors").open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
