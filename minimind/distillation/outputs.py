@@ -1,0 +1,227 @@
+"""What a teacher says of a data set, computed once and kept: a row for each trained token.
+
+ids.bin       uint16 or uint32 [tokens, K], the teacher's likeliest tokens, likeliest first
+logprobs.bin  float16 [tokens, K + 1], their log-probabilities and that of all others together,
+              at the temperature of meta.json; [tokens, V] when K is the whole vocabulary V
+meta.json     the sizes of these, and how the teacher was computed
+
+In online mode there is meta.json alone, and the teacher runs beside the student.
+"""
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+
+from minimind.datasets.batches import Extra, in_order
+from minimind.datasets.encoded import EncodedDataset
+from minimind.distillation.teacher import Teacher
+from minimind.errors import UserError
+from minimind.metrics import Number
+from minimind.objectives.distill import TEACHER_IDS, TEACHER_LOGPROBS, bucket_logprobs
+from minimind.objectives.loss import token_logprobs
+from minimind.params import Section
+from minimind.runtime.run import Run
+from minimind.training.precision import DType
+from minimind.training.resume import TrainingState
+
+# 16 bits are enough: what they change is far below what the K tokens leave out
+# (docs/deviations.md has the figures), and float32 would take half as much space again.
+LOGPROB_DTYPE = np.dtype(np.float16)
+IDS, LOGPROBS, META = "ids.bin", "logprobs.bin", "meta.json"
+
+
+class TeacherOutputsConfig(Section):
+    """The `teacher_outputs` section."""
+
+    mode: Literal["cached", "online"]
+    temperature: float = Field(gt=0)
+    top_k: int = Field(gt=0)  # of cached mode; online takes the whole distribution
+    dtype: DType
+    batch_size: int = Field(gt=0)  # rows computed at once
+
+
+class TeacherMeta(Section):
+    """meta.json: all that the distill stage has to know."""
+
+    mode: Literal["cached", "online"]
+    temperature: float
+    dtype: DType
+    tokens: int  # trained tokens of the data set
+    num_ids: int  # K; 0 in online mode, as the next
+    num_buckets: int
+    id_dtype: Literal["uint16", "uint32"]
+
+
+@dataclass(frozen=True)
+class TeacherOutputs:
+    """Opened teacher outputs; the arrays are mapped from disk, never read as a whole."""
+
+    meta: TeacherMeta
+    extras: Mapping[str, Extra]  # what the distillation objective finds in its batches
+
+    @classmethod
+    def open(cls, directory: Path, dataset: EncodedDataset) -> "TeacherOutputs":
+        """Map the teacher outputs of a data set.
+
+        Raises:
+            UserError: a file is missing or of another size, or it is about other data.
+        """
+        try:
+            meta = TeacherMeta.model_validate_json((directory / META).read_bytes())
+        except FileNotFoundError:
+            raise UserError(f"{directory / META} is missing; run stage teacher_outputs.") from None
+        except ValidationError:
+            raise UserError(f"{directory / META} is damaged; run teacher_outputs again.") from None
+        if meta.tokens != _num_trained(dataset):
+            raise UserError(
+                f"{directory} is about {meta.tokens} trained tokens, but {dataset.directory} has "
+                f"{_num_trained(dataset)}; run teacher_outputs again on the same data."
+            )
+        if meta.mode == "online":
+            return cls(meta, {})
+        arrays = {
+            TEACHER_IDS: _map(directory / IDS, np.dtype(meta.id_dtype), meta.tokens, meta.num_ids),
+            TEACHER_LOGPROBS: _map(
+                directory / LOGPROBS, LOGPROB_DTYPE, meta.tokens, meta.num_buckets
+            ),
+        }
+        return cls(meta, {name: Extra(array, per="tokens") for name, array in arrays.items()})
+
+
+def compute_teacher_outputs(
+    teacher: Teacher, dataset: EncodedDataset, config: TeacherOutputsConfig, run: Run
+) -> tuple[TeacherMeta, dict[str, Number]]:
+    """Ask the teacher about every trained token; returns meta.json's content and metrics.
+
+    The arrays grow in the run's resume folder, where a killed run finds them again;
+    :func:`save_teacher_outputs` moves them from there.
+
+    Raises:
+        Stopped: a signal came; the state is saved.
+    """
+    num_ids = min(config.top_k, teacher.vocab_size)
+    meta = TeacherMeta(
+        mode="cached",
+        temperature=config.temperature,
+        dtype=config.dtype,
+        tokens=_num_trained(dataset),
+        num_ids=num_ids,
+        num_buckets=min(num_ids + 1, teacher.vocab_size),
+        id_dtype="uint16" if teacher.vocab_size <= 2**16 else "uint32",
+    )
+    num_samples = dataset.num_samples
+    num_batches = math.ceil(num_samples / config.batch_size)
+    done, sums = _restore(meta, dataset, run)
+    progress = run.progress(num_batches, done // config.batch_size)
+    ids_file, logprobs_file = _grow(meta, dataset, done, run)
+    last_save = time.monotonic()
+
+    def save() -> None:
+        nonlocal last_save
+        for file in (ids_file, logprobs_file):
+            file.flush()
+            os.fsync(file.fileno())
+        run.store.save(TrainingState(done, {}, {"sums": sums}))
+        last_save = time.monotonic()
+
+    with ids_file, logprobs_file, torch.inference_mode():
+        samples = np.arange(done, num_samples)
+        for batch in in_order(dataset, samples, config.batch_size, extras={}):
+            batch = batch.to(run.device)
+            logits = teacher(batch.tokens, batch.predict_at).logits
+            ids = logits.topk(num_ids).indices
+            logprobs = bucket_logprobs(logits, ids, config.temperature)
+            ids_file.write(ids.cpu().numpy().astype(meta.id_dtype).tobytes())
+            logprobs_file.write(logprobs.cpu().numpy().astype(LOGPROB_DTYPE).tobytes())
+            cross_entropy = -token_logprobs(logits, batch.targets)
+            sums["ce"] += float(cross_entropy.double().sum())
+            sums["top_share"] += float(logprobs[:, :num_ids].double().exp().sum())
+            done += batch.counts.samples
+            mean = float(cross_entropy.mean())
+            progress.update(math.ceil(done / config.batch_size) - 1, mean, len(batch.tokens.ids))
+            if run.stop.requested or time.monotonic() - last_save >= run.settings.save_seconds:
+                save()
+                run.raise_if_stopped(f"after {done} of {num_samples} samples")
+        save()
+    progress.close()
+    return meta, {"tokens": meta.tokens} | {name: s / meta.tokens for name, s in sums.items()}
+
+
+def online_meta(dataset: EncodedDataset, config: TeacherOutputsConfig) -> TeacherMeta:
+    """What stands in meta.json when the teacher is to run beside the student."""
+    return TeacherMeta(
+        mode="online",
+        temperature=config.temperature,
+        dtype=config.dtype,
+        tokens=_num_trained(dataset),
+        num_ids=0,
+        num_buckets=0,
+        id_dtype="uint16",
+    )
+
+
+def save_teacher_outputs(directory: Path, meta: TeacherMeta, run: Run) -> None:
+    """Move finished arrays from the resume folder to `directory`, which appears whole."""
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if meta.mode == "cached":
+        for name in (IDS, LOGPROBS):
+            shutil.move(run.store.directory / name, partial / name)
+    (partial / META).write_text(meta.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def _restore(meta: TeacherMeta, dataset: EncodedDataset, run: Run) -> tuple[int, dict[str, float]]:
+    """Samples done and sums over their tokens, of the newest state whose arrays are still there."""
+    state, damaged = run.store.load()
+    for line in damaged:
+        run.say(line)
+    if state is not None:
+        sizes = _bytes_of(meta, dataset, state.step)
+        paths = [run.store.directory / name for name in (IDS, LOGPROBS)]
+        if all(p.is_file() and p.stat().st_size >= n for p, n in zip(paths, sizes, strict=True)):
+            run.say(f"going on after {state.step} of {dataset.num_samples} samples")
+            return state.step, dict(state.values["sums"])
+    return 0, {"ce": 0.0, "top_share": 0.0}
+
+
+def _grow(
+    meta: TeacherMeta, dataset: EncodedDataset, samples_done: int, run: Run
+) -> list[BinaryIO]:
+    """The two array files, to be appended to; what lies beyond the samples done is cut off."""
+    files: list[BinaryIO] = []
+    for name, size in zip((IDS, LOGPROBS), _bytes_of(meta, dataset, samples_done), strict=True):
+        file = (run.store.directory / name).open("ab")
+        file.truncate(size)
+        files.append(file)
+    return files
+
+
+def _bytes_of(meta: TeacherMeta, dataset: EncodedDataset, num_samples: int) -> tuple[int, int]:
+    """Sizes of the array files of the first samples."""
+    tokens = int(dataset.trained_offsets[num_samples * dataset.rows_per_sample])
+    id_bytes = tokens * meta.num_ids * np.dtype(meta.id_dtype).itemsize
+    return id_bytes, tokens * meta.num_buckets * LOGPROB_DTYPE.itemsize
+
+
+def _num_trained(dataset: EncodedDataset) -> int:
+    return int(dataset.trained_offsets[-1])
+
+
+def _map(file: Path, dtype: np.dtype[Any], rows: int, columns: int) -> NDArray[Any]:
+    expected = rows * columns * dtype.itemsize
+    if not file.is_file() or file.stat().st_size != expected:
+        raise UserError(f"{file} should have {expected} bytes; run teacher_outputs again.")
+    return np.asarray(np.memmap(file, dtype=dtype, mode="r", shape=(rows, columns)))

@@ -1,0 +1,116 @@
+"""A teacher: any Hugging Face model that shares the student's tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from minimind.checkpoint import load_config, load_model
+from minimind.datasets.encoded import EncodedDataset
+from minimind.errors import UserError
+from minimind.model.transformer import Output, PackedTokens
+from minimind.tokenizer import ChatTokenizer
+from minimind.training.precision import DType, autocast
+
+
+class Teacher(nn.Module):
+    """A frozen model, computed in its own number format, over the tokenizer's vocabulary."""
+
+    def __init__(self, model: nn.Module, vocab_size: int, dtype: DType) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.vocab_size, self.dtype = vocab_size, dtype
+
+    def forward(self, tokens: PackedTokens, predict_at: Tensor) -> Output:
+        """Called as a student is; some models have more logits than their tokenizer has tokens."""
+        with torch.no_grad(), autocast(tokens.ids.device, self.dtype):
+            logits = self.model(tokens, predict_at).logits
+        if logits.shape[1] < self.vocab_size:
+            raise UserError(
+                f"the teacher knows {logits.shape[1]} tokens, its tokenizer {self.vocab_size}; "
+                "take a teacher whose parts belong together."
+            )
+        return Output(logits[:, : self.vocab_size])
+
+
+class PaddedModel(nn.Module):
+    """A causal model of transformers, called as ours are: samples are padded for it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: PackedTokens, predict_at: Tensor) -> Output:
+        lengths = tokens.boundaries.diff().long()
+        ids = pad_sequence(list(tokens.ids.split(lengths.tolist())), batch_first=True)
+        real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        logits = self.model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits
+        return Output(logits[real][predict_at].float())
+
+
+def load_teacher(directory: Path, dataset: EncodedDataset, dtype: DType) -> Teacher:
+    """Load any Hugging Face directory whose tokenizer is the one that encoded `dataset`.
+
+    Raises:
+        UserError: it has another tokenizer, or is not a model that can be loaded.
+    """
+    tokenizer = ChatTokenizer.load(directory)
+    if tokenizer.fingerprint != dataset.tokenizer:
+        raise UserError(
+            f"the teacher {directory} has another tokenizer than {dataset.directory}; student and "
+            "teacher must share one: take another teacher, or adopt its by data.tokenizer."
+        )
+    model = load_model(directory) if _is_ours(directory) else _load_foreign(directory)
+    return Teacher(model, tokenizer.vocab_size, dtype)
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether our Transformer computes all that config.json asks for."""
+    path = directory / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        asked = {
+            "model_type": config["model_type"],
+            "tied": config.get("tie_word_embeddings", False),
+            "activation": config.get("hidden_act", "silu"),
+            "biases": config.get("attention_bias", False) or config.get("mlp_bias", False),
+            "rope": rope.get("rope_type", "default"),
+        }
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {directory} is not a model's directory.") from None
+    except (ValueError, KeyError, AttributeError):
+        raise UserError(f"{path} is not the configuration of a model.") from None
+    if asked != {
+        "model_type": "llama",
+        "tied": True,
+        "activation": "silu",
+        "biases": False,
+        "rope": "default",
+    }:
+        return False
+    try:
+        shape = load_config(directory)
+    except UserError:
+        return False
+    return config.get("head_dim") in (None, shape.head_size)
+
+
+def _load_foreign(directory: Path) -> PaddedModel:
+    # Imported here: it takes seconds, and only foreign architectures need it.
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except Exception as error:  # transformers raises whatever its parts raise
+        raise UserError(f"the teacher {directory} cannot be loaded: {error}") from None
+    return PaddedModel(model)

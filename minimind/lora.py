@@ -1,0 +1,117 @@
+"""Low-rank adapters (arXiv:2106.09685) through peft, in directories that stock peft loads.
+
+Our modules are named as Llama's, so an adapter trained here fits the stock model and back.
+Importing this module is slow: peft imports transformers.
+"""
+
+import json
+import shutil
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.lora import LoraLayer
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from minimind.errors import UserError
+from minimind.model.transformer import Transformer
+from minimind.params import Section
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class AdapterShape(Section):
+    """Keys of the `lora` section that make an adapter."""
+
+    rank: int = Field(gt=0)
+    alpha: float = Field(gt=0)  # the product of the two matrices is scaled by alpha / rank
+    dropout: float = Field(ge=0, lt=1)  # of the adapter's input
+    projections: list[Projection] = Field(min_length=1)
+
+
+def add_adapter(model: Transformer, shape: AdapterShape, seed: int) -> PeftModel:
+    """Put an adapter beside each projection, in place; of the whole, the adapter alone is trained.
+
+    Its second matrix is zero, so the model still computes what it did.
+    """
+    torch.manual_seed(seed)  # peft draws the first matrix from the global generator
+    config = LoraConfig(
+        r=shape.rank,
+        lora_alpha=shape.alpha,
+        lora_dropout=shape.dropout,
+        target_modules=list(shape.projections),
+        task_type="CAUSAL_LM",
+        inference_mode=False,
+    )
+    return PeftModel(model, config)
+
+
+def save_adapter(directory: Path, model: PeftModel) -> None:
+    """Write adapter_config.json and adapter_model.safetensors; same adapter, same bytes.
+
+    The directory appears whole or not at all.
+    """
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config = model.peft_config["default"].to_dict() | {"inference_mode": True}
+    text = json.dumps(config, default=_as_json, indent=2, sort_keys=True)
+    (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
+    weights = {name: tensor.cpu().contiguous() for name, tensor in _adapter_weights(model).items()}
+    save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def merge_adapter(base: Transformer, directory: Path) -> Transformer:
+    """Add the adapter in `directory` to the weights of `base`, in place.
+
+    Raises:
+        UserError: a file is missing or damaged, or the adapter does not fit the base.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            raise UserError(f"{directory / name} is missing; {directory} is not an adapter.")
+    try:
+        model = PeftModel(base, LoraConfig.from_pretrained(str(directory)))
+        weights = load_file(directory / WEIGHTS)
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"the adapter {directory} cannot be read: {error}") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in _adapter_weights(model).items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if expected != found:
+        name = sorted(expected.items() ^ found.items())[0][0]
+        raise UserError(
+            f"the adapter {directory} does not fit its base: {name} is "
+            f"{found.get(name, 'missing')}, but the base calls for {expected.get(name, 'none')}."
+        )
+    set_peft_model_state_dict(model, weights)
+    for layer in model.modules():  # what peft's merge_and_unload does, but for Hugging Face models
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+    merged = model.unload()
+    assert isinstance(merged, Transformer)
+    return merged.requires_grad_(True)
+
+
+def _adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    # Without "False" peft would ask the hub about the base model's vocabulary.
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def _as_json(value: Any) -> Any:
+    """Sets are sorted: their order differs from process to process."""
+    if isinstance(value, set):
+        return sorted(value)
+    assert isinstance(value, Enum)
+    return value.value

@@ -1,0 +1,85 @@
+"""White-box distillation: learn a teacher's whole distribution, not only the tokens of the data.
+
+Shapes: M trained tokens, V vocabulary, K the teacher's likeliest tokens. Of a distribution we
+keep K + 1 buckets: those tokens, each on its own, and all the others together. With K = V there
+are no others, and the buckets are the distribution.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimind.datasets.batches import PackedBatch
+from minimind.objectives.loss import Loss, Term, token_logprobs
+
+# Extras of a batch, one row a trained token.
+TEACHER_IDS = "teacher_ids"  # [M, K], the teacher's likeliest tokens
+TEACHER_LOGPROBS = "teacher_logprobs"  # [M, K + 1], or [M, V] when K = V
+
+
+def bucket_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities of tokens `ids` [M, K] and of all others together: float32 [M, K + 1].
+
+    They are taken at `temperature`: the softmax is that of logits [M, V] / temperature. With
+    K = V the result is [M, V]: there are no others.
+    """
+    buckets = logits.gather(1, ids) / temperature
+    if ids.shape[1] < logits.shape[1]:
+        # log(1 - sum of the K) would be lost to rounding where the K hold nearly everything.
+        others = logits.scatter(1, ids, -math.inf).div_(temperature)
+        buckets = torch.cat((buckets, others.logsumexp(1, keepdim=True)), dim=1)
+    return buckets.log_softmax(1)
+
+
+def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of log-probabilities [M, B] over the same buckets: [M].
+
+    Merging tokens into a bucket can only lose divergence (the log-sum inequality): over buckets
+    this is a lower bound of the divergence over the whole vocabulary.
+    """
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+
+
+@dataclass(frozen=True)
+class Distill:
+    """alpha · CE + (1 - alpha) · T² · KL(teacher ‖ student), mean per trained token.
+
+    Both distributions of the divergence are taken at the temperature T (arXiv:1503.02531, sec. 2);
+    T² keeps its gradient's size. `teacher` runs beside the student, over the whole vocabulary;
+    without it, `batch.extras` hold the teacher's buckets. With alpha = 1 the teacher is only
+    measured against, and the loss is that of plain fine-tuning.
+    """
+
+    alpha: float
+    temperature: float
+    teacher: nn.Module | None
+
+    def __call__(self, model: nn.Module, batch: PackedBatch, progress: float) -> Loss:
+        logits = model(batch.tokens, batch.predict_at).logits
+        cross_entropy = -token_logprobs(logits, batch.targets).sum()
+        divergence = self._divergence(logits if self.alpha < 1 else logits.detach(), batch)
+        loss = self.alpha * cross_entropy
+        if self.alpha < 1:
+            loss = loss + (1 - self.alpha) * self.temperature**2 * divergence
+        return Loss(
+            terms={"distill": Term(loss, "tokens")},
+            metrics={
+                "ce": Term(cross_entropy.detach(), "tokens"),
+                "kl": Term(divergence.detach(), "tokens"),
+            },
+        )
+
+    def _divergence(self, logits: Tensor, batch: PackedBatch) -> Tensor:
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher = self.teacher(batch.tokens, batch.predict_at).logits
+            teacher = (teacher / self.temperature).log_softmax(1)
+            student = (logits / self.temperature).log_softmax(1)
+        else:
+            # Stored in 16 bits; normalised again, so that no rounding looks like divergence.
+            teacher = batch.extras[TEACHER_LOGPROBS].float().log_softmax(1)
+            student = bucket_logprobs(logits, batch.extras[TEACHER_IDS].long(), self.temperature)
+        return kl_divergence(teacher, student).sum()

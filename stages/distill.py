@@ -1,0 +1,99 @@
+"""White-box distillation of a smaller student, and its twin, which has no teacher."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ConfigDict, Field
+
+from minimind.checkpoint import load_model, require_same_tokenizer, save_checkpoint
+from minimind.datasets.encoded import EncodedDataset
+from minimind.distillation.outputs import TeacherOutputs
+from minimind.distillation.teacher import load_teacher
+from minimind.errors import UserError
+from minimind.metrics import write_curve, write_metrics
+from minimind.model.transformer import ModelConfig, ModelShape, Transformer
+from minimind.objectives.distill import Distill
+from minimind.params import load_section
+from minimind.runtime.command import stage_app
+from minimind.runtime.run import start_run
+from minimind.tokenizer import ChatTokenizer
+from minimind.training.fit import FitConfig, fit, summary
+
+app = stage_app("distill")
+
+
+class TwinConfig(FitConfig):
+    """Those keys of the `distill` section that decide the twin."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    teacher: str  # a checkpoint's or any Hugging Face directory
+    data: str  # data/encoded/<data>
+    init: str  # models/<init>: tokenizer, for a new student, or a checkpoint of its shape
+    student: ModelShape
+
+
+class DistillConfig(TwinConfig):
+    """The `distill` section."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    alpha: float = Field(ge=0, le=1)  # share of cross-entropy; the rest is the teacher's
+
+
+@app.command()
+def main(
+    init: Annotated[Path, typer.Option(help="a tokenizer, or a checkpoint to start from")],
+    conversations: Annotated[Path, typer.Option(help="encoded data set")],
+    teacher: Annotated[Path, typer.Option(help="loaded in online mode alone")],
+    teacher_outputs: Annotated[Path, typer.Option()],
+    output: Annotated[Path, typer.Option()],
+    metrics: Annotated[Path, typer.Option()],
+    curve: Annotated[Path, typer.Option()],
+    params: Annotated[Path, typer.Option()] = Path("params.yaml"),
+    twin: Annotated[bool, typer.Option(help="learn without the teacher, for comparison")] = False,
+) -> None:
+    """Train a student on data and teacher, or its twin, which is only measured against it."""
+    stage = "twin" if twin else "distill"
+    config = load_section(params, "distill", TwinConfig if twin else DistillConfig)
+    alpha = config.alpha if isinstance(config, DistillConfig) else 1.0
+    inputs = [init, conversations, teacher, teacher_outputs]
+    with start_run(stage, params, {"distill": config}, inputs) as run:
+        dataset = EncodedDataset.open(conversations)
+        require_same_tokenizer(init, dataset)
+        student = _student(init, config, params)
+        run.say(f"{student.num_parameters:,} parameters")
+        outputs = TeacherOutputs.open(teacher_outputs, dataset)
+        beside = None
+        if outputs.meta.mode == "online":
+            beside = load_teacher(teacher, dataset, outputs.meta.dtype).to(run.device)
+        objective = Distill(alpha, outputs.meta.temperature, beside)
+        history = fit(student, objective, dataset, config, run, outputs.extras)
+        results = {"parameters": student.num_parameters, **summary(history)}
+        if "val_kl" in results:
+            results["kl_to_teacher"] = results.pop("val_kl")
+        with run.saving(metrics):
+            save_checkpoint(output, student, init)
+            write_curve(curve, history.curve)
+            write_metrics(metrics, stage, results)
+
+
+def _student(init: Path, config: TwinConfig, params: Path) -> Transformer:
+    vocab_size = ChatTokenizer.load(init).vocab_size
+    shape = ModelConfig(vocab_size=vocab_size, **config.student.model_dump())
+    if not (init / "config.json").exists():
+        student = Transformer(shape)
+        student.initialize(config.seed)
+        return student
+    student = load_model(init)
+    if student.config != shape:
+        raise UserError(
+            f"{params}: distill.student asks for {shape}, but distill.init {init} has "
+            f"{student.config}; make them agree."
+        )
+    return student
+
+
+if __name__ == "__main__":
+    app()

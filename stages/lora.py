@@ -1,0 +1,53 @@
+"""Low-rank adaptation: a small adapter learns, the checkpoint beneath it stays as it is."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minimind.checkpoint import load_model, require_same_tokenizer
+from minimind.datasets.encoded import EncodedDataset
+from minimind.lora import AdapterShape, add_adapter, save_adapter
+from minimind.metrics import write_curve, write_metrics
+from minimind.objectives.next_token import NextToken
+from minimind.params import load_section
+from minimind.runtime.command import stage_app
+from minimind.runtime.run import start_run
+from minimind.training.fit import FitConfig, fit, summary
+
+app = stage_app("lora")
+
+
+class LoraStageConfig(FitConfig, AdapterShape):
+    """The `lora` section."""
+
+    init: str  # the checkpoint beneath the adapter: models/<init>
+    data: str  # what the adapter learns: data/encoded/<data>
+
+
+@app.command()
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="what the adapter is put on")],
+    conversations: Annotated[Path, typer.Option(help="encoded data set")],
+    output: Annotated[Path, typer.Option(help="adapter directory")],
+    metrics: Annotated[Path, typer.Option()],
+    curve: Annotated[Path, typer.Option()],
+    params: Annotated[Path, typer.Option()] = Path("params.yaml"),
+) -> None:
+    """Train an adapter that stock peft loads on the stock model."""
+    config = load_section(params, "lora", LoraStageConfig)
+    with start_run("lora", params, {"lora": config}, [checkpoint, conversations]) as run:
+        dataset = EncodedDataset.open(conversations)
+        require_same_tokenizer(checkpoint, dataset)
+        model = add_adapter(load_model(checkpoint), config, config.seed)
+        num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        run.say(f"{num_trained:,} parameters of the adapter are trained")
+        history = fit(model, NextToken(), dataset, config, run)
+        with run.saving(metrics):
+            save_adapter(output, model)
+            write_curve(curve, history.curve)
+            write_metrics(metrics, "lora", {"parameters": num_trained, **summary(history)})
+
+
+if __name__ == "__main__":
+    app()
