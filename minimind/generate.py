@@ -1,0 +1,254 @@
+"""Batched generation with a key/value cache: greedy, or sampled with noise of each row's own.
+
+Shapes: N prompts of T tokens in all, B rows (completions), H query heads, K key/value heads,
+E head size, L columns of the cache, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minimind.errors import UserError
+from minimind.model.attention import packed_attention
+from minimind.model.transformer import PackedTokens, Transformer
+
+# The cache grows by so many columns at a time and is always used whole: a product with a part
+# of a larger one would copy that part first, which costs as much as the product.
+COLUMNS_AT_A_TIME = 16
+# Finished rows leave the batch once so many of its rows have finished: it costs a copy of the
+# other rows' cache.
+FINISHED_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    The noise depends on the seed, the row's key and the number of the token alone: which rows
+    run together, and in how many processes, does not change what is drawn.
+    """
+
+    temperature: float  # above 0
+    top_p: float  # above 0; at 1 any token of the vocabulary can be drawn
+    seed: int
+    rows: Sequence[int]  # a key for each row
+
+
+@dataclass(frozen=True)
+class Completions:
+    """An entry for each row; the rows of a prompt follow one another."""
+
+    ids: list[list[int]]  # up to and including the end token, if there is one
+    finished: list[bool]  # whether there is one
+    logprobs: list[list[float]] | None  # of each id, if asked for
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end_id: int,
+    dtype: str,
+    sampling: Sampling | None = None,
+    num_samples_per_prompt: int = 1,
+    with_logprobs: bool = False,
+) -> Completions:
+    """Continue each prompt up to the end token; greedily without `sampling`.
+
+    A row stops at `max_new_tokens`, and where it fills the model's `max_positions`. With dtype
+    "bfloat16" products are computed in it (autocast); call it outside of other autocast regions,
+    which may remember weights of before an update. Log-probabilities are at the sampling
+    temperature and over the whole vocabulary, whatever top_p.
+
+    Raises:
+        UserError: a prompt leaves no position for an answer.
+    """
+    num_rows = len(prompts) * num_samples_per_prompt
+    assert all(prompts), "a prompt needs a token"
+    assert sampling is None or len(sampling.rows) == num_rows
+    if num_rows == 0:
+        return Completions([], [], [] if with_logprobs else None)
+    max_positions = model.config.max_positions
+    if (longest := max(map(len, prompts))) >= max_positions:
+        raise UserError(
+            f"a prompt has {longest} tokens, but the model has only {max_positions} positions "
+            "for prompt and answer: shorten the prompt, or train with larger max_positions."
+        )
+
+    device = model.model.embed_tokens.weight.device
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    cache = _Cache(prompt_lengths, num_samples_per_prompt)
+    lengths = prompt_lengths.repeat_interleave(num_samples_per_prompt)
+    limits = (max_positions - lengths).clamp(max=max_new_tokens)
+    uniforms = _uniforms(sampling, max_new_tokens).to(device) if sampling else None
+    ids = torch.zeros(num_rows, max_new_tokens, dtype=torch.int64, device=device)
+    logprobs = torch.zeros(num_rows, max_new_tokens, device=device)
+    rows = torch.arange(num_rows, device=device)  # the rows in the batch
+    running = torch.ones(num_rows, dtype=torch.bool, device=device)  # which of these still run
+
+    # One region around all tokens, because autocast remembers the weights it has cast until its
+    # region ends. In inference mode it would not remember them.
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16"):
+        hidden = _prefill(model, prompts, cache).repeat_interleave(num_samples_per_prompt, 0)
+        for step in range(int(limits.max())):
+            logits = model.logits(hidden)
+            if sampling is None or uniforms is None:
+                tokens = logits.argmax(-1)
+            else:
+                tokens = _draw(logits, uniforms[rows, step], sampling)
+            ids[rows, step] = tokens
+            if with_logprobs:
+                temperature = sampling.temperature if sampling else 1.0
+                logprobs[rows, step] = _logprobs(logits, tokens, temperature)
+
+            running &= (tokens != end_id) & (step + 1 < limits[rows])
+            num_running = int(running.sum())
+            if num_running == 0:
+                break
+            if num_running <= (1 - FINISHED_SHARE) * len(rows):
+                cache.keep(running)
+                rows, tokens, running = rows[running], tokens[running], running[running]
+            cache.add_column()
+            hidden = model.model(tokens, lengths[rows] + step, cache.attend)
+    return _completions(ids, logprobs if with_logprobs else None, limits, end_id)
+
+
+class _Cache:
+    """Keys and values of every layer: the prompts from the left, then a column for each token.
+
+    `mask` is 0 where a row may look and minus infinity elsewhere: behind a prompt shorter than
+    the longest, and in columns not yet in use.
+    """
+
+    def __init__(self, prompt_lengths: Tensor, num_samples_per_prompt: int) -> None:
+        self.num_samples_per_prompt = num_samples_per_prompt
+        self.num_columns = int(prompt_lengths.max())
+        capacity = -(-self.num_columns // COLUMNS_AT_A_TIME) * COLUMNS_AT_A_TIME
+        columns = torch.arange(capacity, device=prompt_lengths.device)
+        self.in_prompt = columns < prompt_lengths[:, None]  # [N, L]
+        mask = torch.zeros_like(self.in_prompt, dtype=torch.float32)
+        mask.masked_fill_(~self.in_prompt, float("-inf"))
+        self.mask = mask.repeat_interleave(num_samples_per_prompt, 0)[:, None, None]  # [B, 1, 1, L]
+        self.keys: list[Tensor] = []  # [B, K, E, L] a layer: rows of E by L make products fastest
+        self.values: list[Tensor] = []  # [B, K, L, E] a layer
+
+    def attend_prompts(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, packed: PackedTokens
+    ) -> Tensor:
+        """Attention inside prompts laid end to end [T, .., E], whose keys and values are kept."""
+        assert layer == len(self.keys)
+        self.keys.append(self._rows(key).permute(0, 2, 3, 1).contiguous())
+        self.values.append(self._rows(value).transpose(1, 2).contiguous())
+        return packed_attention(query, key, value, packed.boundaries, packed.longest)
+
+    def _rows(self, packed: Tensor) -> Tensor:
+        """[T, K, E] -> [B, L, K, E], each prompt from the left."""
+        padded = packed.new_zeros(*self.in_prompt.shape, *packed.shape[1:])
+        padded[self.in_prompt] = packed
+        return padded.repeat_interleave(self.num_samples_per_prompt, 0)
+
+    def add_column(self) -> None:
+        """Open the next column, in which `attend` then puts the new tokens' keys and values."""
+        if self.num_columns == self.mask.shape[-1]:
+            more = COLUMNS_AT_A_TIME
+            self.mask = F.pad(self.mask, (0, more), value=float("-inf"))
+            for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+                self.keys[layer] = F.pad(key, (0, more))
+                self.values[layer] = F.pad(value, (0, 0, 0, more))
+        self.mask[..., self.num_columns] = 0
+        self.num_columns += 1
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of one new token a row [B, .., E] to what is in the cache and to itself."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys[..., self.num_columns - 1] = key
+        values[:, :, self.num_columns - 1] = value
+        grouped = query.unflatten(
+            1, (keys.shape[1], -1)
+        )  # heads that share keys are multiplied at once
+        scores = torch.matmul(grouped, keys)
+        scores = torch.add(self.mask, scores, alpha=query.shape[-1] ** -0.5)  # float32
+        weights = scores.softmax(-1).to(query.dtype)
+        return torch.matmul(weights, values).flatten(1, 2)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these: bool [B]."""
+        self.mask = self.mask[rows]
+        self.keys = [key[rows] for key in self.keys]
+        self.values = [value[rows] for value in self.values]
+
+
+def _prefill(model: Transformer, prompts: Sequence[Sequence[int]], cache: _Cache) -> Tensor:
+    """Run the prompts through the model and fill the cache; last hidden states [N, D]."""
+    device = cache.mask.device
+    lengths = np.array([len(prompt) for prompt in prompts])
+    ends = np.cumsum(lengths)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    packed = PackedTokens(
+        ids=torch.tensor([token for prompt in prompts for token in prompt], device=device),
+        positions=torch.from_numpy(positions).to(device),
+        boundaries=torch.from_numpy(np.append(0, ends).astype(np.int32)).to(device),
+        longest=int(lengths.max()),
+    )
+    attend = partial(cache.attend_prompts, packed=packed)
+    return model.model(packed.ids, packed.positions, attend)[torch.from_numpy(ends - 1).to(device)]
+
+
+def _uniforms(sampling: Sampling, num_tokens: int) -> Tensor:
+    """Numbers in (0, 1], float64 [B, tokens], that depend on (seed, row's key, token) alone."""
+    streams = [
+        np.random.Generator(np.random.Philox(key=[sampling.seed, row])) for row in sampling.rows
+    ]
+    return torch.from_numpy(np.stack([1 - stream.random(num_tokens) for stream in streams]))
+
+
+def _draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+    """A token a row, [B, V] -> [B], by inverting the cumulative distribution."""
+    probabilities = (logits / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:
+        threshold = _nucleus_threshold(probabilities, sampling.top_p)
+        probabilities = probabilities.where(probabilities >= threshold, 0)
+    cumulative = probabilities.cumsum(-1, dtype=uniforms.dtype)
+    # The first token at which the sum reaches a number above 0: never one of probability 0.
+    return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:])[:, 0]
+
+
+def _nucleus_threshold(probabilities: Tensor, top_p: float) -> Tensor:
+    """The least probability in the nucleus, [B, 1]: the fewest tokens that make up top_p.
+
+    Tokens as likely as the last one all belong to it (arXiv:1904.09751, section 3.1, leaves
+    that open). Sorting a whole vocabulary would take longer than the model.
+    """
+    num_largest = min(64, probabilities.shape[-1])
+    while True:
+        largest = probabilities.topk(num_largest).values
+        before = largest.cumsum(-1) - largest
+        if num_largest == probabilities.shape[-1] or (before[:, -1] >= top_p).all():
+            break
+        num_largest = min(8 * num_largest, probabilities.shape[-1])
+    last = (before < top_p).sum(-1, keepdim=True) - 1
+    return largest.gather(-1, last)
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """Log-probability of each row's token: [B, V], [B] -> [B]."""
+    return -F.cross_entropy(logits / temperature, tokens, reduction="none")
+
+
+def _completions(ids: Tensor, logprobs: Tensor | None, limits: Tensor, end_id: int) -> Completions:
+    rows = [row[:limit] for row, limit in zip(ids.tolist(), limits.tolist(), strict=True)]
+    finished = [end_id in row for row in rows]
+    rows = [
+        row[: row.index(end_id) + 1] if ends else row
+        for row, ends in zip(rows, finished, strict=True)
+    ]
+    if logprobs is None:
+        return Completions(rows, finished, None)
+    kept = [values[: len(row)] for values, row in zip(logprobs.tolist(), rows, strict=True)]
+    return Completions(rows, finished, kept)
