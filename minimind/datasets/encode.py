@@ -1,0 +1,279 @@
+"""JSONL to arrays on disk, as a stream: memory does not grow with the data.
+
+A text longer than ``max_length`` tokens is split into several rows, so that none of it is lost.
+Chats and preferences are cut at their end: a turn without what it answers teaches nothing.
+"""
+
+import json
+import math
+import shutil
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field
+
+from minimind.datasets.formats import (
+    BadRowError,
+    Preference,
+    Record,
+    Row,
+    parse_chat,
+    parse_preference,
+    parse_reasoning,
+    parse_text,
+    read_rows_and_bad_rows,
+)
+from minimind.errors import UserError
+from minimind.metrics import Number, rounded
+from minimind.params import Section
+from minimind.tokenizer import CONTEXT, ChatTokenizer, EncodedRow, Message
+
+Format = Literal["text", "chat", "reason", "preference"]
+OnBadRow = Literal["error", "skip"]
+
+# A batch goes through the tokenizer as one: enough for all cores, little enough for memory.
+BATCH_ROWS = 1024
+BATCH_BYTES = 2**20
+BATCHES_AHEAD = 2
+
+
+class DataConfig(Section, extra="ignore"):
+    """What all data sets share; the section's other keys are paths, which dvc.yaml reads."""
+
+    on_bad_row: OnBadRow
+
+
+class EncodeConfig(Section):
+    """How one data set is encoded."""
+
+    max_length: int = Field(ge=8)  # tokens a row
+
+
+class Counts(NamedTuple):
+    """What an encoding did. A sample is what training draws: a row, or a pair of them."""
+
+    rows: int  # of the source, skipped ones included
+    samples: int
+    tokens: int
+    truncated_rows: int
+    trained_tokens: int
+    skipped_rows: int
+
+    def metrics(self) -> dict[str, Number]:
+        """The counts, trained tokens as a share of all."""
+        counts: dict[str, Number] = self._asdict()
+        return counts | {"trained_share": rounded(counts.pop("trained_tokens") / self.tokens)}
+
+
+class _Sample(NamedTuple):
+    """What one row of the source became; texts may become several rows, pairs are two."""
+
+    rows: list[EncodedRow]
+    is_truncated: bool
+
+
+class _Method(NamedTuple):
+    parse: Callable[[Record], Any]
+    encode: Callable[[ChatTokenizer, list[Any], int], list[_Sample]]
+    format: str  # as training sees it: reasoning is chats
+    rows_per_sample: int
+
+
+def encode_dataset(
+    source: Path,
+    output: Path,
+    tokenizer: ChatTokenizer,
+    data_format: Format,
+    max_length: int,
+    on_bad_row: OnBadRow,
+) -> Counts:
+    """Encode a JSONL file, or a folder of shards, into the directory ``output``.
+
+    The layout is that of :class:`minimind.datasets.encoded.EncodedDataset`. Skipped rows are
+    listed in ``skipped.jsonl`` beside the arrays. The directory appears whole or not at all.
+
+    Raises:
+        UserError: the source is missing or empty, a row cannot be used and ``on_bad_row`` is
+            "error", or no row at all can be used.
+    """
+    method = _METHODS[data_format]
+    num_rows = num_truncated = num_skipped = 0
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        with _ArrayWriter(partial, tokenizer.vocab_size) as arrays:
+            for row in _encoded_rows(source, tokenizer, method, max_length):
+                num_rows += 1
+                if isinstance(row, _Sample):
+                    arrays.write(row.rows)
+                    num_truncated += row.is_truncated
+                elif on_bad_row == "skip":
+                    _list_skipped(partial / "skipped.jsonl", row)
+                    num_skipped += 1
+                else:
+                    raise UserError(f"{row} (data.on_bad_row: skip leaves such rows out).")
+        if num_skipped == num_rows:
+            raise UserError(f"{source}: none of its {num_rows} rows can be used.")
+        meta = {
+            "format": method.format,
+            "rows": arrays.num_rows,
+            "tokens": arrays.num_tokens,
+            "trained_tokens": arrays.num_trained,
+            "token_dtype": arrays.token_dtype,
+            "rows_per_sample": method.rows_per_sample,
+            "tokenizer": tokenizer.fingerprint,
+            "max_length": max_length,
+        }
+        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(output, ignore_errors=True)
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Counts(
+        rows=num_rows,
+        samples=arrays.num_rows // method.rows_per_sample,
+        tokens=arrays.num_tokens,
+        truncated_rows=num_truncated,
+        trained_tokens=arrays.num_trained,
+        skipped_rows=num_skipped,
+    )
+
+
+def split_document(document: EncodedRow, max_length: int) -> list[EncodedRow]:
+    """Pieces of about equal length, at most ``max_length`` tokens.
+
+    Each begins with the last token of the one before, as context: so each token of the document
+    is predicted once, as it is in the whole.
+    """
+    num_targets = len(document.ids) - 1
+    num_pieces = math.ceil(num_targets / (max_length - 1))
+    bounds = [num_targets * piece // num_pieces for piece in range(num_pieces + 1)]
+    return [
+        EncodedRow(
+            document.ids[start : end + 1],
+            bytes([CONTEXT]) + document.classes[start + 1 : end + 1],
+        )
+        for start, end in pairwise(bounds)
+    ]
+
+
+def _encoded_rows(
+    source: Path, tokenizer: ChatTokenizer, method: _Method, max_length: int
+) -> Iterator[_Sample | BadRowError]:
+    """What every row of the source becomes, in their order.
+
+    Some batches are encoded ahead by threads: the tokenizer leaves Python's lock and uses all
+    cores, while this thread reads what comes next and writes what is done.
+    """
+
+    def encode(batch: list[Row[Any] | BadRowError]) -> list[_Sample | BadRowError]:
+        values = [row.value for row in batch if isinstance(row, Row)]
+        samples = iter(method.encode(tokenizer, values, max_length))
+        return [
+            _checked(row, next(samples), max_length) if isinstance(row, Row) else row
+            for row in batch
+        ]
+
+    with ThreadPoolExecutor(BATCHES_AHEAD) as threads:
+        ahead: deque[Future[list[_Sample | BadRowError]]] = deque()
+        for batch in _batches(read_rows_and_bad_rows(source, method.parse)):
+            ahead.append(threads.submit(encode, batch))
+            if len(ahead) > BATCHES_AHEAD:
+                yield from ahead.popleft().result()
+        while ahead:
+            yield from ahead.popleft().result()
+
+
+def _checked(row: Row[Any], sample: _Sample, max_length: int) -> _Sample | BadRowError:
+    if all(encoded.num_trained for encoded in sample.rows):
+        return sample
+    reason = f"nothing to train on is left of it within {max_length} tokens"
+    return BadRowError(row.place, f"{reason}; shorten what comes before, or raise max_length")
+
+
+def _batches(rows: Iterable[Row[Any] | BadRowError]) -> Iterator[list[Row[Any] | BadRowError]]:
+    batch: list[Row[Any] | BadRowError] = []
+    num_bytes = 0
+    for row in rows:
+        batch.append(row)
+        num_bytes += row.num_bytes if isinstance(row, Row) else 0
+        if len(batch) == BATCH_ROWS or num_bytes >= BATCH_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _encode_texts(tokenizer: ChatTokenizer, texts: list[str], max_length: int) -> list[_Sample]:
+    documents = tokenizer.encode_documents(texts)
+    return [_Sample(split_document(document, max_length), False) for document in documents]
+
+
+def _encode_chats(
+    tokenizer: ChatTokenizer, chats: list[list[Message]], max_length: int
+) -> list[_Sample]:
+    return [_cut([row], max_length) for row in tokenizer.encode_chats(chats)]
+
+
+def _encode_preferences(
+    tokenizer: ChatTokenizer, pairs: list[Preference], max_length: int
+) -> list[_Sample]:
+    chats = [pair.prompt + side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    # Assistant turns of the prompt are not compared.
+    num_context = [len(pair.prompt) for pair in pairs for _ in range(2)]
+    rows = tokenizer.encode_chats(chats, num_context)
+    return [_cut(rows[i : i + 2], max_length) for i in range(0, len(rows), 2)]
+
+
+def _cut(rows: list[EncodedRow], max_length: int) -> _Sample:
+    cut = [EncodedRow(row.ids[:max_length], row.classes[:max_length]) for row in rows]
+    return _Sample(cut, is_truncated=any(len(row.ids) > max_length for row in rows))
+
+
+_METHODS: dict[Format, _Method] = {
+    "text": _Method(parse_text, _encode_texts, "text", 1),
+    "chat": _Method(parse_chat, _encode_chats, "chat", 1),
+    "reason": _Method(parse_reasoning, _encode_chats, "chat", 1),
+    "preference": _Method(parse_preference, _encode_preferences, "preference", 2),
+}
+
+
+class _ArrayWriter(ExitStack):
+    """Appends rows to the arrays of an encoded data set."""
+
+    def __init__(self, directory: Path, vocab_size: int) -> None:
+        super().__init__()
+        self.token_dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+        self._typecode = "H" if vocab_size <= 2**16 else "I"
+        self.num_rows = self.num_tokens = self.num_trained = 0
+        self._tokens, self._classes, self._offsets, self._trained_offsets = (
+            self.enter_context((directory / f"{name}.bin").open("wb"))
+            for name in ("tokens", "classes", "offsets", "trained_offsets")
+        )
+        self._write_offsets()
+
+    def write(self, rows: Iterable[EncodedRow]) -> None:
+        for row in rows:
+            self._tokens.write(array(self._typecode, row.ids))
+            self._classes.write(row.classes)
+            self.num_rows += 1
+            self.num_tokens += len(row.ids)
+            self.num_trained += row.num_trained
+            self._write_offsets()
+
+    def _write_offsets(self) -> None:
+        self._offsets.write(array("q", [self.num_tokens]))
+        self._trained_offsets.write(array("q", [self.num_trained]))
+
+
+def _list_skipped(file: Path, row: BadRowError) -> None:
+    entry = {"file": str(row.place.file), "line": row.place.line, "reason": row.reason}
+    with file.open("a", encoding="utf-8") as skipped:
+        skipped.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -1,0 +1,116 @@
+"""An encoded data set: flat arrays on disk, opened without reading them.
+
+tokens.bin           uint16 or uint32, the ids of all rows end to end
+classes.bin          uint8 for each token: 0 context, 1 trained, 2 trained and part of a tag
+offsets.bin          int64 [rows + 1], row r is tokens[offsets[r]:offsets[r + 1]]
+trained_offsets.bin  int64 [rows + 1], trained tokens before each row
+meta.json            the sizes of these, the row format and the tokenizer's fingerprint
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minimind.errors import UserError
+
+
+@dataclass(frozen=True)
+class EncodedDataset:
+    """Rows of token ids and classes; the arrays are read-only and mapped from disk."""
+
+    directory: Path
+    format: str  # "text", "chat" or "preference"
+    rows: int
+    rows_per_sample: int  # 2 for preference pairs: chosen, rejected, chosen, ...
+    max_length: int
+    tokenizer: str  # fingerprint of the tokenizer that encoded it
+    tokens: NDArray[np.uint16] | NDArray[np.uint32]
+    classes: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+    trained_offsets: NDArray[np.int64]
+
+    @classmethod
+    def open(cls, directory: Path) -> "EncodedDataset":
+        """Map the arrays of a data set.
+
+        Raises:
+            UserError: a file is missing, or its size is not what meta.json says.
+        """
+        meta = _read_meta(directory / "meta.json")
+        rows, num_tokens = meta["rows"], meta["tokens"]
+        dataset = cls(
+            directory=directory,
+            format=meta["format"],
+            rows=rows,
+            rows_per_sample=meta["rows_per_sample"],
+            max_length=meta["max_length"],
+            tokenizer=meta["tokenizer"],
+            tokens=_map(directory / "tokens.bin", np.dtype(meta["token_dtype"]), num_tokens),
+            classes=_map(directory / "classes.bin", np.dtype(np.uint8), num_tokens),
+            offsets=_map(directory / "offsets.bin", np.dtype(np.int64), rows + 1),
+            trained_offsets=_map(directory / "trained_offsets.bin", np.dtype(np.int64), rows + 1),
+        )
+        ends = [int(dataset.offsets[-1]), int(dataset.trained_offsets[-1])]
+        if ends != [num_tokens, meta["trained_tokens"]]:
+            raise UserError(f"{directory} does not agree with its meta.json; encode it again.")
+        return dataset
+
+    @property
+    def num_samples(self) -> int:
+        """What training draws from: rows, or pairs of them."""
+        return self.rows // self.rows_per_sample
+
+    def row(self, index: int) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.uint8]]:
+        """Ids and classes of one row, as views."""
+        span = slice(self.offsets[index], self.offsets[index + 1])
+        return self.tokens[span], self.classes[span]
+
+    def check_tokenizer(self, fingerprint: str, checkpoint: Path) -> None:
+        """Raise UserError unless the tokenizer of ``checkpoint`` is the one that encoded this."""
+        if fingerprint != self.tokenizer:
+            raise UserError(
+                f"{self.directory} was encoded with another tokenizer than that of {checkpoint}; "
+                "encode it with the tokenizer of the checkpoint."
+            )
+
+
+def _read_meta(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"{file} is missing; {file.parent} must be written by the encode stage.")
+    types = {
+        "format": str,
+        "rows": int,
+        "tokens": int,
+        "trained_tokens": int,
+        "token_dtype": str,
+        "rows_per_sample": int,
+        "tokenizer": str,
+        "max_length": int,
+    }
+    try:
+        meta: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        valid = all(type(meta[key]) is expected for key, expected in types.items())
+        valid = valid and meta["token_dtype"] in ("uint16", "uint32")
+        valid = valid and meta["rows_per_sample"] in (1, 2) and 0 < meta["rows"] <= meta["tokens"]
+    except (ValueError, KeyError, TypeError):
+        valid = False
+    if not valid:
+        raise UserError(f"{file} is damaged; encode the data set again.")
+    return meta
+
+
+def _map(file: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
+    if not file.is_file():
+        raise UserError(f"{file} is missing; encode the data set again.")
+    expected, found = length * dtype.itemsize, file.stat().st_size
+    if found != expected:
+        raise UserError(
+            f"{file} has {found} bytes, but meta.json calls for {expected}; "
+            "encode the data set again."
+        )
+    # As a plain array: slices of a memmap object are slower to make.
+    return np.asarray(np.memmap(file, dtype=dtype, mode="r"))

@@ -1,0 +1,292 @@
+"""Rows of the JSONL formats, read one at a time and checked.
+
+A source is a file or a folder of ``*.jsonl`` shards, taken in the order of their names. Files are
+UTF-8, one JSON object a line. Byte order marks, Windows line ends and blank lines are accepted;
+blank lines count in line numbers. Keys that a format does not name are ignored.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from minimind.errors import UserError
+from minimind.tokenizer import TAGS, Message
+
+ROLES = ("system", "user", "assistant", "tool")
+
+# A file without line ends must not be read into memory whole.
+MAX_LINE_BYTES = 64 * 2**20
+
+T = TypeVar("T")
+Record = dict[str, Any]
+
+_TAG_PATTERN = re.compile("|".join(TAGS))
+_REASONING_PATTERN = re.compile(
+    r"\s*<think>(?P<thought>.*)</think>\s*<answer>(?P<answer>.*)</answer>\s*", re.DOTALL
+)
+
+
+class Place(NamedTuple):
+    """Where a row stands; lines count from 1."""
+
+    file: Path
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+class BadRowError(UserError):
+    """A row that cannot be used."""
+
+    def __init__(self, place: Place, reason: str) -> None:
+        super().__init__(f"{place}: {reason}")
+        self.place, self.reason = place, reason
+
+
+class Preference(NamedTuple):
+    """A pair of continuations of one prompt; what is compared are their assistant turns."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+
+
+class Prompt(NamedTuple):
+    """A question for reinforcement; ``answer`` is None where the reward needs none."""
+
+    prompt: str
+    answer: str | None
+
+
+class Row(NamedTuple, Generic[T]):
+    """What a ``parse`` function below made of one line of a file."""
+
+    place: Place
+    value: T
+    num_bytes: int
+
+
+def read_rows(source: Path, parse: Callable[[Record], T]) -> Iterator[Row[T]]:
+    """Every row of a source, as ``parse`` (one of the functions below) makes it.
+
+    Raises:
+        UserError: the source is missing, a folder without shards, or a file without rows.
+        BadRowError: at the first row that cannot be used.
+    """
+    for row in read_rows_and_bad_rows(source, parse):
+        if isinstance(row, BadRowError):
+            raise row
+        yield row
+
+
+def read_rows_and_bad_rows(
+    source: Path, parse: Callable[[Record], T]
+) -> Iterator[Row[T] | BadRowError]:
+    """:func:`read_rows` for those who go on after a bad row: it is yielded, not raised."""
+    for place, line in _read_lines(source):
+        try:
+            yield Row(place, parse(_parse_json(line)), len(line))
+        except UserError as error:
+            yield BadRowError(place, str(error))
+
+
+def source_files(source: Path) -> list[Path]:
+    """The file itself, or a folder's shards by name."""
+    if source.is_dir():
+        shards = sorted(f for f in source.glob("*.jsonl") if not f.name.startswith("."))
+        if not shards:
+            raise UserError(f"{source} is a folder without *.jsonl files; put the shards into it.")
+        return shards
+    if not source.exists():
+        raise UserError(f"{source} is missing; correct the path, or run the stage that writes it.")
+    return [source]
+
+
+def parse_text(record: Record) -> str:
+    """``{"text": ...}``"""
+    return _text(record, "text")
+
+
+def parse_chat(record: Record) -> list[Message]:
+    """``{"conversations": [{"role", "content"}, ...]}`` with at least one assistant turn."""
+    return _messages(record, "conversations")
+
+
+def parse_reasoning(record: Record) -> list[Message]:
+    """A chat whose every assistant turn is ``<think>T</think> <answer>A</answer>``.
+
+    White space between and around the two is accepted, and any text but tags inside them.
+    """
+    messages = parse_chat(record)
+    for number, message in enumerate(messages, 1):
+        if message["role"] == "assistant":
+            _check_reasoning(message["content"], f"turn {number}")
+    return messages
+
+
+def parse_preference(record: Record) -> Preference:
+    """``{"prompt", "chosen", "rejected"}`` of strings, or two lists of messages.
+
+    The prompt of two lists is their shared beginning; they may differ before their last turn.
+    """
+    chosen_form = _get(record, "chosen")
+    if not isinstance(chosen_form, str | list):
+        raise UserError(f"chosen is {_kind(chosen_form)}; it must be a string or list of messages")
+    if isinstance(chosen_form, str):
+        prompt: list[Message] = [{"role": "user", "content": _text(record, "prompt")}]
+        chosen: list[Message] = [{"role": "assistant", "content": _text(record, "chosen")}]
+        rejected: list[Message] = [{"role": "assistant", "content": _text(record, "rejected")}]
+        if chosen == rejected:
+            raise UserError("chosen and rejected are identical; a pair must differ")
+        return Preference(prompt, chosen, rejected)
+
+    if isinstance(record.get("prompt"), list):
+        raise UserError(
+            "prompt is a list; put its messages at the beginning of both chosen and rejected"
+        )
+    chosen, rejected = _messages(record, "chosen"), _messages(record, "rejected")
+    if chosen == rejected:
+        raise UserError("chosen and rejected are identical; a pair must differ")
+    num_shared = 0
+    for one, other in zip(chosen, rejected, strict=False):
+        if one != other:
+            break
+        num_shared += 1
+    if num_shared == 0:
+        raise UserError("chosen and rejected share no beginning; both must begin with the prompt")
+    prompt = chosen[:num_shared]
+    for side, messages in (("chosen", chosen), ("rejected", rejected)):
+        if not any(message["role"] == "assistant" for message in messages[num_shared:]):
+            raise UserError(
+                f"{side} has no assistant turn after the {num_shared} turns that both sides share; "
+                "there must be one to compare"
+            )
+    return Preference(prompt, chosen[num_shared:], rejected[num_shared:])
+
+
+def parse_prompt(record: Record) -> Prompt:
+    """``{"prompt", "answer"}``; the answer may be missing or null."""
+    answer = None if record.get("answer") is None else _text(record, "answer")
+    return Prompt(_text(record, "prompt"), answer)
+
+
+def _read_lines(source: Path) -> Iterator[tuple[Place, bytes]]:
+    for path in source_files(source):
+        has_rows = False
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                place = Place(path, number)
+                if len(line) > MAX_LINE_BYTES:
+                    limit = f"{MAX_LINE_BYTES // 2**20} MiB"
+                    raise UserError(f"{place}: longer than {limit}; write one row a line.")
+                line = line.removeprefix(codecs.BOM_UTF8)
+                if line.strip():
+                    has_rows = True
+                    yield place, line
+        if not has_rows:
+            raise UserError(f"{path} has no rows; it must hold one JSON object a line.")
+
+
+def _parse_json(line: bytes) -> Record:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        byte = f"0x{line[error.start]:02x} at byte {error.start + 1}"
+        raise UserError(f"not UTF-8 ({byte}); save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"broken JSON at column {error.colno}: {error.msg}; write one whole object a line"
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
+        raise UserError(f"JSON that cannot be read: {error}; write one object a line") from None
+    if not isinstance(record, dict):
+        raise UserError(f"the row is {_kind(record)}; it must be a JSON object")
+    return record
+
+
+def _messages(record: Record, key: str) -> list[Message]:
+    found = _get(record, key)
+    if not isinstance(found, list):
+        raise UserError(f"{key} is {_kind(found)}; it must be a list of messages")
+    messages: list[Message] = []
+    for number, message in enumerate(found, 1):
+        turn = f"{key}, turn {number}"
+        if not isinstance(message, dict):
+            raise UserError(f'{turn} is {_kind(message)}; it must be {{"role", "content"}}')
+        role = _get(message, "role", turn)
+        if role not in ROLES:
+            raise UserError(f"{turn}: role is {_shown(role)}; allowed are {', '.join(ROLES)}")
+        if role == "system" and number > 1:
+            raise UserError(f"{turn}: role is 'system'; only the first turn may be")
+        if role == "tool" and number == 1:
+            raise UserError(f"{turn}: role is 'tool'; a chat begins with system or user")
+        messages.append({"role": role, "content": _text(message, "content", turn)})
+    if not any(message["role"] == "assistant" for message in messages):
+        raise UserError(f"{key} has no assistant turn; there must be one to learn from")
+    return messages
+
+
+def _check_reasoning(content: str, turn: str) -> None:
+    tags = _TAG_PATTERN.findall(content)
+    if tags != list(TAGS):
+        found = " ".join(tags) or "none"
+        raise UserError(f"{turn} has the tags {found}; it must have {' '.join(TAGS)}, each once")
+    match = _REASONING_PATTERN.fullmatch(content)
+    if not match:
+        raise UserError(
+            f"{turn} has text outside its tags; it must be <think>...</think> <answer>...</answer>"
+        )
+    for name, text in match.groupdict().items():
+        if not text.strip():
+            raise UserError(f"{turn} has an empty {name}; write one between its tags")
+
+
+def _text(record: Record, key: str, where: str = "") -> str:
+    value = _get(record, key, where)
+    name = f"{where}: {key}" if where else key
+    if not isinstance(value, str):
+        raise UserError(f"{name} is {_kind(value)}; it must be a string")
+    if not value or value.isspace():
+        raise UserError(f"{name} is empty; it must hold text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(value[error.start]):04x}"
+        raise UserError(f"{name} has half a character ({half}); write both halves") from None
+    return value
+
+
+def _get(record: Record, key: str, where: str = "") -> Any:
+    if key not in record:
+        found = ", ".join(_shown(found) for found in list(record)[:8]) or "none"
+        name = f"{where}: {key}" if where else key
+        raise UserError(f"{name} is missing; the keys found are {found}")
+    return record[key]
+
+
+def _kind(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return f"the boolean {str(value).lower()}"
+        case int() | float():
+            return f"the number {_shown(value)}"
+        case str():
+            return f"the string {_shown(value)}"
+        case list():
+            return "a list"
+        case _:
+            return "an object"
+
+
+def _shown(value: Any) -> str:
+    """A value in at most 40 printable characters."""
+    shown = repr(value)
+    return shown if len(shown) <= 40 else shown[:37] + "..."

@@ -1,0 +1,178 @@
+"""Makes the directory of a tokenizer: trained on the user's text, or taken over from elsewhere.
+
+Apart from ``minimind/tokenizer.py`` so that a change here does not retrain a model that was given
+its tokenizer.
+"""
+
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from pydantic import Field
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from minimind.datasets.formats import parse_chat, parse_text, read_rows
+from minimind.errors import UserError
+from minimind.params import Section
+from minimind.tokenizer import CONTROL_TOKENS, END, PAD, START, TAGS, ChatTokenizer
+
+# The markers tell transformers which tokens the assistant wrote (return_assistant_tokens_mask).
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}"
+    "{%- else -%}"
+    "{{- message['content'] + '<|im_end|>' -}}"
+    "{%- endif -%}"
+    "{{- '\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+# Of a directory that is taken over: a checkpoint's holds weights too.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+SMALLEST_VOCAB = 256 + len(CONTROL_TOKENS) + len(TAGS)
+"""One piece for every byte, so that any text can be encoded, and the tokens added by name."""
+
+
+class TokenizerConfig(Section):
+    """The section ``tokenizer``; without effect on a tokenizer that is adopted."""
+
+    vocab_size: int = Field(ge=SMALLEST_VOCAB)
+
+
+_ADDED_PATTERN = re.compile("|".join(map(re.escape, CONTROL_TOKENS + TAGS)))
+_CHINESE = re.compile("[\u4e00-\u9fff]")
+
+
+def read_texts(source: Path) -> Iterator[str]:
+    """Texts of a JSONL file or folder of them: ``{"text"}`` rows, or each content of a chat.
+
+    Raises:
+        UserError: a row is neither; the message names file and line.
+    """
+
+    def parse(record: dict[str, Any]) -> list[str]:
+        if "text" in record:
+            return [parse_text(record)]
+        if "conversations" in record:
+            return [message["content"] for message in parse_chat(record)]
+        raise UserError('it has neither "text" nor "conversations"; a row must have one of them')
+
+    for row in read_rows(source, parse):
+        yield from row.value
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """A byte-level BPE of at most ``vocab_size`` pieces; fewer where the texts do not give more.
+
+    Ids 0, 1, 2 are the control tokens, the last four the tags. Digits are single pieces. A newline
+    is one too: so a turn's header and content encode the same together and apart.
+    """
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", behavior="isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False),
+        ]
+    )
+    # And no post-processor: one that trims offsets hides a leading space from transformers, which
+    # then leaves the whole assistant turn out of its mask.
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(TAGS),
+        special_tokens=[AddedToken(t, special=True, normalized=False) for t in CONTROL_TOKENS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    # Tokens added by name must not also be learned piece by piece.
+    pieces = (piece for text in texts for piece in _ADDED_PATTERN.split(text))
+    tokenizer.train_from_iterator(pieces, trainer)
+    # Not special: those vanish from text decoded with skip_special_tokens=True.
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: tokenizers.Tokenizer, directory: Path) -> None:
+    """Write a directory that transformers opens as ``PreTrainedTokenizerFast``.
+
+    Written by hand: transformers 5 writes a class name that transformers 4 refuses.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "bos_token": START,
+    }
+    _write_config(directory, config)
+
+
+def adopt_tokenizer(source: Path, directory: Path) -> None:
+    """Copy the files of an existing tokenizer; its chat template becomes ours.
+
+    Ours whatever it had: a checkpoint's template must be the one it was trained with.
+
+    Raises:
+        UserError: it lacks a control token, or one of its files is broken.
+    """
+    ChatTokenizer.load(source)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            # Contents only: DVC makes files of its cache read-only.
+            shutil.copyfile(source / name, directory / name)
+    config_file = source / "tokenizer_config.json"
+    config: Any = {}
+    if config_file.exists():
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{config_file} is not JSON: {error}.") from None
+        if not isinstance(config, dict):
+            raise UserError(f"{config_file} must hold a JSON object.")
+    # transformers 5 writes TokenizersBackend, which transformers 4 refuses.
+    if config.get("tokenizer_class") in (None, "TokenizersBackend"):
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _write_config(directory, config)
+
+
+def measure_tokenizer(tokenizer: ChatTokenizer, texts: Iterable[str]) -> dict[str, int | float]:
+    """Size of the vocabulary, and tokens per character in all and by language.
+
+    A text with any Chinese character counts as Chinese (``zh``), every other as English (``en``).
+    """
+    num_tokens, num_characters = Counter[str](), Counter[str]()
+    for text in texts:
+        language = "zh" if _CHINESE.search(text) else "en"
+        num_tokens[language] += len(tokenizer.encode_text(text))
+        num_characters[language] += len(text)
+    measured: dict[str, int | float] = {"vocab_size": tokenizer.vocab_size}
+    if num_tokens:
+        measured["tokens_per_character"] = num_tokens.total() / num_characters.total()
+    for language in sorted(num_tokens):
+        per_character = num_tokens[language] / num_characters[language]
+        measured[f"tokens_per_character_{language}"] = per_character
+    return measured
+
+
+def _write_config(directory: Path, config: dict[str, Any]) -> None:
+    config |= {"pad_token": PAD, "eos_token": END, "chat_template": CHAT_TEMPLATE}
+    content = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+    (directory / "tokenizer_config.json").write_text(content, encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")

@@ -1,0 +1,48 @@
+"""Encode a data set as token arrays."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minimind.datasets.encode import DataConfig, EncodeConfig, Format, encode_dataset
+from minimind.params import load_section
+from minimind.runtime.command import stage_app
+from minimind.tokenizer import ChatTokenizer
+
+app = stage_app("encode")
+
+
+@app.command()
+def main(
+    source: Annotated[Path, typer.Option(help="JSONL file, or a folder of *.jsonl shards.")],
+    tokenizer: Annotated[Path, typer.Option(help="Directory of the tokenizer.")],
+    data_format: Annotated[Format, typer.Option("--format", help="What a row is.")],
+    name: Annotated[str, typer.Option(help="The data set's section below encode.")],
+    output: Annotated[Path, typer.Option(help="Directory for the arrays.")],
+    metrics: Annotated[Path, typer.Option(help="JSON file for rows, tokens, shares.")],
+    params: Annotated[Path, typer.Option(help="Parameters.")] = Path("params.yaml"),
+) -> None:
+    """Check the rows of a JSONL data set and write them as memory-mapped arrays of tokens."""
+    data = load_section(params, "data", DataConfig)
+    config = load_section(params, f"encode.{name}", EncodeConfig)
+    counts = encode_dataset(
+        source,
+        output,
+        ChatTokenizer.load(tokenizer),
+        data_format,
+        config.max_length,
+        data.on_bad_row,
+    )
+    if counts.skipped_rows:
+        typer.echo(
+            f"encode: left out {counts.skipped_rows} rows: {output / 'skipped.jsonl'}", err=True
+        )
+    metrics.parent.mkdir(parents=True, exist_ok=True)
+    values = {"encode": {name: counts.metrics()}}
+    metrics.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,49 @@
+"""Train a tokenizer, or take over an existing one."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minimind.metrics import write_metrics
+from minimind.params import load_section
+from minimind.runtime.command import stage_app
+from minimind.tokenizer import ChatTokenizer
+from minimind.tokenizer_training import (
+    TokenizerConfig,
+    adopt_tokenizer,
+    measure_tokenizer,
+    read_texts,
+    save_tokenizer,
+    train_tokenizer,
+)
+
+app = stage_app("tokenizer")
+
+
+@app.command()
+def main(
+    source: Annotated[Path, typer.Option(help="JSONL, a folder of it, or a tokenizer to adopt.")],
+    output: Annotated[Path, typer.Option(help="Directory for the tokenizer.")],
+    metrics: Annotated[Path, typer.Option(help="JSON file for vocabulary and compression.")],
+    params: Annotated[Path, typer.Option(help="Parameters.")] = Path("params.yaml"),
+) -> None:
+    """Train a byte-level BPE on a JSONL source, or adopt the directory of a foreign tokenizer."""
+    config = load_section(params, "tokenizer", TokenizerConfig)
+    if (source / "tokenizer.json").is_file():
+        adopt_tokenizer(source, output)
+        measured = measure_tokenizer(ChatTokenizer.load(output), [])
+    else:
+        save_tokenizer(train_tokenizer(read_texts(source), config.vocab_size), output)
+        measured = measure_tokenizer(ChatTokenizer.load(output), read_texts(source))
+        if measured["vocab_size"] < config.vocab_size:
+            typer.echo(
+                f"tokenizer: {source} gives {measured['vocab_size']} pieces, "
+                f"fewer than tokenizer.vocab_size {config.vocab_size}.",
+                err=True,
+            )
+    write_metrics(metrics, "tokenizer", measured)
+
+
+if __name__ == "__main__":
+    app()

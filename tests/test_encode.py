@@ -1,0 +1,348 @@
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from minimind.datasets import encode
+from minimind.datasets.encode import encode_dataset, split_document
+from minimind.datasets.encoded import EncodedDataset
+from minimind.errors import UserError
+from minimind.tokenizer import ChatTokenizer, EncodedRow, Message
+from minimind.tokenizer_training import save_tokenizer, train_tokenizer
+from stages.encode import app
+
+SYSTEM: Message = {"role": "system", "content": "你是 helper"}
+
+
+def user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+CHATS = [
+    [user("2+3?"), assistant("5")],
+    [SYSTEM, user("小明有几个苹果？"), assistant("有15个。"), user("😀?"), assistant(" yes")],
+    [user("7-2?"), assistant("<think>7-2=5</think>\n<answer>5</answer>")],
+]
+TEXTS = ["Tom has 12 apples.\n", "小明有12个苹果，又买了3个。" * 20, "3"]
+PAIR_OF_LISTS = {
+    "chosen": [SYSTEM, *CHATS[2], user("a"), assistant("good"), user("b"), assistant("fine")],
+    "rejected": [SYSTEM, *CHATS[2], user("a"), assistant("bad")],
+}
+PAIRS = [{"prompt": "2+3?", "chosen": "It is 5.", "rejected": "5"}, PAIR_OF_LISTS]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(train_tokenizer([*TEXTS, "user assistant system tool"], 280), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory: Path) -> ChatTokenizer:
+    return ChatTokenizer.load(directory)
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def chat_rows(chats: Sequence[Sequence[Message]]) -> list[Any]:
+    return [{"conversations": list(chat)} for chat in chats]
+
+
+def rows_of(dataset: EncodedDataset) -> list[tuple[list[int], list[int]]]:
+    rows = [dataset.row(index) for index in range(dataset.rows)]
+    return [(ids.tolist(), classes.tolist()) for ids, classes in rows]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+class Stage:
+    """The encode stage on a folder of its own."""
+
+    def __init__(self, folder: Path, tokenizer: Path) -> None:
+        self.folder, self.tokenizer = folder, tokenizer
+        self.output = folder / "encoded" / "sft"
+        self.metrics_file = folder / "metrics" / "sft.json"
+
+    def run(
+        self,
+        rows: Sequence[Any],
+        data_format: str,
+        max_length: int = 512,
+        on_bad_row: str = "error",
+    ) -> Any:
+        params = {"data": {"on_bad_row": on_bad_row, "sft": "data/sft.jsonl"}}
+        params["encode"] = {"sft": {"max_length": max_length}}
+        (self.folder / "params.yaml").write_text(json.dumps(params))
+        source = write_rows(self.folder / "sft.jsonl", rows)
+        return CliRunner().invoke(
+            app,
+            [
+                *("--source", str(source), "--tokenizer", str(self.tokenizer)),
+                *("--format", data_format, "--name", "sft", "--output", str(self.output)),
+                *("--metrics", str(self.metrics_file)),
+                *("--params", str(self.folder / "params.yaml")),
+            ],
+        )
+
+    def encode(self, *arguments: Any) -> tuple[EncodedDataset, dict[str, float]]:
+        result = self.run(*arguments)
+        assert result.exit_code == 0, result.output
+        metrics = json.loads(self.metrics_file.read_text())["encode"]["sft"]
+        return EncodedDataset.open(self.output), metrics
+
+
+@pytest.fixture
+def stage(tmp_path: Path, directory: Path) -> Stage:
+    return Stage(tmp_path, directory)
+
+
+def test_chats(stage: Stage, tokenizer: ChatTokenizer) -> None:
+    dataset, metrics = stage.encode(chat_rows(CHATS), "chat")
+    expected = [tokenizer.encode_chat(chat) for chat in CHATS]
+    assert rows_of(dataset) == expected
+    assert (dataset.format, dataset.num_samples, dataset.max_length) == ("chat", 3, 512)
+    assert dataset.tokens.dtype == np.uint16
+    trained = [sum(c > 0 for c in classes) for _, classes in expected]
+    assert np.diff(dataset.trained_offsets).tolist() == trained
+    num_tokens = sum(len(ids) for ids, _ in expected)
+    assert metrics == {
+        "rows": 3,
+        "samples": 3,
+        "tokens": num_tokens,
+        "truncated_rows": 0,
+        "skipped_rows": 0,
+        "trained_share": float(f"{sum(trained) / num_tokens:.6g}"),
+    }
+
+
+def test_documents_are_split_and_every_token_is_predicted_once(
+    stage: Stage, tokenizer: ChatTokenizer
+) -> None:
+    dataset, metrics = stage.encode([{"text": text} for text in TEXTS], "text", 20)
+    rows = rows_of(dataset)
+    assert metrics["rows"] == 3 < metrics["samples"] == len(rows)
+    assert metrics["truncated_rows"] == 0
+    assert all(len(ids) <= 20 for ids, _ in rows)
+    assert all(classes == [0] + [1] * (len(ids) - 1) for ids, classes in rows)
+    predicted = [token for ids, _ in rows for token in ids[1:]]
+    assert predicted == [t for text in TEXTS for t in tokenizer.encode_document(text)[0][1:]]
+
+
+@pytest.mark.parametrize("num_tokens", range(2, 60))
+def test_split_pieces_overlap_by_their_context(num_tokens: int) -> None:
+    ids = list(range(num_tokens))
+    pieces = split_document(EncodedRow(ids, b"\0" + b"\1" * (num_tokens - 1)), 9)
+    assert pieces[0].ids[0] == 0
+    assert [token for piece in pieces for token in piece.ids[1:]] == ids[1:]
+    lengths = [len(piece.ids) for piece in pieces]
+    assert max(lengths) <= 9
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_long_chats_are_cut_at_their_end(stage: Stage, tokenizer: ChatTokenizer) -> None:
+    whole = [tokenizer.encode_chat(chat) for chat in CHATS]
+    max_length = len(whole[1][0]) - 5
+    dataset, metrics = stage.encode(chat_rows(CHATS), "chat", max_length)
+    assert rows_of(dataset) == [(ids[:max_length], c[:max_length]) for ids, c in whole]
+    assert metrics["truncated_rows"] == 1
+
+
+def test_reasoning_has_its_tags_in_class_2(stage: Stage, tokenizer: ChatTokenizer) -> None:
+    dataset, _ = stage.encode(chat_rows(CHATS[2:]), "reason")
+    tags = dataset.tokens[dataset.classes == 2].tolist()
+    assert tokenizer.decode(tags) == "<think></think><answer></answer>"
+    assert dataset.format == "chat"
+    result = stage.run(chat_rows(CHATS), "reason")
+    assert result.exit_code == 1
+    assert "sft.jsonl:1: turn 2 has the tags none" in result.stderr
+
+
+def test_preferences_compare_what_follows_the_shared_beginning(
+    stage: Stage, tokenizer: ChatTokenizer
+) -> None:
+    dataset, metrics = stage.encode(PAIRS, "preference")
+    assert (dataset.format, dataset.rows_per_sample) == ("preference", 2)
+    assert (dataset.rows, dataset.num_samples, metrics["samples"]) == (4, 2, 2)
+    compared = [
+        tokenizer.decode(ids[i] for i, c in enumerate(classes) if c)
+        for ids, classes in rows_of(dataset)
+    ]
+    # The assistant turn of the prompt is not compared, those after it are, all of them.
+    assert compared == ["It is 5.", "5", "goodfine", "bad"]
+    prompt = tokenizer.encode_prompt(PAIR_OF_LISTS["chosen"][:4])
+    for ids, _ in rows_of(dataset)[2:]:
+        assert ids[: len(prompt)] == prompt
+
+
+def test_bad_rows_stop_the_stage_and_leave_nothing(stage: Stage) -> None:
+    rows = [*chat_rows(CHATS), {"conversations": [user("a")]}]
+    result = stage.run(rows, "chat")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"encode: {stage.folder / 'sft.jsonl'}:4: conversations has no assistant turn; there must "
+        "be one to learn from (data.on_bad_row: skip leaves such rows out).\n"
+    )
+    assert list(stage.output.parent.iterdir()) == []
+    assert not stage.metrics_file.exists()
+
+
+def test_skipped_rows_are_counted_and_listed(stage: Stage, tokenizer: ChatTokenizer) -> None:
+    too_long = [user("1" * 60), assistant("5")]
+    rows = ["{", *chat_rows([CHATS[0], too_long]), {"text": "x"}, *chat_rows([CHATS[2]])]
+    dataset, metrics = stage.encode(rows, "chat", 60, "skip")
+    assert rows_of(dataset) == [tokenizer.encode_chat(CHATS[i]) for i in (0, 2)]
+    assert (metrics["rows"], metrics["samples"], metrics["skipped_rows"]) == (5, 2, 3)
+    assert metrics["truncated_rows"] == 0
+    lines = (stage.output / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    listed = [json.loads(line) for line in lines]
+    assert [row["line"] for row in listed] == [1, 3, 4]
+    assert {row["file"] for row in listed} == {str(stage.folder / "sft.jsonl")}
+    assert listed[1]["reason"].startswith("nothing to train on is left of it within 60 tokens")
+
+
+def test_a_pair_needs_something_to_compare_on_both_sides(stage: Stage) -> None:
+    pair = {"chosen": [user("a"), user("1" * 60), assistant("b")]}
+    pair["rejected"] = [user("a"), assistant("b")]
+    result = stage.run([pair], "preference", 60)
+    assert result.exit_code == 1
+    assert "sft.jsonl:1: nothing to train on is left" in result.stderr
+
+
+def test_no_usable_row_is_an_error_even_when_skipping(stage: Stage) -> None:
+    result = stage.run(["{", "[]"], "chat", 60, "skip")
+    assert result.exit_code == 1
+    assert "none of its 2 rows can be used" in result.stderr
+    assert not stage.output.exists()
+
+
+def test_a_failed_run_keeps_what_was_there(stage: Stage) -> None:
+    stage.encode(chat_rows(CHATS), "chat")
+    before = contents(stage.output)
+    assert stage.run(["{"], "chat").exit_code == 1
+    assert contents(stage.output) == before
+
+
+@pytest.mark.parametrize("batch_rows", [1, 2, 1000])
+def test_neither_batches_nor_shards_change_a_byte(
+    tmp_path: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch, batch_rows: int
+) -> None:
+    rows = chat_rows(CHATS * 7)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_rows(shards / "1.jsonl", rows[:10])
+    write_rows(shards / "2.jsonl", rows[10:])
+    whole = write_rows(tmp_path / "whole.jsonl", rows)
+    encode_dataset(whole, tmp_path / "whole", tokenizer, "chat", 64, "error")
+    monkeypatch.setattr(encode, "BATCH_ROWS", batch_rows)
+    encode_dataset(shards, tmp_path / "sharded", tokenizer, "chat", 64, "error")
+    assert contents(tmp_path / "whole") == contents(tmp_path / "sharded")
+
+
+def test_reading_stays_a_few_batches_ahead_of_writing(
+    tmp_path: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_read = num_written = most_ahead = 0
+    read_rows, write = encode.read_rows_and_bad_rows, encode._ArrayWriter.write
+
+    def counted_rows(*arguments: Any) -> Iterator[Any]:
+        nonlocal num_read, most_ahead
+        for row in read_rows(*arguments):
+            num_read += 1
+            most_ahead = max(most_ahead, num_read - num_written)
+            yield row
+
+    def counted_write(writer: Any, rows: Any) -> None:
+        nonlocal num_written
+        num_written += 1
+        write(writer, rows)
+
+    monkeypatch.setattr(encode, "read_rows_and_bad_rows", counted_rows)
+    monkeypatch.setattr(encode._ArrayWriter, "write", counted_write)
+    monkeypatch.setattr(encode, "BATCH_BYTES", 1000)
+    source = write_rows(tmp_path / "data.jsonl", [{"text": "1" * 100}] * 1000)
+    encode_dataset(source, tmp_path / "encoded", tokenizer, "text", 512, "error")
+    assert num_written == 1000
+    assert most_ahead <= 9 * (encode.BATCHES_AHEAD + 1)
+
+
+def test_large_vocabularies_have_wider_tokens(tmp_path: Path) -> None:
+    with encode._ArrayWriter(tmp_path, vocab_size=2**16 + 1) as arrays:
+        arrays.write([EncodedRow([0, 2**16], b"\0\1")])
+    assert arrays.token_dtype == "uint32"
+    assert np.fromfile(tmp_path / "tokens.bin", np.uint32).tolist() == [0, 2**16]
+
+
+def test_arrays_are_read_only(stage: Stage) -> None:
+    dataset, _ = stage.encode(chat_rows(CHATS), "chat")
+    ids, _ = dataset.row(0)
+    with pytest.raises(ValueError, match="read-only"):
+        ids[0] = 1
+
+
+@pytest.mark.parametrize("name", ["tokens", "classes", "offsets", "trained_offsets"])
+def test_a_file_cut_short_is_noticed(stage: Stage, name: str) -> None:
+    stage.encode(chat_rows(CHATS), "chat")
+    file = stage.output / f"{name}.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"{name}\.bin has \d+ bytes, but meta\.json calls for"):
+        EncodedDataset.open(stage.output)
+    file.unlink()
+    with pytest.raises(UserError, match=rf"{name}\.bin is missing"):
+        EncodedDataset.open(stage.output)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": "3"},
+        {"rows": 0},
+        {"token_dtype": "object"},
+        {"rows_per_sample": 3},
+        {"tokens": None},
+    ],
+)
+def test_a_damaged_meta_is_noticed(stage: Stage, change: dict[str, Any]) -> None:
+    stage.encode(chat_rows(CHATS), "chat")
+    file = stage.output / "meta.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=r"meta\.json is damaged"):
+        EncodedDataset.open(stage.output)
+
+
+def test_offsets_of_other_arrays_are_noticed(stage: Stage) -> None:
+    dataset, _ = stage.encode(chat_rows(CHATS), "chat")
+    offsets = dataset.offsets.copy()
+    offsets[-1] -= 1
+    (stage.output / "offsets.bin").write_bytes(offsets.tobytes())
+    with pytest.raises(UserError, match="does not agree with its meta"):
+        EncodedDataset.open(stage.output)
+
+
+def test_another_tokenizer_is_noticed(stage: Stage, tokenizer: ChatTokenizer) -> None:
+    dataset, _ = stage.encode(chat_rows(CHATS), "chat")
+    dataset.check_tokenizer(tokenizer.fingerprint, Path("models/sft"))
+    with pytest.raises(UserError, match="another tokenizer than that of models/sft"):
+        dataset.check_tokenizer("0" * 32, Path("models/sft"))
+
+
+def test_encoding_starts_without_torch_and_transformers() -> None:
+    heavy = "{'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    code = f"import sys, stages.encode, stages.tokenizer; sys.exit(str({heavy}) if {heavy} else 0)"
+    subprocess.run([sys.executable, "-c", code], check=True)
