@@ -37,7 +37,7 @@ SECTION: dict[str, Any] = {
     "num_eval_per_level": 200,
     "num_eval_text": 60,
     "sft_level_weights": [1, 1, 1, 0],
-    "sft_full_share": 0.5,
+    "sft_full_shares": [0.7, 0.3],
     "sft_two_turn_share": 0.25,
     "dpo_level_weights": [1, 1, 1, 0],
     "dpo_bare_share": 0.6,
@@ -361,6 +361,7 @@ def test_equations_are_right_and_follow_from_one_another(
 
 def test_sft_answers_are_right_in_two_styles(world: World) -> None:
     styles: Counter[str] = Counter()
+    styles_by_question: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     turns_of_chats: Counter[int] = Counter()
     for row in world["sft"]:
         turns = row["conversations"]
@@ -371,8 +372,12 @@ def test_sft_answers_are_right_in_two_styles(world: World) -> None:
             right = read_story(question["content"])[-1].after
             full = RESULT.fullmatch(answer["content"])
             styles["full" if full else "bare"] += 1
+            names_owner = bool(re.search(r"does \w+ have|一共", question["content"]))
+            styles_by_question[names_owner]["full" if full else "bare"] += 1
             assert (numbers(full) if full else [int(answer["content"])]) == [right]
     assert share(styles, "full") == pytest.approx(0.5, abs=0.05)
+    assert share(styles_by_question[True], "full") == pytest.approx(0.7, abs=0.05)
+    assert share(styles_by_question[False], "full") == pytest.approx(0.3, abs=0.05)
     assert share(turns_of_chats, 2) == pytest.approx(0.25, abs=0.05)
     assert set(turns_of_chats) == {1, 2}
 

@@ -54,7 +54,9 @@ class MiniWorldConfig(Section):
     num_eval_per_level: PositiveInt
     num_eval_text: PositiveInt
     sft_level_weights: LevelWeights
-    sft_full_share: Share  # answers in a full sentence; the others are a bare number
+    # Answers in a full sentence (the others are a bare number) to "How many does she have?" and
+    # to "How many are there?". Were both 0.5, chance would decide what greedy decoding prefers.
+    sft_full_shares: tuple[Share, Share]
     sft_two_turn_share: Share
     dpo_level_weights: LevelWeights
     dpo_bare_share: Share  # rejected for a bare number; the others for a wrong one
@@ -102,7 +104,7 @@ def sft_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -
         turns = []
         for _ in range(2 if rng.random() < config.sft_two_turn_share else 1):
             story = _training_story(space, rng, config.sft_level_weights, _language(index))
-            in_full = rng.random() < config.sft_full_share
+            in_full = rng.random() < config.sft_full_shares[story.question_kind]
             reply = story.sentence(story.answer) if in_full else str(story.answer)
             turns += _turn(story.prompt, reply)
         yield {"conversations": turns}

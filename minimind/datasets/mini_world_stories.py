@@ -17,7 +17,7 @@ class Language:
     has_boxes: str
     gains: tuple[str, ...]
     losses: tuple[str, ...]
-    questions: tuple[str, ...]
+    questions: tuple[str, str]  # about the person, about the things
     result: str
     more: str
     less: str
@@ -40,7 +40,7 @@ CHINESE = Language(
     has_boxes="{name}有{boxes}盒{item}，每盒{each}{unit}。",
     gains=("又买了{n}{unit}。", "捡到{n}{unit}。", "朋友送来{n}{unit}。", "又得到{n}{unit}。"),
     losses=("送出{n}{unit}。", "用掉{n}{unit}。", "丢了{n}{unit}。", "分给同学{n}{unit}。"),
-    questions=("现在有多少{unit}{item}？", "{name}现在一共有几{unit}{item}？"),
+    questions=("{name}现在一共有几{unit}{item}？", "现在有多少{unit}{item}？"),
     result="{name}现在有{n}{unit}{item}。",
     more="{a}比{b}大。",
     less="{a}比{b}小。",
@@ -90,6 +90,7 @@ class Story:
     problem: Problem
     language: Language
     statement: str  # what happened, without the question
+    question_kind: int  # index of Language.questions
     question: str
     result_start: str  # the answering sentence up to its number
     result_end: str
@@ -141,12 +142,14 @@ def tell(rng: random.Random, problem: Problem, language: Language) -> Story:
     for event in events:
         phrases = language.gains if event.operator == "+" else language.losses
         sentences.append(rng.choice(phrases).format(n=event.amount, **words))
+    question_kind = rng.randrange(len(language.questions))
     before_number, after_number = language.result.split("{n}")
     return Story(
         problem=problem,
         language=language,
         statement=language.sentence_separator.join(sentences),
-        question=rng.choice(language.questions).format(**words),
+        question_kind=question_kind,
+        question=language.questions[question_kind].format(**words),
         result_start=before_number.format(**words),
         result_end=after_number.format(**words),
     )
