@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from minimind.checkpoint import load_config, load_model
+from minimind.checkpoint import WEIGHTS, load_config, load_model
 from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import UserError
 from minimind.model.transformer import Output, PackedTokens
@@ -84,14 +84,9 @@ def _is_ours(directory: Path) -> bool:
         raise UserError(f"{path} is missing; {directory} is not a model's directory.") from None
     except (ValueError, KeyError, AttributeError):
         raise UserError(f"{path} is not the configuration of a model.") from None
-    if asked != {
-        "model_type": "llama",
-        "tied": True,
-        "activation": "silu",
-        "biases": False,
-        "rope": "default",
-    }:
-        return False
+    llama = {"model_type": "llama", "tied": True, "activation": "silu", "biases": False}
+    if asked != llama | {"rope": "default"} or not (directory / WEIGHTS).exists():
+        return False  # without that file the weights are in shards
     try:
         shape = load_config(directory)
     except UserError:

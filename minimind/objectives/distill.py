@@ -49,8 +49,8 @@ class Distill:
 
     Both distributions of the divergence are taken at the temperature T (arXiv:1503.02531, sec. 2);
     T² keeps its gradient's size. `teacher` runs beside the student, over the whole vocabulary;
-    without it, `batch.extras` hold the teacher's buckets. With alpha = 1 the teacher is only
-    measured against, and the loss is that of plain fine-tuning.
+    without it, `batch.extras` hold the teacher's buckets. With alpha = 1 this is fine-tuning
+    without a teacher: it is not looked at in training, only measured against in validation.
     """
 
     alpha: float
@@ -60,17 +60,13 @@ class Distill:
     def __call__(self, model: nn.Module, batch: PackedBatch, progress: float) -> Loss:
         logits = model(batch.tokens, batch.predict_at).logits
         cross_entropy = -token_logprobs(logits, batch.targets).sum()
-        divergence = self._divergence(logits if self.alpha < 1 else logits.detach(), batch)
         loss = self.alpha * cross_entropy
-        if self.alpha < 1:
+        metrics = {"ce": Term(cross_entropy.detach(), "tokens")}
+        if self.alpha < 1 or not model.training:
+            divergence = self._divergence(logits, batch)
             loss = loss + (1 - self.alpha) * self.temperature**2 * divergence
-        return Loss(
-            terms={"distill": Term(loss, "tokens")},
-            metrics={
-                "ce": Term(cross_entropy.detach(), "tokens"),
-                "kl": Term(divergence.detach(), "tokens"),
-            },
-        )
+            metrics["kl"] = Term(divergence.detach(), "tokens")
+        return Loss({"distill": Term(loss, "tokens")}, metrics)
 
     def _divergence(self, logits: Tensor, batch: PackedBatch) -> Tensor:
         if self.teacher is not None:
