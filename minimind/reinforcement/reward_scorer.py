@@ -1,0 +1,125 @@
+"""Scores of conversations by a reward model: any AutoModelForSequenceClassification."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minimind.errors import UserError
+from minimind.reinforcement.rewards import Sample
+
+ROWS_AT_A_TIME = 64
+_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})")
+
+
+class RewardScorer:
+    """A reward model with its own tokenizer and chat template.
+
+    It reads prompt and completion as a chat of a user's and an assistant's turn. A model that
+    brings code of its own may instead have ``get_scores(tokenizer, chats)``, as InternLM2's
+    reward models do.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, device: torch.device) -> None:
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.tokenizer, self.device = tokenizer, device
+        self.tokenizer.padding_side = "right"
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        """The score of each sample; higher is better, without bounds."""
+        scores: list[float] = []
+        for start in range(0, len(samples), ROWS_AT_A_TIME):
+            chats = [
+                [
+                    {"role": "user", "content": sample.prompt},
+                    {"role": "assistant", "content": sample.completion},
+                ]
+                for sample in samples[start : start + ROWS_AT_A_TIME]
+            ]
+            scores += self._scores(chats)
+        return scores
+
+    def _scores(self, chats: list[list[dict[str, str]]]) -> list[float]:
+        with torch.no_grad():
+            if hasattr(self.model, "get_scores"):
+                return [float(score) for score in self.model.get_scores(self.tokenizer, chats)]
+            inputs = self.tokenizer.apply_chat_template(
+                chats, return_tensors="pt", return_dict=True, padding=True
+            )
+            logits = self.model(
+                input_ids=inputs["input_ids"].to(self.device),
+                attention_mask=inputs["attention_mask"].to(self.device),
+            ).logits
+        return logits[:, 0].float().tolist()
+
+
+def load_reward_model(
+    directory: Path, hub_id: str | None, trust_remote_code: bool, device: torch.device
+) -> RewardScorer:
+    """Load a reward model from a directory or, if given, from the Hugging Face hub.
+
+    hub_id: as in ``owner/name@<commit>``, so that it names one content for ever.
+    trust_remote_code: whether Python code that comes with the model may run.
+
+    Raises:
+        UserError: there is no such model, it is no reward model with one score, its tokenizer
+            has no chat template, or it brings code and that is not allowed.
+    """
+    # Imported here: it takes a second, and most runs have no reward model.
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    source, options = _source(directory, hub_id)
+    options |= {"trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        # Weights as safetensors alone: nothing is unpickled.
+        options |= {"use_safetensors": True, "dtype": torch.float32}
+        model = _auto_class(transformers, config).from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the reward model {hub_id or directory} cannot be loaded: {reason}"
+        ) from None
+    if not hasattr(model, "get_scores"):
+        if model.config.num_labels != 1:
+            raise UserError(
+                f"the reward model {hub_id or directory} has {model.config.num_labels} labels; "
+                "a reward model has 1."
+            )
+        if tokenizer.chat_template is None:
+            raise UserError(
+                f"the tokenizer of {hub_id or directory} has no chat template; add one."
+            )
+        if model.config.pad_token_id is None or tokenizer.pad_token_id != model.config.pad_token_id:
+            raise UserError(
+                f"{hub_id or directory}: pad_token_id of the model and of its tokenizer must be "
+                "the same; scores are read before the padding."
+            )
+    return RewardScorer(model, tokenizer, device)
+
+
+def _source(directory: Path, hub_id: str | None) -> tuple[str, dict[str, Any]]:
+    if hub_id is None:
+        if not (directory / "config.json").is_file():
+            raise UserError(
+                f"{directory / 'config.json'} is missing; run the stage `reward` first."
+            )
+        return str(directory), {"local_files_only": True}
+    match = _HUB_ID.fullmatch(hub_id)
+    if match is None:
+        raise UserError(
+            f"hub_reward_model is {hub_id!r}; it must be owner/name@ and the 40 digits of a commit."
+        )
+    return match["name"], {"revision": match["commit"]}
+
+
+def _auto_class(transformers: Any, config: Any) -> Any:
+    """Models with code of their own say by which class they are loaded."""
+    own = getattr(config, "auto_map", None) or {}
+    if "AutoModel" in own and "AutoModelForSequenceClassification" not in own:
+        return transformers.AutoModel
+    return transformers.AutoModelForSequenceClassification

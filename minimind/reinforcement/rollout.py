@@ -1,0 +1,138 @@
+"""Rollouts: completions sampled from the policy, and their log-probabilities under a model.
+
+Shapes: B completions (rows), M tokens of all completions.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minimind.datasets.batches import Counts, PackedBatch
+from minimind.generate import Sampling, generate
+from minimind.model.transformer import PackedTokens, Transformer
+from minimind.objectives.loss import token_logprobs
+from minimind.training.precision import DType, autocast
+
+
+class Rollout(NamedTuple):
+    """Sampled completions, an entry a row; the rows of a prompt follow one another."""
+
+    prompts: list[list[int]]  # ids
+    completions: list[list[int]]  # ids, up to and including the end token if there is one
+    finished: list[bool]  # whether there is one
+    logprobs: list[list[float]]  # of the completions' tokens, at the sampling temperature
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all completions."""
+        return sum(map(len, self.completions))
+
+    def rows(self, start: int, end: int) -> "Rollout":
+        """Some of the rows."""
+        span = slice(start, end)
+        return Rollout(
+            self.prompts[span], self.completions[span], self.finished[span], self.logprobs[span]
+        )
+
+
+class SamplingConfig(NamedTuple):
+    """How completions are drawn."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    dtype: DType
+    seed: int
+    end_id: int
+
+
+def sample(
+    model: Transformer,
+    prompts: Sequence[list[int]],
+    num_samples: int,
+    config: SamplingConfig,
+    first_key: int,
+) -> Rollout:
+    """Complete every prompt `num_samples` times.
+
+    Row i draws with the key `first_key + i`: no state is carried from step to step, so there is
+    none to lose.
+    """
+    num_rows = len(prompts) * num_samples
+    sampling = Sampling(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+        rows=range(first_key, first_key + num_rows),
+    )
+    completions = generate(
+        model,
+        prompts,
+        max_new_tokens=config.max_new_tokens,
+        end_id=config.end_id,
+        dtype=config.dtype,
+        sampling=sampling,
+        num_samples_per_prompt=num_samples,
+        with_logprobs=True,
+    )
+    assert completions.logprobs is not None
+    repeated = [prompt for prompt in prompts for _ in range(num_samples)]
+    return Rollout(repeated, completions.ids, completions.finished, completions.logprobs)
+
+
+def pack_completions(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    extras: Mapping[str, Tensor],
+) -> PackedBatch:
+    """Prompts and their completions laid end to end; the completions' tokens are trained on.
+
+    extras: values of rows [B, ..] or of completion tokens [M, ..].
+    """
+    prompt_lengths = np.array([len(prompt) for prompt in prompts])
+    lengths = prompt_lengths + [len(completion) for completion in completions]
+    boundaries = np.append(0, np.cumsum(lengths))
+    ids = np.concatenate([[*p, *c] for p, c in zip(prompts, completions, strict=True)])
+    row_of_token = np.repeat(np.arange(len(lengths)), lengths)
+    positions = np.arange(len(ids)) - boundaries[row_of_token]
+    trained = np.flatnonzero(positions >= prompt_lengths[row_of_token])
+    assert prompt_lengths.min() > 0, "a row's first token cannot be predicted"
+    return PackedBatch(
+        tokens=PackedTokens(
+            ids=torch.from_numpy(ids),
+            positions=torch.from_numpy(positions),
+            boundaries=torch.from_numpy(boundaries.astype(np.int32)),
+            longest=int(lengths.max()),
+        ),
+        predict_at=torch.from_numpy(trained - 1),
+        targets=torch.from_numpy(ids[trained]),
+        is_tag=torch.zeros(len(trained), dtype=torch.bool),
+        row_of_target=torch.from_numpy(row_of_token[trained]),
+        counts=Counts(tokens=len(trained), rows=len(lengths), samples=len(lengths)),
+        rows=np.arange(len(lengths)),
+        extras=dict(extras),
+    )
+
+
+def completion_logprobs(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    temperature: float,
+    dtype: DType,
+    rows_at_a_time: int,
+) -> list[Tensor]:
+    """Log-probabilities of completions under `model`: a float32 tensor a row, on the CPU."""
+    device = model.model.embed_tokens.weight.device
+    scored: list[Tensor] = []
+    for start in range(0, len(prompts), rows_at_a_time):
+        span = slice(start, start + rows_at_a_time)
+        batch = pack_completions(prompts[span], completions[span], {}).to(device)
+        with torch.no_grad(), autocast(device, dtype):
+            logits = model(batch.tokens, batch.predict_at).logits
+        logprobs = token_logprobs(logits / temperature, batch.targets).cpu()
+        scored += logprobs.split([len(completion) for completion in completions[span]])
+    return scored

@@ -1,0 +1,50 @@
+"""Putting an environment together from what a stage is given."""
+
+from pathlib import Path
+
+import torch
+
+from minimind.model.transformer import Transformer
+from minimind.reinforcement.environment import Environment
+from minimind.reinforcement.loop import ReinforcementConfig
+from minimind.reinforcement.prompts import load_prompts
+from minimind.reinforcement.reward_scorer import load_reward_model
+from minimind.reinforcement.rewards import Rewards, load_custom_reward
+from minimind.reinforcement.rollout import SamplingConfig
+from minimind.tokenizer import ChatTokenizer
+
+
+def build_environment(
+    config: ReinforcementConfig,
+    model: Transformer,
+    tokenizer: ChatTokenizer,
+    prompts: Path,
+    reward_model: Path,
+    custom_reward: Path,
+    device: torch.device,
+) -> Environment:
+    """Prompts, sampling and those rewards that have a weight.
+
+    Raises:
+        UserError: prompts, reward model or custom reward cannot be used.
+    """
+    weights = config.rewards.weights()
+    max_positions = model.config.max_positions
+    loaded = load_prompts(prompts, tokenizer, max_positions, needs_answers="answer" in weights)
+    rewards = Rewards(
+        config.rewards,
+        config.max_new_tokens,
+        load_reward_model(reward_model, config.hub_reward_model, config.trust_remote_code, device)
+        if "reward_model" in weights
+        else None,
+        load_custom_reward(custom_reward) if "custom" in weights else None,
+    )
+    sampling = SamplingConfig(
+        config.temperature,
+        config.top_p,
+        config.max_new_tokens,
+        config.dtype,
+        config.seed,
+        tokenizer.end_id,
+    )
+    return Environment(loaded, tokenizer, sampling, rewards)

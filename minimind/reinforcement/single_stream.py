@@ -1,0 +1,87 @@
+"""Single-stream Policy Optimization (SPO, arXiv:2509.13232): one completion a prompt, no groups."""
+
+import numpy as np
+from torch import Tensor
+
+from minimind.model.transformer import Transformer
+from minimind.reinforcement.advantages import Values, single_stream_advantages
+from minimind.reinforcement.environment import Environment
+from minimind.reinforcement.prompts import Draws, Indices
+from minimind.reinforcement.rollout import Rollout, completion_logprobs
+from minimind.reinforcement.tracker import TrackerConfig, ValueTracker, Visit, mean_change
+from minimind.runtime.run import Run
+
+ROWS_AT_A_TIME = 512
+# Keys of the noise of initial samples, far from those of any step.
+INITIAL_KEYS = 2**48
+
+
+class SingleStream:
+    """Uncertain prompts first, one completion each, advantages over the tracked values."""
+
+    num_samples = 1
+
+    def __init__(self, draws: Draws, config: TrackerConfig) -> None:
+        self.draws, self.config = draws, config
+        self.tracker = ValueTracker(config, draws.num_prompts)
+
+    def start(self, model: Transformer, environment: Environment, run: Run) -> None:
+        """Try every prompt a few times to see what can be expected of it."""
+        num_samples = self.config.initial_samples
+        prompts_at_a_time = max(1, ROWS_AT_A_TIME // num_samples)
+        for first in range(0, self.draws.num_prompts, prompts_at_a_time):
+            run.raise_if_stopped("before the first step")
+            indices = np.arange(first, min(first + prompts_at_a_time, self.draws.num_prompts))
+            first_key = INITIAL_KEYS + first * num_samples
+            rollout = environment.rollout(model, indices, num_samples, first_key)
+            rewards = environment.rewards
+            scaled = rewards.scaled(rewards.total(environment.judge(indices, rollout)))
+            visits = _visits(rollout)[num_samples - 1 :: num_samples]
+            self.tracker.initialize(indices, scaled.reshape(-1, num_samples), visits)
+
+    def draw(self, step: int) -> Indices:
+        return self.draws.by_weight(step, self.tracker.weights())
+
+    def advantages(
+        self,
+        model: Transformer,
+        environment: Environment,
+        indices: Indices,
+        rollout: Rollout,
+        rewards: Values,
+    ) -> tuple[Values, dict[str, float]]:
+        """Advantages [B] over the values so far; then the tracker learns of the rewards."""
+        scaled = environment.rewards.scaled(rewards)
+        values = self.tracker.values()[indices]
+        advantages = single_stream_advantages(scaled, values)
+        change = self._change(model, environment, indices)
+        rho = self.tracker.update(indices, scaled, change, _visits(rollout))
+        return advantages, {
+            "value": float(values.mean()),
+            "value_error": float(np.abs(scaled - values).mean()),
+            "change": float(change.mean()),
+            "rho": float(rho.mean()),
+        }
+
+    def _change(self, model: Transformer, environment: Environment, indices: Indices) -> Values:
+        """How far the policy has moved on each prompt since it last answered it."""
+        visits = [self.tracker.visits[index] for index in indices]
+        now = completion_logprobs(
+            model,
+            [environment.prompts[index].ids for index in indices],
+            [visit.completion for visit in visits],
+            environment.sampling.temperature,
+            environment.sampling.dtype,
+            ROWS_AT_A_TIME,
+        )
+        return np.array([mean_change(v.logprobs, n) for v, n in zip(visits, now, strict=True)])
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return self.tracker.state_tensors()
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.tracker.load_state_tensors(tensors)
+
+
+def _visits(rollout: Rollout) -> list[Visit]:
+    return [Visit(ids, p) for ids, p in zip(rollout.completions, rollout.logprobs, strict=True)]

@@ -1,0 +1,60 @@
+"""Group Relative Policy Optimization: sample several answers, learn from the better ones."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import Field
+
+from minimind.checkpoint import load_model, save_checkpoint
+from minimind.metrics import write_curve, write_metrics
+from minimind.params import load_section
+from minimind.reinforcement.group_relative import GroupRelative
+from minimind.reinforcement.loop import ReinforcementConfig, reinforce, summary
+from minimind.reinforcement.prompts import Draws
+from minimind.reinforcement.setup import build_environment
+from minimind.runtime.command import stage_app
+from minimind.runtime.run import start_run
+from minimind.tokenizer import ChatTokenizer
+
+app = stage_app("grpo")
+
+
+class GrpoConfig(ReinforcementConfig):
+    """The `grpo` section."""
+
+    num_generations: int = Field(ge=2)  # completions of each prompt
+
+
+@app.command()
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="where to start from, and the reference")],
+    prompts: Annotated[Path, typer.Option(help="JSONL of prompts and answers")],
+    reward_model: Annotated[Path, typer.Option(help="a directory")],
+    custom_reward: Annotated[Path, typer.Option(help="a Python file")],
+    output: Annotated[Path, typer.Option()],
+    metrics: Annotated[Path, typer.Option()],
+    curve: Annotated[Path, typer.Option()],
+    params: Annotated[Path, typer.Option()] = Path("params.yaml"),
+) -> None:
+    """Train on sampled completions, each compared with the others of its prompt."""
+    config = load_section(params, "grpo", GrpoConfig)
+    inputs = [checkpoint, prompts, reward_model, custom_reward]
+    with start_run("grpo", params, {"grpo": config}, inputs) as run:
+        model, tokenizer = load_model(checkpoint), ChatTokenizer.load(checkpoint)
+        environment = build_environment(
+            config, model, tokenizer, prompts, reward_model, custom_reward, run.device
+        )
+        prompts_per_step = config.batch_size * config.accumulation_steps
+        draws = Draws(len(environment.prompts), prompts_per_step, config.seed)
+        # Dr. GRPO does without the division, which favours prompts that are almost always solved.
+        method = GroupRelative(draws, config.num_generations, config.loss_type != "dr_grpo")
+        history = reinforce(model, environment, method, config, run)
+        with run.saving(metrics):
+            save_checkpoint(output, model, checkpoint)
+            write_curve(curve, history.curve)
+            write_metrics(metrics, "grpo", summary(history))
+
+
+if __name__ == "__main__":
+    app()

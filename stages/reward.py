@@ -1,0 +1,54 @@
+"""A reward model: learn from preference pairs to score a conversation."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minimind.checkpoint import load_model, require_same_tokenizer
+from minimind.datasets.encoded import EncodedDataset
+from minimind.metrics import write_curve, write_metrics
+from minimind.model.reward import RewardModel
+from minimind.objectives.reward_model import PairwiseReward
+from minimind.params import load_section
+from minimind.reward_checkpoint import save_reward_model
+from minimind.runtime.command import stage_app
+from minimind.runtime.run import start_run
+from minimind.training.fit import FitConfig, fit, summary
+
+app = stage_app("reward")
+
+
+class RewardConfig(FitConfig):
+    """The `reward` section."""
+
+    init: str  # the checkpoint to start from: models/<init>
+
+
+@app.command()
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="where to start from")],
+    preferences: Annotated[Path, typer.Option(help="encoded preference pairs")],
+    output: Annotated[Path, typer.Option()],
+    metrics: Annotated[Path, typer.Option()],
+    curve: Annotated[Path, typer.Option()],
+    params: Annotated[Path, typer.Option()] = Path("params.yaml"),
+) -> None:
+    """Train a score that is higher for the chosen side of a pair."""
+    config = load_section(params, "reward", RewardConfig)
+    with start_run("reward", params, {"reward": config}, [checkpoint, preferences]) as run:
+        model = RewardModel(load_model(checkpoint))
+        dataset = EncodedDataset.open(preferences)
+        require_same_tokenizer(checkpoint, dataset)
+        history = fit(model, PairwiseReward(), dataset, config, run)
+        results = summary(history)
+        if "val_accuracy" in results:
+            results["pair_accuracy"] = results.pop("val_accuracy")
+        with run.saving(metrics):
+            save_reward_model(output, model, checkpoint)
+            write_curve(curve, history.curve)
+            write_metrics(metrics, "reward", results)
+
+
+if __name__ == "__main__":
+    app()

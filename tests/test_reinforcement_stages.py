@@ -1,0 +1,444 @@
+"""Reinforcement end to end: the stages' commands, learning, resuming, reward models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner, Result
+
+from minimind.checkpoint import load_model, save_checkpoint
+from minimind.datasets.encode import encode_dataset
+from minimind.datasets.encoded import EncodedDataset
+from minimind.errors import Stopped, UserError
+from minimind.params import load_section
+from minimind.reinforcement.environment import Environment
+from minimind.reinforcement.group_relative import GroupRelative
+from minimind.reinforcement.loop import reinforce
+from minimind.reinforcement.prompts import Draws, load_prompts
+from minimind.reinforcement.reward_scorer import load_reward_model
+from minimind.reinforcement.rewards import Rewards, Sample
+from minimind.reinforcement.rollout import SamplingConfig, completion_logprobs
+from minimind.reinforcement.single_stream import SingleStream
+from minimind.runtime.run import start_run
+from minimind.tokenizer import ChatTokenizer
+from minimind.tokenizer_training import SMALLEST_VOCAB, save_tokenizer, train_tokenizer
+from stages import grpo, reward, spo
+from tests.tiny import tiny_model
+
+SHARED: dict[str, Any] = {
+    "init": "start",
+    "seed": 3,
+    "epochs": 100.0,
+    "max_steps": 4,
+    "batch_size": 3,
+    "accumulation_steps": 2,
+    "updates_per_rollout": 2,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "max_new_tokens": 6,
+    "loss_type": "grpo",
+    "epsilon": 0.2,
+    "beta": 0.02,
+    "schedule": "constant",
+    "warmup_steps": 0,
+    "curve_interval": 1,
+    "optimizer": "adamw",
+    "lr": 1e-2,
+    "muon_lr": 1e-2,
+    "weight_decay": 0.0,
+    "beta2": 0.95,
+    "grad_clip": 1.0,
+    "dtype": "float32",
+    "reward_model": "models/reward",
+    "hub_reward_model": None,
+    "trust_remote_code": False,
+    "custom_reward": "custom.py",
+}
+REWARDS = {
+    "format": 0.0,
+    "answer": 0.0,
+    "length": 0.0,
+    "repetition": 0.0,
+    "reward_model": 0.0,
+    "custom": 1.0,
+    "free_length": 3,
+    "repetition_ngram": 2,
+    "reward_model_clip": 3.0,
+}
+TRACKER = {
+    "d_half": 0.06,
+    "rho_min": 0.5,
+    "rho_max": 0.96,
+    "initial_samples": 2,
+    "exploration": 0.05,
+}
+GRPO = SHARED | {"num_generations": 4, "rewards": REWARDS}
+SPO = SHARED | {"tracker": TRACKER, "rewards": REWARDS}
+REWARD: dict[str, Any] = {
+    "init": "start",
+    "seed": 1,
+    "epochs": 6.0,
+    "max_steps": 0,
+    "batch_size": 8,
+    "accumulation_steps": 1,
+    "optimizer": "adamw",
+    "lr": 3e-3,
+    "muon_lr": 3e-3,
+    "weight_decay": 0.0,
+    "beta2": 0.95,
+    "grad_clip": 1.0,
+    "schedule": "cosine",
+    "warmup_steps": 0,
+    "dtype": "float32",
+    "validation_share": 0.25,
+    "eval_interval": 100,
+    "patience": 0,
+    "min_delta": 0.0,
+    "curve_interval": 5,
+    "gradient_checkpointing": False,
+}
+# A random model writes any bytes; the share of ASCII among them can only be learned.
+CUSTOM = """
+def score(prompt, completion, answer):
+    return sum(c.isascii() for c in completion) / max(1, len(completion))
+"""
+OPTIONS = ["checkpoint", "prompts", "reward-model", "custom-reward", "output", "metrics", "curve"]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch) -> Path:
+    """A folder with a tokenizer, a random checkpoint, prompts, a custom reward, and params."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    save_tokenizer(train_tokenizer(["3+4=7 小明"], SMALLEST_VOCAB), Path("models/tokenizer"))
+    model = tiny_model(vocab_size=SMALLEST_VOCAB)
+    save_checkpoint(Path("models/start"), model, Path("models/tokenizer"))
+    Path("models/reward").mkdir()
+    (Path("models/reward") / "none").touch()
+    rows = [{"prompt": f"{a}+{b}?", "answer": str(a + b)} for a in range(4) for b in range(5)]
+    write_jsonl(Path("prompts.jsonl"), rows)
+    Path("custom.py").write_text(CUSTOM)
+    write_params()
+    return tmp_path
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_params(**changes: Any) -> None:
+    params = {"grpo": GRPO, "spo": SPO, "reward": REWARD}
+    for name, section in changes.items():
+        params[name] = params[name] | section
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+
+
+def run_stage(stage: str, output: str = "out") -> Result:
+    values = ["models/start", "prompts.jsonl", "models/reward", "custom.py"]
+    values += [f"models/{output}", f"{output}.json", f"{output}.csv"]
+    arguments = [x for option, v in zip(OPTIONS, values, strict=True) for x in (f"--{option}", v)]
+    return CliRunner().invoke({"grpo": grpo, "spo": spo}[stage].app, arguments)
+
+
+def outputs(output: str = "out") -> dict[str, bytes]:
+    files = [Path(f"{output}.json"), Path(f"{output}.csv"), *Path(f"models/{output}").iterdir()]
+    return {file.name.removeprefix(output): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("stage", ["grpo", "spo"])
+def test_a_stage_writes_a_checkpoint_metrics_and_a_curve_the_same_every_time(
+    project: Path, stage: str
+) -> None:
+    parts = REWARDS | {"format": 0.2, "answer": 1.0, "length": 0.1, "repetition": 0.1}
+    write_params(**{stage: {"rewards": parts}})
+    result = run_stage(stage)
+    assert result.exit_code == 0, result.output
+    load_model(Path("models/out"))
+    assert ChatTokenizer.load(Path("models/out")).vocab_size == SMALLEST_VOCAB
+    metrics = json.loads(Path("out.json").read_text())[stage]
+    assert metrics["steps"] == 4
+    assert {"first_reward", "reward", "kl", "completion_length", "unfinished"} <= set(metrics)
+    header, *rows = Path("out.csv").read_text().splitlines()
+    assert len(rows) == 4
+    columns = header.split(",")
+    assert columns[0] == "step"
+    named = {f"reward_{name}" for name in ("format", "answer", "length", "repetition", "custom")}
+    own = {"grpo": {"groups_without_signal"}, "spo": {"value", "rho", "change"}}[stage]
+    assert named | own | {"kl", "clip_share", "entropy", "lr", "grad_norm"} <= set(columns)
+    assert run_stage(stage, "again").exit_code == 0
+    assert outputs("again") == outputs("out")
+
+
+@pytest.mark.parametrize("stage", ["grpo", "spo"])
+def test_learning_raises_the_reward(project: Path, stage: str) -> None:
+    write_params(**{stage: {"max_steps": 20, "beta": 0.0, "batch_size": 10}})
+    assert run_stage(stage).exit_code == 0
+    metrics = json.loads(Path("out.json").read_text())[stage]
+    assert metrics["reward"] > metrics["first_reward"] + 0.3
+    assert "kl" not in metrics
+
+
+def environment_of(config: Any) -> Environment:
+    tokenizer = ChatTokenizer.load(Path("models/start"))
+    prompts = load_prompts(Path("prompts.jsonl"), tokenizer, 128, needs_answers=True)
+    rewards = Rewards(config.rewards, config.max_new_tokens, custom=ascii_share)
+    sampling = SamplingConfig(
+        config.temperature, config.top_p, config.max_new_tokens, "float32", 3, tokenizer.end_id
+    )
+    return Environment(prompts, tokenizer, sampling, rewards)
+
+
+def ascii_share(prompt: str, completion: str, answer: str | None) -> float:
+    return sum(c.isascii() for c in completion) / max(1, len(completion))
+
+
+def train(stage: str, stop_after: int | None) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    """Weights and method state, and the curve; stopped and started again if so asked."""
+    section = {"grpo": grpo.GrpoConfig, "spo": spo.SpoConfig}[stage]
+    config = load_section(Path("params.yaml"), stage, section)
+    model = load_model(Path("models/start"))
+    environment = environment_of(config)
+    draws = Draws(len(environment.prompts), config.batch_size, config.seed)
+    method: Any = (
+        GroupRelative(draws, config.num_generations, True)
+        if isinstance(config, grpo.GrpoConfig)
+        else SingleStream(draws, config.tracker)
+    )
+    with start_run(stage, Path("params.yaml"), {stage: config}, [Path("models/start")]) as run:
+        draw = method.draw
+
+        def draw_or_be_stopped(step: int) -> np.ndarray:
+            if stop_after is not None and step == stop_after - 1:
+                run.stop.signal = 15
+            return draw(step)
+
+        method.draw = draw_or_be_stopped
+        history = reinforce(model, environment, method, config, run)
+    state = dict(model.state_dict()) | method.state_tensors()
+    return {name: tensor.clone() for name, tensor in state.items()}, history.curve
+
+
+@pytest.mark.parametrize("stage", ["grpo", "spo"])
+def test_a_run_that_was_stopped_twice_ends_as_if_it_had_not_been(project: Path, stage: str) -> None:
+    # A window of three steps is open at both stops.
+    write_params(**{stage: {"max_steps": 7, "curve_interval": 3, "schedule": "linear"}})
+    state, curve = train(stage, None)
+    for stop_after in (2, 5):
+        with pytest.raises(Stopped, match=f"at step {stop_after} of 7"):
+            train(stage, stop_after)
+    resumed_state, resumed_curve = train(stage, None)
+    # The order of the columns too: it decides the file's bytes.
+    assert [list(row.items()) for row in resumed_curve] == [list(row.items()) for row in curve]
+    assert set(resumed_state) == set(state)
+    for name, tensor in state.items():
+        assert torch.equal(resumed_state[name], tensor), name
+
+
+def test_spo_compares_a_reward_with_the_value_before_it(project: Path) -> None:
+    config = load_section(Path("params.yaml"), "spo", spo.SpoConfig)
+    environment = environment_of(config)
+    model = load_model(Path("models/start"))
+    draws = Draws(len(environment.prompts), 6, 3)
+    method = SingleStream(draws, config.tracker)
+    with start_run("spo", Path("params.yaml"), {"spo": config}, []) as run:
+        method.start(model, environment, run)
+    indices = method.draw(0)
+    before = {"a": method.tracker.a.copy(), "values": method.tracker.values()[indices]}
+    visits = [method.tracker.visits[i] for i in indices]
+    assert all(visit.completion for visit in visits)
+
+    # A policy that has moved since, so that the past is worth less.
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.3)
+    rollout = environment.rollout(model, indices, 1, first_key=0)
+    rewards = environment.rewards.total(environment.judge(indices, rollout))
+    scaled = environment.rewards.scaled(rewards)
+    advantages, numbers = method.advantages(model, environment, indices, rollout, rewards)
+
+    np.testing.assert_allclose(advantages, scaled - before["values"])  # six: not normalized
+    prompts = [environment.prompts[i].ids for i in indices]
+    now = completion_logprobs(model, prompts, [v.completion for v in visits], 1.0, "float32", 6)
+    change = [
+        np.abs(n.numpy() - np.array(v.logprobs)).mean() for n, v in zip(now, visits, strict=True)
+    ]
+    rho = np.clip(2 ** (-np.array(change) / 0.06), 0.5, 0.96)
+    assert rho.min() < rho.max() < 0.96
+    np.testing.assert_allclose(method.tracker.a[indices], rho * before["a"][indices] + scaled)
+    assert numbers["rho"] == pytest.approx(rho.mean())
+    assert [method.tracker.visits[i].completion for i in indices] == rollout.completions
+
+
+def test_the_first_loss_is_the_gradient_of_the_advantages_alone(project: Path) -> None:
+    """Nothing has moved yet: no KL, nothing clipped; after an update, there is."""
+    write_params(grpo={"max_steps": 1, "updates_per_rollout": 1})
+    assert run_stage("grpo").exit_code == 0
+    first = dict(
+        zip(*(line.split(",") for line in Path("out.csv").read_text().split()), strict=True)
+    )
+    assert abs(float(first["kl"])) < 1e-9
+    assert float(first["clip_share"]) == 0
+    write_params(grpo={"max_steps": 1, "updates_per_rollout": 4})
+    assert run_stage("grpo").exit_code == 0
+    moved = dict(
+        zip(*(line.split(",") for line in Path("out.csv").read_text().split()), strict=True)
+    )
+    assert float(moved["kl"]) > 1e-4
+    assert float(moved["clip_share"]) > 0
+
+
+def test_mistakes_are_one_line(project: Path) -> None:
+    write_jsonl(Path("prompts.jsonl"), [{"prompt": "3+4?", "answer": "7"}, {"prompt": "5?"}])
+    assert run_stage("grpo").exit_code == 0  # the rewards need no answer
+    write_params(grpo={"rewards": REWARDS | {"answer": 1.0}})
+    result = run_stage("grpo")
+    assert result.exit_code == 1
+    assert "prompts.jsonl:2: answer is missing" in result.stderr
+    write_jsonl(Path("prompts.jsonl"), [{"prompt": "9" * 200, "answer": "7"}])
+    result = run_stage("grpo")
+    assert result.exit_code == 1
+    assert "prompts.jsonl:1: the prompt has" in result.stderr
+    write_params(grpo={"rewards": REWARDS | {"reward_model": 1.0}})
+    write_jsonl(Path("prompts.jsonl"), [{"prompt": "3+4?", "answer": "7"}])
+    result = run_stage("grpo")
+    assert result.exit_code == 1
+    assert "models/reward/config.json is missing" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_an_infinite_loss_stops_the_run_and_names_step_and_prompts(project: Path) -> None:
+    write_params(grpo={"lr": 1e30, "beta": 0.0, "grad_clip": 1e30})
+    result = run_stage("grpo")
+    assert result.exit_code == 1
+    assert (
+        "grpo: grad_norm is nan at step 0 (learning rate 1e+30) on the prompts prompts.jsonl:8"
+        in result.stderr
+    )
+    assert not Path("models/out").exists()
+
+
+# Reward models
+
+
+def train_reward_model(num_pairs: int = 64) -> dict[str, float]:
+    """On pairs that the first digit tells apart."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"prompt": f"{a}+{b}?", "chosen": f"7{a}.", "rejected": f"2{b} "}
+        for a, b in rng.integers(10, 99, (num_pairs, 2)).tolist()
+    ]
+    write_jsonl(Path("pairs.jsonl"), rows)
+    tokenizer = ChatTokenizer.load(Path("models/tokenizer"))
+    encode_dataset(Path("pairs.jsonl"), Path("data/pairs"), tokenizer, "preference", 64, "error")
+    arguments = "--checkpoint models/start --preferences data/pairs --output models/reward "
+    arguments += "--metrics reward.json --curve reward.csv"
+    result = CliRunner().invoke(reward.app, arguments.split())
+    assert result.exit_code == 0, result.output
+    return json.loads(Path("reward.json").read_text())["reward"]
+
+
+def test_a_reward_model_learns_pairs_and_stock_transformers_reads_it(project: Path) -> None:
+    metrics = train_reward_model()
+    assert metrics["pair_accuracy"] >= 0.9
+    curve = Path("reward.csv").read_text().splitlines()
+    first = dict(zip(curve[0].split(","), curve[1].split(","), strict=True))
+    assert float(first["val_loss"]) == pytest.approx(np.log(2), abs=1e-5)
+
+    scorer = load_reward_model(Path("models/reward"), None, False, torch.device("cpu"))
+    assert type(scorer.model).__name__ == "LlamaForSequenceClassification"
+    dataset = EncodedDataset.open(Path("data/pairs"))
+    texts = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
+    samples = [
+        Sample(row["prompt"], row[side], None, [], True)
+        for row in texts
+        for side in ("chosen", "rejected")
+    ]
+    stock = scorer(samples)
+    with torch.no_grad():  # unpadded, one at a time, by the ids that training saw
+        ours = [
+            float(scorer.model(torch.from_numpy(dataset.row(row)[0].astype(np.int64))[None]).logits)
+            for row in range(dataset.rows)
+        ]
+    np.testing.assert_allclose(stock, ours, atol=1e-5)
+    assert np.mean(np.array(stock[0::2]) > np.array(stock[1::2])) >= 0.9
+
+
+def test_the_saved_scores_are_those_of_training(project: Path) -> None:
+    from minimind.datasets.batches import pack
+    from minimind.model.reward import RewardModel
+    from minimind.reward_checkpoint import save_reward_model
+
+    train_reward_model(16)
+    model = RewardModel(load_model(Path("models/start")))
+    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(1))
+    save_reward_model(Path("models/other"), model, Path("models/tokenizer"))
+    dataset = EncodedDataset.open(Path("data/pairs"))
+    batch = pack(dataset, np.arange(16), {})
+    with torch.no_grad():
+        ours = model(batch.tokens).tolist()
+    texts = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
+    sides = [(r["prompt"], r[side]) for r in texts for side in ("chosen", "rejected")]
+    scorer = load_reward_model(Path("models/other"), None, False, torch.device("cpu"))
+    stock = scorer([Sample(prompt, text, None, [], True) for prompt, text in sides])
+    np.testing.assert_allclose(stock, ours, atol=1e-5)
+
+
+def test_a_grpo_run_learns_what_the_reward_model_prefers(project: Path) -> None:
+    train_reward_model()
+    rewards = REWARDS | {"custom": 0.0, "reward_model": 1.0}
+    write_params(grpo={"rewards": rewards, "max_steps": 15, "batch_size": 10, "beta": 0.0})
+    result = run_stage("grpo")
+    assert result.exit_code == 0, result.output
+    metrics = json.loads(Path("out.json").read_text())["grpo"]
+    assert metrics["reward"] > metrics["first_reward"] + 0.5
+
+
+REMOTE = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+class OwnConfig(PretrainedConfig):
+    model_type = "own_reward"
+
+class OwnReward(PreTrainedModel):
+    config_class = OwnConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.post_init()
+    def get_scores(self, tokenizer, chats):
+        return [float(len(chat[1]["content"])) for chat in chats]
+"""
+
+
+def test_code_of_a_reward_model_runs_only_when_it_is_allowed_to(project: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(project / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(project / "modules")
+    )
+    from safetensors.torch import save_file
+
+    directory = Path("models/own")
+    save_checkpoint(directory, load_model(Path("models/start")), Path("models/tokenizer"))
+    (directory / "own.py").write_text(REMOTE)
+    config = {
+        "model_type": "own_reward",
+        "architectures": ["OwnReward"],
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnReward"},
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file({"weight": torch.ones(1)}, directory / "model.safetensors", {"format": "pt"})
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match=r"models/own cannot be loaded: .*trust_remote_code"):
+        load_reward_model(directory, None, False, cpu)
+    scorer = load_reward_model(directory, None, True, cpu)
+    assert scorer([Sample("3?", "seven", None, [], True)]) == [5.0]
+
+
+def test_a_reward_model_of_the_hub_is_named_with_its_commit(project: Path) -> None:
+    for hub_id in ("owner/name", "owner/name@main", "owner/name@abc"):
+        with pytest.raises(UserError, match="owner/name@ and the 40 digits of a commit"):
+            load_reward_model(Path("models/reward"), hub_id, False, torch.device("cpu"))
