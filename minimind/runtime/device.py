@@ -1,6 +1,10 @@
-"""Where tensors live and how many threads work on them."""
+"""Where tensors live, how many threads work on them, and whether the model is compiled."""
+
+import os
+from typing import cast
 
 import torch
+from torch import nn
 
 from minimind.errors import UserError
 from minimind.runtime.settings import RuntimeSettings
@@ -16,9 +20,27 @@ def prepare_device(settings: RuntimeSettings) -> torch.device:
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    if settings.device == "auto":
-        return torch.device(next(name for name, there in available.items() if there))
-    if not available[settings.device]:
-        there = ", ".join(name for name, is_there in available.items() if is_there)
-        raise UserError(f"MINIMIND_DEVICE is {settings.device!r}; this machine has: {there}.")
-    return torch.device(settings.device)
+    name: str = settings.device
+    if name == "auto":
+        name = next(known for known in ("cuda", "mps", "cpu") if available[known])
+    if not available[name]:
+        there = ", ".join(known for known, is_there in available.items() if is_there)
+        raise UserError(f"MINIMIND_DEVICE is {name!r}; this machine has: {there}.")
+    if name == "cuda" or settings.compile:
+        _be_deterministic()
+    return torch.device(name)
+
+
+def compiled(model: nn.Module, settings: RuntimeSettings) -> nn.Module:
+    """The model, or a compiled form of it that shares its parameters."""
+    if not settings.compile:
+        return model
+    # Every batch has another number of tokens: one dynamic graph, not one for each.
+    return cast(nn.Module, torch.compile(model, dynamic=True))
+
+
+def _be_deterministic() -> None:
+    """Equal runs, equal bytes: eager CPU code is so by itself, compiled code and CUDA are not."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow

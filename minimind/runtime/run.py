@@ -22,6 +22,7 @@ from minimind.runtime.progress import Progress
 from minimind.runtime.provenance import Provenance
 from minimind.runtime.settings import RuntimeSettings, load_settings
 from minimind.runtime.stop import StopRequest, watch_parents
+from minimind.runtime.tracker import start_tracker
 from minimind.training.resume import STATE_FORMAT, ResumeStore, forget_recorded
 
 RECORDED_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "dvc")
@@ -39,11 +40,17 @@ class Run:
     stop: StopRequest
     provenance: Provenance
     store: ResumeStore
+    tracker: Any = None  # a wandb.Run
     record: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
     def progress(self, num_steps: int, first_step: int) -> Progress:
         return Progress(self.stage, num_steps, first_step, self.settings.log_seconds)
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """A row of the curve, to Weights & Biases if asked for."""
+        if self.tracker is not None:
+            self.tracker.log({f"{self.stage}/{k}": v for k, v in row.items()}, step=row["step"])
 
     def say(self, message: str) -> None:
         print(f"{self.stage}: {message}", file=sys.stderr, flush=True)
@@ -53,6 +60,7 @@ class Run:
         return {
             "device": self.device.type,
             "threads": torch.get_num_threads(),
+            "compile": self.settings.compile,
             "matmul_precision": torch.get_float32_matmul_precision(),
             "torch": torch.__version__,
             "processor": torch.backends.cpu.get_cpu_capability(),
@@ -124,8 +132,11 @@ def start_run(
     provenance = Provenance(inputs)
     resume_root = settings.root / ".resume"
     forget_recorded(resume_root)
-    store = ResumeStore(resume_root / stage / _fingerprint(stage, sections, provenance))
+    fingerprint = _fingerprint(stage, sections, provenance)
+    store = ResumeStore(resume_root / stage / fingerprint)
     run = Run(stage, params, sections, settings, prepare_device(settings), stop, provenance, store)
+    if settings.wandb != "off":
+        run.tracker = start_tracker(settings, stage, fingerprint, sections)
     try:
         yield run
     except BaseException:
@@ -133,6 +144,8 @@ def start_run(
         raise
     finally:
         stop.restore()
+        if run.tracker is not None:
+            run.tracker.finish()
     store.close()
     if not settings.dvc_stage:
         store.remove()  # nothing will record the outputs, so there is nothing to wait for

@@ -20,6 +20,9 @@ class RuntimeSettings(BaseSettings):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves PyTorch's choice")
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    compile: bool = Field(default=False, description="torch.compile; costs 10-60 s at the start")
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "minimind"
     save_seconds: float = Field(default=60.0, ge=0, description="between two resume states")
     log_seconds: float = Field(default=10.0, ge=0, description="between two lines of progress")
     root: Path = Field(

@@ -22,7 +22,9 @@ from minimind.datasets.batches import (
 from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import UserError
 from minimind.metrics import Number
+from minimind.model.transformer import Decoder
 from minimind.objectives.loss import Loss, Objective, Term
+from minimind.runtime.device import compiled
 from minimind.runtime.run import Run
 from minimind.training.optimizer import Optimizer, OptimizerConfig
 from minimind.training.precision import autocast
@@ -114,6 +116,10 @@ def fit(
     curve_interval = max(config.curve_interval, math.ceil(num_steps / (MAX_CURVE_ROWS - 2)))
 
     model.to(run.device).train()
+    for module in model.modules():
+        if isinstance(module, Decoder):
+            module.recompute_layers = config.gradient_checkpointing
+    forward = compiled(model, run.settings)
     optimizer = Optimizer(model, config, run.device)
     history, best = _restore(model, optimizer, run)
     progress = run.progress(num_steps, history.step)
@@ -121,7 +127,7 @@ def fit(
 
     def validate() -> None:
         nonlocal best
-        history.validation = mean_loss(model, objective, dataset, held_out, extras, config, run)
+        history.validation = mean_loss(forward, objective, dataset, held_out, extras, config, run)
         if config.patience and history.validation["loss"] < history.best_loss - config.min_delta:
             history.best_loss, history.best_step = history.validation["loss"], history.step
             history.evaluations_without_gain = 0
@@ -150,7 +156,7 @@ def fit(
         )
         step = batches.step(history.step, rank=0, world=1)
         values = take_step(
-            model, objective, optimizer, step, history.step / num_steps, scheduled, run
+            forward, objective, optimizer, step, history.step / num_steps, scheduled, run
         )
         _require_finite(values["loss"], history.step, scheduled * config.lr, step, dataset)
         tokens = sum(len(batch.tokens.ids) for batch in step.micro_batches)
@@ -169,6 +175,7 @@ def fit(
             row |= {name: total / history.window_steps for name, total in history.window.items()}
             row |= _prefixed(history.validation) if evaluated else {}
             history.curve.append(row)
+            run.log(row)
             history.window, history.window_steps = {}, 0
         history.seconds += time.monotonic() - started
         due = max(run.settings.save_seconds, SAVE_SPACING * save_seconds)
@@ -180,7 +187,7 @@ def fit(
     save()  # so that a kill from here on, while outputs are written and recorded, costs nothing
     if best:
         model.load_state_dict(best, strict=False)
-        history.validation = mean_loss(model, objective, dataset, held_out, extras, config, run)
+        history.validation = mean_loss(forward, objective, dataset, held_out, extras, config, run)
     run.record |= {
         "steps": history.step,
         "tokens": history.tokens,

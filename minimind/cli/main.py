@@ -1,0 +1,38 @@
+"""`minimind`: what is done beside the graph."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minimind.presets import apply_preset, read_preset
+from minimind.runtime.command import stage_app
+
+app = stage_app("minimind")
+
+
+@app.callback()
+def main_options() -> None:
+    """Commands beside the graph; the graph itself runs by `dvc repro`."""
+
+
+@app.command()
+def preset(
+    name: Annotated[str, typer.Argument(help="small, base, moe, or a file of yours in presets/")],
+    params: Annotated[Path, typer.Option(help="the file to change")] = Path("params.yaml"),
+    presets: Annotated[Path, typer.Option(help="where presets are")] = Path("presets"),
+) -> None:
+    """Write a preset's values into params.yaml, whose comments stay."""
+    changes = apply_preset(params, read_preset(presets, name))
+    for line in changes:
+        typer.echo(line)
+    typer.echo(f"{params}: {len(changes)} values changed. `dvc repro` runs what depends on them.")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

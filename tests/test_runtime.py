@@ -1,0 +1,62 @@
+"""How things are computed changes no result, and what is asked for wrongly is said in one line."""
+
+from pathlib import Path
+
+import pytest
+
+from minimind.errors import UserError
+from minimind.runtime.settings import load_settings
+from tests.test_fit import data, quiet_surroundings, train  # noqa: F401
+
+
+def losses(history) -> list[float]:
+    return [row["loss"] for row in history.curve if "loss" in row]
+
+
+def test_compiled_training_has_the_losses_of_eager_training(
+    tmp_path: Path,
+    data,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changes = {"max_steps": 6, "curve_interval": 1}
+    eager, _ = train(tmp_path, data, **changes)
+    monkeypatch.setenv("MINIMIND_COMPILE", "1")
+    compiled, _ = train(tmp_path, data, **changes)
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
+
+
+def test_gradient_checkpointing_leaves_the_curve_as_it_is(tmp_path: Path, data) -> None:  # noqa: F811
+    plain, _ = train(tmp_path, data)
+    recomputed, _ = train(tmp_path, data, gradient_checkpointing=True)
+    assert recomputed.curve == plain.curve
+
+
+def test_wandb_offline_writes_the_curve_beside_the_csv(
+    tmp_path: Path,
+    data,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, _ = train(tmp_path, data, max_steps=4)
+    monkeypatch.setenv("MINIMIND_WANDB", "offline")
+    tracked, _ = train(tmp_path, data, max_steps=4)
+    assert tracked.curve == plain.curve
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/run-sft-*.wandb")
+    assert b"sft/loss" in log.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("MINIMIND_DEVICE", "gpu", "MINIMIND_DEVICE is 'gpu'.*'cuda'"),
+        ("MINIMIND_THREADS", "-1", "MINIMIND_THREADS is '-1'"),
+        ("MINIMIND_COMPILE", "perhaps", "MINIMIND_COMPILE is 'perhaps'"),
+        ("MINIMIND_SAVE_SECONDS", "soon", "MINIMIND_SAVE_SECONDS is 'soon'"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=message) as error:
+        load_settings()
+    assert "\n" not in str(error.value)
