@@ -16,6 +16,7 @@ from torch import Tensor
 from minimind.errors import UserError
 from minimind.model.attention import packed_attention
 from minimind.model.transformer import PackedTokens, Transformer
+from minimind.training.precision import DType, autocast
 
 # The cache grows by so many columns at a time and is always used whole: a product with a part
 # of a larger one would copy that part first, which costs as much as the product.
@@ -54,17 +55,16 @@ def generate(
     *,
     max_new_tokens: int,
     end_id: int,
-    dtype: str,
+    dtype: DType,
     sampling: Sampling | None = None,
     num_samples_per_prompt: int = 1,
     with_logprobs: bool = False,
 ) -> Completions:
     """Continue each prompt up to the end token; greedily without `sampling`.
 
-    A row stops at `max_new_tokens`, and where it fills the model's `max_positions`. With dtype
-    "bfloat16" products are computed in it (autocast); call it outside of other autocast regions,
-    which may remember weights of before an update. Log-probabilities are at the sampling
-    temperature and over the whole vocabulary, whatever top_p.
+    A row stops at `max_new_tokens`, and where it fills the model's `max_positions`.
+    Log-probabilities are at the sampling temperature and over the whole vocabulary, whatever
+    top_p. Call it outside of autocast regions: they may remember weights of before an update.
 
     Raises:
         UserError: a prompt leaves no position for an answer.
@@ -94,7 +94,7 @@ def generate(
 
     # One region around all tokens, because autocast remembers the weights it has cast until its
     # region ends. In inference mode it would not remember them.
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16"):
+    with torch.no_grad(), autocast(device, dtype):
         hidden = _prefill(model, prompts, cache).repeat_interleave(num_samples_per_prompt, 0)
         for step in range(int(limits.max())):
             logits = model.logits(hidden)

@@ -1,0 +1,71 @@
+"""Print the report's table of checkpoints, and how long the stages took.
+
+Times are no part of the report, which must be the same for the same results; they stand in
+runs/, which only a machine that has run the stages has.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from minimind.errors import UserError
+from minimind.report.tables import table
+from minimind.runtime.command import stage_app
+
+app = stage_app("table")
+
+
+@app.command()
+def main(
+    report: Annotated[Path, typer.Option(help="the report")] = Path("reports/report.md"),
+    runs: Annotated[Path | None, typer.Option(help="records; default: $DVC_ROOT/runs")] = None,
+) -> None:
+    """Print what each checkpoint can do, and the stages' times where they are known."""
+    typer.echo(checkpoint_section_of(report))
+    if times := time_table(runs or Path(os.environ.get("DVC_ROOT", ".")) / "runs"):
+        typer.echo(f"\n## Stages that ran here\n\n{times}")
+
+
+def checkpoint_section_of(report: Path) -> str:
+    """The section of a report that `stages.report` writes first."""
+    if not report.is_file():
+        raise UserError(f"{report} is missing; run `dvc repro report`.")
+    _, found, rest = report.read_text(encoding="utf-8").partition("## Checkpoints\n")
+    if not found:
+        raise UserError(f"{report} has no section Checkpoints; run `dvc repro --force report`.")
+    return found + rest.split("\n## ")[0].rstrip()
+
+
+def time_table(runs: Path) -> str:
+    """Seconds and speed of each recorded stage, the first to finish first; empty without any."""
+    records: list[dict[str, Any]] = []
+    for file in sorted(runs.glob("*.json")):
+        try:
+            records.append(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            continue  # a record that is being written, or was cut short; it is for show only
+    records = [r for r in records if isinstance(r, dict) and "seconds" in r and "stage" in r]
+    if not records:
+        return ""
+    records.sort(key=lambda record: str(record.get("finished", "")))
+    rows = [
+        [str(r["stage"]), _minutes(r["seconds"]), _count(r.get("tokens_per_second"))]
+        for r in records
+    ]
+    rows.append(["all", _minutes(sum(record["seconds"] for record in records)), ""])
+    return table(["stage", "time", "tokens/s"], rows)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+if __name__ == "__main__":
+    app()

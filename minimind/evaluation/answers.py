@@ -1,0 +1,77 @@
+"""What a model's output says: its answer, its thought, whether it is put in a sentence."""
+
+import re
+from decimal import Decimal
+from typing import NamedTuple
+
+# A minus belongs to the number unless something to subtract from stands before it.
+_NUMBER = re.compile(
+    r"(?:(?<![0-9A-Za-z)])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
+)
+_TAGS = re.compile(r"</?(?:think|answer)>")
+_TAGGED_ANSWER = re.compile(r"<answer>(.*)</answer>", re.DOTALL)
+_THINK_THEN_ANSWER = re.compile(
+    r"\s*<think>(.*\S.*)</think>\s*<answer>(.*\S.*)</answer>\s*", re.DOTALL
+)
+_TAGGED_PARTS = re.compile(r"<(think|answer)>.*?(</\1>|$)", re.DOTALL)
+_SENTENCE_END = re.compile(r"[.!?。！？…][\"'”’」』)）]*\Z")
+
+
+class Answer(NamedTuple):
+    """A normalised answer and where it stands in the output, output[start:end]."""
+
+    value: str
+    start: int
+    end: int
+
+
+def find_answer(output: str) -> Answer | None:
+    """The last number inside the answer tags, if there is one pair of them; else in the output.
+
+    What stands between the tags is the answer as it is when there is no number in it.
+    """
+    start, end = 0, len(output)
+    tagged = None
+    if output.count("<answer>") == output.count("</answer>") == 1:
+        tagged = _TAGGED_ANSWER.search(output)
+    if tagged:
+        start, end = tagged.span(1)
+    numbers = list(_NUMBER.finditer(output, start, end))
+    if numbers:
+        return Answer(normalise(numbers[-1].group()), *numbers[-1].span())
+    if tagged and tagged.group(1).strip():
+        return Answer(normalise(tagged.group(1)), start, end)
+    return None
+
+
+def normalise(answer: str) -> str:
+    """One spelling for equal answers: 1,000 and 1000.0 are 1000; text without outer space."""
+    answer = answer.strip()
+    if not _NUMBER.fullmatch(answer):
+        return answer
+    number = Decimal(answer.replace(",", ""))
+    return f"{number.to_integral_value() if number == int(number) else number.normalize():f}"
+
+
+def thought_of(output: str) -> str | None:
+    """The thought of an output that is one complete <think> and, after it, one <answer>."""
+    match = _THINK_THEN_ANSWER.fullmatch(output)
+    return match.group(1) if match and len(_TAGS.findall(output)) == 4 else None
+
+
+def is_full_sentence(output: str, full: str | None) -> bool:
+    """Whether an output answers in a whole sentence, be it right or wrong.
+
+    With the expected sentence `full`: the output is that sentence, whatever number stands in
+    the answer's place. Without: what the output says outside of tags has words, not a number
+    alone, and ends as a sentence does.
+    """
+    if full is not None:
+        return _around_answer(output.strip()) == _around_answer(full.strip())
+    said = _TAGGED_PARTS.sub("", output).strip()
+    return any(letter.isalpha() for letter in said) and bool(_SENTENCE_END.search(said))
+
+
+def _around_answer(text: str) -> tuple[str, str]:
+    answer = find_answer(text)
+    return (text[: answer.start], text[answer.end :]) if answer else (text, "")

@@ -1,0 +1,116 @@
+"""Problems to evaluate on, read from JSONL.
+
+{"prompt", "answer"}      and optionally
+ "id"                     a name for it; without one, the number of its line
+ "level"                  how hard it is: each level has a metric of its own
+ "full"                   the answer as a whole sentence
+ "choices", "label"       answers to choose from, and the index of the right one
+ "completion_prompt"      how raw text would begin that ends with the answer
+{"conversations"}         the chat format: the last turn's answer is the expected one
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from minimind.datasets.formats import BadRowError, Place, parse_chat, read_rows
+from minimind.errors import UserError
+from minimind.evaluation.answers import find_answer
+from minimind.tokenizer import Message
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question and what is known of its answer; see the module's docstring."""
+
+    place: Place
+    id: str
+    messages: Sequence[Message]
+    answer: str
+    level: int | None = None
+    full: str | None = None
+    choices: Sequence[str] = ()
+    label: int | None = None
+    completion_prompt: str | None = None
+
+    @property
+    def prompt(self) -> str:
+        """The last thing said to the model."""
+        return self.messages[-1]["content"]
+
+    @property
+    def text_prompt(self) -> str:
+        """How raw text begins that a model is to go on with."""
+        return self.prompt if self.completion_prompt is None else self.completion_prompt
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    prompt: str = Field(min_length=1)
+    answer: str = Field(min_length=1)
+    id: str | None = None
+    level: int | None = Field(default=None, ge=0)
+    full: str | None = None
+    choices: list[str] = Field(default=[])
+    label: int | None = None
+    completion_prompt: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _label_points_at_a_choice(self) -> "_Row":
+        if len(set(self.choices)) != len(self.choices) or len(self.choices) == 1:
+            raise ValueError("choices must be two or more different answers")
+        if self.choices and (self.label is None or not 0 <= self.label < len(self.choices)):
+            raise ValueError(
+                f"label is {self.label}; it must be the index of the right choice, "
+                f"0 to {len(self.choices) - 1}"
+            )
+        return self
+
+
+def read_problems(source: Path) -> list[Problem]:
+    """All problems of a JSONL file or folder of shards.
+
+    Raises:
+        UserError: the source is missing or empty.
+        BadRowError: a row cannot be used; it says where and why.
+    """
+    problems = []
+    for place, record, _ in read_rows(source, lambda record: record):
+        try:
+            problems.append(_parse(place, record))
+        except BadRowError:
+            raise
+        except UserError as error:
+            raise BadRowError(place, str(error)) from None
+    return problems
+
+
+def _parse(place: Place, record: dict[str, Any]) -> Problem:
+    if "conversations" in record:
+        *messages, last = parse_chat(record)
+        expected = find_answer(last["content"])
+        if last["role"] != "assistant" or not messages or expected is None:
+            raise UserError("a chat must end with an assistant turn that gives the answer")
+        return Problem(place, str(place.line), messages, expected.value)
+    try:
+        row = _Row.model_validate(record)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        name = ".".join(map(str, detail["loc"]))
+        reason = detail["msg"].removeprefix("Value error, ").replace("Input", "it", 1)
+        raise UserError(f"{name}: {reason}" if name else reason) from None
+    return Problem(
+        place=place,
+        id=str(place.line) if row.id is None else row.id,
+        messages=[{"role": "user", "content": row.prompt}],
+        answer=row.answer,
+        level=row.level,
+        full=row.full,
+        choices=row.choices,
+        label=row.label,
+        completion_prompt=row.completion_prompt,
+    )

@@ -1,0 +1,104 @@
+"""What the stages have written, as the report reads it. Starts fast: no torch."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minimind.errors import UserError
+from minimind.metrics import Number
+
+Record = dict[str, Any]
+PREDICTION_KEYS = ("id", "level", "prompt", "output", "answer", "correct", "choice_correct")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluation of one checkpoint."""
+
+    name: str
+    metrics: dict[str, Number]
+    predictions: list[Record]  # in the order of the problems
+
+
+def read_evaluations(metrics: Sequence[Path], predictions: Path) -> list[Evaluation]:
+    """Checkpoints' {name: metrics}, and their predictions from <folder>/<name>.jsonl.
+
+    Raises:
+        UserError: a file is missing or not what `stages.evaluate` writes, or a name comes twice.
+    """
+    evaluations: list[Evaluation] = []
+    for path in metrics:
+        contents = _read_json(path)
+        if len(contents) != 1 or not all(isinstance(value, dict) for value in contents.values()):
+            raise UserError(
+                f"{path} has the keys {', '.join(contents) or 'none'}; it must hold the metrics "
+                "of one checkpoint under its name: run its evaluate stage."
+            )
+        ((name, values),) = contents.items()
+        if any(name == evaluation.name for evaluation in evaluations):
+            raise UserError(f"{path}: {name} comes twice; name each checkpoint once.")
+        rows = _read_predictions(predictions / f"{name}.jsonl")
+        evaluations.append(Evaluation(name, values, rows))
+    return evaluations
+
+
+def _read_predictions(path: Path) -> list[Record]:
+    rows = []
+    for number, line in enumerate(_read(path).rstrip("\n").split("\n"), 1):
+        row = _parse(line, f"{path}:{number}")
+        if missing := [key for key in PREDICTION_KEYS if key not in row]:
+            raise UserError(
+                f"{path}:{number}: {missing[0]} is missing; it must be a prediction: run the "
+                "evaluate stage."
+            )
+        rows.append(row)
+    return rows
+
+
+def read_metrics(paths: Sequence[Path]) -> dict[str, dict[str, Number]]:
+    """Metrics of stages by the stage's name; names inside a stage are joined by dots.
+
+    Raises:
+        UserError: a file is missing or broken.
+    """
+    stages: dict[str, dict[str, Number]] = {}
+    for path in paths:
+        for stage, values in _read_json(path).items():
+            stages.setdefault(stage, {}).update(_flat(values))
+    return stages
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Number]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    flat: dict[str, Number] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def _read_json(path: Path) -> Record:
+    return _parse(_read(path), str(path))
+
+
+def _parse(text: str, where: str) -> Record:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: broken JSON: {error.msg}; run the stage that wrote it."
+        ) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: not a JSON object; run the stage that wrote it.")
+    return value
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; run the stage that writes it.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8; run the stage that wrote it.") from None

@@ -1,0 +1,64 @@
+"""Evaluate a checkpoint on held-out problems and text."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minimind.checkpoint import load_model
+from minimind.datasets.formats import parse_text, read_rows
+from minimind.errors import UserError
+from minimind.evaluation.evaluate import EvaluateConfig, evaluate
+from minimind.evaluation.problems import read_problems
+from minimind.metrics import write_metrics
+from minimind.params import load_section
+from minimind.runtime.command import stage_app
+from minimind.runtime.run import start_run
+from minimind.tokenizer import ChatTokenizer
+
+app = stage_app("evaluate")
+
+
+@app.command()
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="the checkpoint's directory")],
+    name: Annotated[str, typer.Option(help="its name in metrics and reports")],
+    problems: Annotated[Path, typer.Option(help="JSONL of problems with answers")],
+    text: Annotated[Path, typer.Option(help="JSONL of held-out text")],
+    metrics: Annotated[Path, typer.Option()],
+    predictions: Annotated[Path, typer.Option(help="JSONL, a row for each problem")],
+    params: Annotated[Path, typer.Option()] = Path("params.yaml"),
+) -> None:
+    """Answer every problem greedily and score what the model says."""
+    config = load_section(params, "evaluate", EvaluateConfig)
+    inputs = [checkpoint, problems, text]
+    with start_run(f"evaluate-{name}", params, {"evaluate": config}, inputs) as run:
+        model = load_model(checkpoint).to(run.device).eval()
+        tokenizer = ChatTokenizer.load(checkpoint)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"{checkpoint}: its tokenizer has {tokenizer.vocab_size} tokens, its model only "
+                f"{model.config.vocab_size}; they do not belong together."
+            )
+        values, answered = evaluate(
+            model,
+            tokenizer,
+            read_problems(problems),
+            [row.value for row in read_rows(text, parse_text)],
+            config,
+            as_text=name in config.text_checkpoints,
+        )
+        with run.saving(metrics):
+            predictions.parent.mkdir(parents=True, exist_ok=True)
+            with predictions.open("w", encoding="utf-8", newline="\n") as file:
+                for prediction in answered:
+                    file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
+            write_metrics(metrics, name, values)
+    shown = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
+    typer.echo(f"{name}: {shown}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,35 @@
+"""Report on all checkpoints side by side."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minimind.report.report import checkpoint_section, examples_section, training_section
+from minimind.report.results import read_evaluations, read_metrics
+from minimind.runtime.command import stage_app
+
+app = stage_app("report")
+
+
+@app.command()
+def main(
+    evaluation: Annotated[list[Path], typer.Option(help="a checkpoint's metrics, in this order")],
+    predictions: Annotated[Path, typer.Option(help="folder of <checkpoint>.jsonl")],
+    output: Annotated[Path, typer.Option(help="Markdown")],
+    training: Annotated[list[Path] | None, typer.Option(help="a training stage's metrics")] = None,
+) -> None:
+    """Write what each checkpoint can do, how its training ended, and what it says."""
+    evaluations = read_evaluations(evaluation, predictions)
+    checkpoints = checkpoint_section(evaluations)
+    sections = ["# Report", checkpoints]
+    if training:
+        sections.append(training_section(read_metrics(training)))
+    sections.append(examples_section(evaluations))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    typer.echo(checkpoints)
+
+
+if __name__ == "__main__":
+    app()

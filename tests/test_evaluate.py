@@ -1,0 +1,463 @@
+"""Evaluation: what counts as an answer, and a small model that says known things."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.stats import binomtest
+from typer.testing import CliRunner
+
+from minimind.checkpoint import load_model, save_checkpoint
+from minimind.datasets.formats import BadRowError
+from minimind.evaluation.answers import find_answer, is_full_sentence, normalise, thought_of
+from minimind.evaluation.evaluate import EvaluateConfig, Prediction, evaluate, perplexity
+from minimind.evaluation.likelihood import Fork, branch_logprobs
+from minimind.evaluation.problems import read_problems
+from minimind.evaluation.wilson import wilson_interval
+from minimind.metrics import Number
+from minimind.model.transformer import ModelConfig, PackedTokens, Transformer
+from minimind.tokenizer import ChatTokenizer
+from minimind.tokenizer_training import save_tokenizer, train_tokenizer
+from stages.evaluate import app
+from tests.tiny import VOCAB_SIZE, tiny_model
+
+# ---- what an output says ----
+
+
+@pytest.mark.parametrize(
+    ("output", "answer"),
+    [
+        ("7", "7"),
+        ("Tom now has 12 apples.", "12"),
+        ("小明现在有12个苹果。", "12"),
+        ("3+4=7, 7-2=5", "5"),
+        ("5-2", "2"),  # a difference, not a negative number
+        ("(5)-2", "2"),
+        ("it is -2", "-2"),
+        ("是-2。", "-2"),
+        ("x=-2", "-2"),
+        ("$1,000", "1000"),
+        ("12,345,678 in all", "12345678"),
+        ("3,45", "45"),
+        ("1,2345", "2345"),
+        ("It costs 18.00.", "18"),
+        ("0.50", "0.5"),
+        ("007", "7"),
+        ("<think>3+4=7</think>\n<answer>9</answer>", "9"),
+        ("<answer> 1,000 apples </answer> or 3", "1000"),
+        ("<answer>\nfive\n</answer> or 3", "five"),
+        ("<answer>5</answer><answer>6</answer>", "6"),  # two pairs: the last number
+        ("<answer>5</answer> then <answer>6", "6"),
+        ("</answer>5<answer>", "5"),
+        ("<think>3+4=7", "7"),
+        ("none at all", None),
+        ("<answer> </answer>", None),
+        ("", None),
+    ],
+)
+def test_answers_are_found(output: str, answer: str | None) -> None:
+    found = find_answer(output)
+    assert (found.value if found else None) == answer
+    if found:
+        assert normalise(output[found.start : found.end]) == found.value
+
+
+@pytest.mark.parametrize(
+    ("output", "thought"),
+    [
+        ("<think>3+4=7</think>\n<answer>7</answer>", "3+4=7"),
+        ("\n<think>\n3\n</think> <answer>\n7\n</answer>\n", "\n3\n"),
+        ("<think>3</think><answer>7</answer> apples", None),
+        ("<think>3</think> so <answer>7</answer>", None),
+        ("<think>3</think>\n<answer>7", None),
+        ("<think></think>\n<answer>7</answer>", None),
+        ("<think>3</think>\n<answer> </answer>", None),
+        ("<answer>7</answer>\n<think>3</think>", None),
+        ("<think>1</think><think>3</think>\n<answer>7</answer>", None),
+        ("<think>3</think>\n<answer>7</answer><answer>8</answer>", None),
+        ("7", None),
+    ],
+)
+def test_thoughts_are_complete_or_none(output: str, thought: str | None) -> None:
+    assert thought_of(output) == thought
+
+
+FULL = "Tom now has 12 apples."
+
+
+@pytest.mark.parametrize(
+    ("output", "full", "expected"),
+    [
+        (FULL, FULL, True),
+        ("Tom now has 7 apples.", FULL, True),  # wrong, but a sentence
+        ("Tom now has 1,234 apples.\n", FULL, True),
+        ("Amy now has 12 apples.", FULL, False),
+        ("Tom now has 12 apples", FULL, False),
+        ("Tom now has apples.", FULL, False),
+        ("12", FULL, False),
+        ("12.", None, False),
+        ("12 apples", None, False),
+        ("He has 12.", None, True),
+        ("他有12个。", None, True),
+        ('He said "12 apples!"', None, True),
+        ("<think>He has 12.</think>\n<answer>12</answer>", None, False),
+        ("<think>He has 12.", None, False),
+        ("<think>3</think> He has 12.", None, True),
+        ("", None, False),
+    ],
+)
+def test_full_sentences(output: str, full: str | None, expected: bool) -> None:
+    assert is_full_sentence(output, full) == expected
+
+
+@pytest.mark.parametrize(
+    ("successes", "num_trials"), [(0, 5), (5, 5), (1, 1), (3, 10), (487, 500), (500, 500)]
+)
+def test_wilson_intervals_are_scipys(successes: int, num_trials: int) -> None:
+    expected = binomtest(successes, num_trials).proportion_ci(method="wilson")
+    assert wilson_interval(successes, num_trials) == pytest.approx(
+        (expected.low, expected.high), abs=1e-12
+    )
+
+
+# ---- likelihoods ----
+
+
+def test_branches_are_scored_as_whole_rows_apart() -> None:
+    model = tiny_model().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)
+    forks = [
+        Fork([5, 6, 7], [[8], [9, 10, 11], [12, 13]]),
+        Fork([20], [[21, 22, 23, 24]]),
+        Fork([30, 31, 32, 33, 34], [[35, 36], [36, 35]]),
+    ]
+    for fork, found in zip(forks, branch_logprobs(model, forks, "float32"), strict=True):
+        for branch, logprob in zip(fork.branches, found, strict=True):
+            row = [*fork.prefix, *branch]
+            logprobs = row_logprobs(model, row)[len(fork.prefix) - 1 :]
+            assert logprob == pytest.approx(float(logprobs.sum()), rel=1e-5)
+
+
+def row_logprobs(model: Transformer, row: list[int]) -> torch.Tensor:
+    """Of each token but the first, by the packed model."""
+    length = len(row)
+    boundaries = torch.tensor([0, length], dtype=torch.int32)
+    tokens = PackedTokens(torch.tensor(row), torch.arange(length), boundaries, length)
+    with torch.no_grad():
+        logits = model(tokens, torch.arange(length - 1)).logits
+    return -F.cross_entropy(logits, torch.tensor(row[1:]), reduction="none")
+
+
+def test_rows_fork_where_they_differ() -> None:
+    assert Fork.of_rows([[1, 2, 3, 4], [1, 2, 5]]) == Fork([1, 2], [[3, 4], [5]])
+    # A row that another begins with keeps its last token: no branch is empty.
+    assert Fork.of_rows([[1, 2], [1, 2, 3]]) == Fork([1], [[2], [2, 3]])
+
+
+def test_batches_do_not_change_likelihoods(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model().eval()
+    forks = [Fork([5, n], [[7, n], [8]]) for n in range(3, VOCAB_SIZE)]
+    expected = branch_logprobs(model, forks, "float32")
+    monkeypatch.setattr("minimind.evaluation.likelihood.TOKENS_AT_A_TIME", 11)
+    torch.testing.assert_close(branch_logprobs(model, forks, "float32"), expected)
+
+
+# ---- a model that has learnt some rows by heart ----
+
+ENDLESS = "1 and 2 and " * 20
+CHATS = [  # question, what the model says, the row's other keys
+    ("How many are 3+4?", "7", {"answer": "7", "choices": ["9", "7", "17"], "label": 1}),
+    (
+        "How many apples does Tom have?",
+        "Tom now has 9 apples.",
+        {
+            "answer": "8",
+            "full": "Tom now has 8 apples.",
+            "choices": ["8", "9", "10"],
+            "label": 0,
+        },
+    ),
+    (
+        "小明现在有多少个苹果？",
+        "<think>3+4=7，7-2=5</think>\n<answer>5</answer>",
+        {"answer": "5", "level": 2, "choices": ["6", "7", "5", "3"], "label": 2},
+    ),
+    ("Say it all.", ENDLESS, {"answer": "3", "level": 2}),
+]
+STORIES = [  # beginning, how it goes on, answer
+    ("Tom has 3 apples. Tom now has", " 3 apples.\nAmy has 8 books.\n3+4=7", "3"),
+    ("小明有5个苹果。小明现在有", "6个苹果。\n7-2=5", "5"),
+]
+MAX_NEW_TOKENS = 48
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, and beside it the problems and the text it has learnt by heart."""
+    folder = tmp_path_factory.mktemp("learnt")
+    chat_rows: list[dict[str, object]] = [
+        {"level": 1, "prompt": prompt, **rest} for prompt, _, rest in CHATS
+    ]
+    write_jsonl(folder / "problems.jsonl", chat_rows)
+    text_rows: list[dict[str, object]] = [
+        {"prompt": "?", "completion_prompt": start, "answer": answer, "choices": ["3", "5"]}
+        | {"label": 0 if answer == "3" else 1}
+        for start, _, answer in STORIES
+    ]
+    write_jsonl(folder / "stories.jsonl", text_rows)
+    texts = [start + rest for start, rest, _ in STORIES]
+    write_jsonl(folder / "text.jsonl", [{"text": text} for text in texts])
+
+    corpus = [*texts, *(prompt + reply for prompt, reply, _ in CHATS)]
+    save_tokenizer(train_tokenizer(corpus, 320), folder / "tokenizer")
+    tokenizer = ChatTokenizer.load(folder / "tokenizer")
+    chats = tokenizer.encode_chats([chat(prompt, reply) for prompt, reply, _ in CHATS])
+    model = Transformer(
+        ModelConfig(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=48,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            max_positions=256,
+            rope_theta=1e4,
+            norm_eps=1e-5,
+        )
+    )
+    model.initialize(0)
+    learn_by_heart(model, [row.ids for row in chats + tokenizer.encode_documents(texts)])
+    save_checkpoint(folder / "checkpoint", model, folder / "tokenizer")
+    (folder / "params.yaml").write_text(
+        f"evaluate: {{batch_size: 3, max_new_tokens: {MAX_NEW_TOKENS}, dtype: float32, "
+        "text_checkpoints: [raw]}\n"
+    )
+    return folder
+
+
+def chat(prompt: str, reply: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+
+
+def learn_by_heart(model: Transformer, rows: list[list[int]]) -> None:
+    lengths = torch.tensor([len(row) for row in rows])
+    ends = lengths.cumsum(0)
+    tokens = PackedTokens(
+        torch.tensor([token for row in rows for token in row]),
+        torch.cat([torch.arange(length) for length in lengths]),
+        F.pad(ends, (1, 0)).int(),
+        int(lengths.max()),
+    )
+    targets = tokens.ids.roll(-1)
+    targets[ends - 1] = -100
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(300):
+        logits = model(tokens, torch.arange(len(tokens.ids))).logits
+        loss = F.cross_entropy(logits, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if loss < 0.05:
+            return
+    raise AssertionError(f"not learnt: the loss is still {float(loss)}")
+
+
+def run(
+    folder: Path, name: str, problems: str, output: Path
+) -> tuple[dict[str, Number], list[Prediction]]:
+    result = CliRunner().invoke(
+        app,
+        [
+            *("--checkpoint", f"{folder / 'checkpoint'}", "--name", name),
+            *("--problems", f"{folder / problems}", "--text", f"{folder / 'text.jsonl'}"),
+            *("--metrics", f"{output / 'metrics.json'}"),
+            *("--predictions", f"{output / 'predictions.jsonl'}"),
+            *("--params", f"{folder / 'params.yaml'}"),
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((output / "metrics.json").read_text())
+    rows = (output / "predictions.jsonl").read_text("utf-8").splitlines()
+    assert list(metrics) == [name]
+    return metrics[name], [Prediction(**json.loads(row)) for row in rows]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+
+
+def test_a_chat_model_is_asked_and_scored(learnt: Path, tmp_path: Path) -> None:
+    metrics, predictions = run(learnt, "chatty", "problems.jsonl", tmp_path)
+    said = [prediction.output for prediction in predictions]
+    assert said[:3] == [reply for _, reply, _ in CHATS][:3]
+    assert ENDLESS.startswith(said[3]) and len(said[3]) > 30
+    assert [p.parsed for p in predictions] == ["7", "9", "5", said[3].split(" and")[-2].strip()]
+    assert [p.correct for p in predictions] == [True, False, True, False]
+    assert [p.choice for p in predictions] == ["7", "9", "5", None]
+    assert [p.choice_correct for p in predictions] == [True, False, True, None]
+    assert [p.id for p in predictions] == ["1", "2", "3", "4"]
+    length = metrics.pop("thinking_tokens")
+    tokenizer = ChatTokenizer.load(learnt / "checkpoint")
+    assert length == len(tokenizer.encode_text("3+4=7，7-2=5"))
+    assert 1 <= metrics.pop("perplexity") < 1.2
+    assert metrics == {
+        "exact_l1": 0.5,
+        "exact_l2": 0.5,
+        "choice": 0.666667,
+        "complete_think": 0.25,
+        "full_sentence": 0.25,
+        "unfinished": 0.25,
+    }
+
+
+def test_a_text_model_goes_on_and_its_first_line_counts(learnt: Path, tmp_path: Path) -> None:
+    metrics, predictions = run(learnt, "raw", "stories.jsonl", tmp_path)
+    assert [p.output for p in predictions] == [" 3 apples.", "6个苹果。"]
+    assert [p.prompt for p in predictions] == [start for start, _, _ in STORIES]
+    assert [p.correct for p in predictions] == [True, False]
+    assert predictions[0].choice == "3"
+    assert metrics["exact"] == 0.5
+    assert metrics["unfinished"] == 0
+    assert metrics["thinking_tokens"] == 0
+
+
+def test_the_same_bytes_twice(learnt: Path, tmp_path: Path) -> None:
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        run(learnt, "chatty", "problems.jsonl", tmp_path / folder)
+    for file in ("metrics.json", "predictions.jsonl"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
+
+
+def test_batches_do_not_change_predictions(learnt: Path) -> None:
+    model, tokenizer = load_model(learnt / "checkpoint"), ChatTokenizer.load(learnt / "checkpoint")
+    problems = read_problems(learnt / "problems.jsonl")
+    alone, together = (
+        evaluate(
+            model,
+            tokenizer,
+            problems,
+            [],
+            EvaluateConfig(
+                batch_size=size,
+                max_new_tokens=MAX_NEW_TOKENS,
+                dtype="float32",
+                text_checkpoints=[],
+            ),
+            as_text=False,
+        )
+        for size in (1, 10)
+    )
+    assert alone == together
+    assert "perplexity" not in alone[0]
+
+
+def test_perplexity_is_that_of_the_packed_model(learnt: Path) -> None:
+    tokenizer = ChatTokenizer.load(learnt / "tokenizer")
+    model = tiny_model(vocab_size=tokenizer.vocab_size, max_positions=20)
+    texts = ["Tom has 3 apples.", "小明有5个苹果。" * 20]
+    rows = [tokenizer.encode_document(text)[0][:20] for text in texts]
+    assert len(rows[0]) < 20 == len(rows[1]), "one is cut, one is not"
+    logprobs = torch.cat([row_logprobs(model, row) for row in rows])
+    found = perplexity(model, tokenizer, texts, "float32")
+    assert found == pytest.approx(math.exp(-float(logprobs.mean())), rel=1e-5)
+    assert found == pytest.approx(tokenizer.vocab_size, rel=0.1), "an untrained model knows nothing"
+
+
+# ---- people's mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"prompt": "a"}', "answer: Field required"),
+        ('{"answer": "a"}', "prompt: Field required"),
+        ('{"prompt": "", "answer": "1"}', "prompt"),
+        ('{"prompt": "a", "answer": null}', "answer"),
+        ('{"prompt": "a", "answer": "1", "level": "hard"}', "level"),
+        ('{"prompt": "a", "answer": "1", "choices": ["1"], "label": 0}', "two or more"),
+        ('{"prompt": "a", "answer": "1", "choices": ["1", "1"], "label": 0}', "different"),
+        ('{"prompt": "a", "answer": "1", "choices": ["1", "2"]}', "label is None"),
+        ('{"prompt": "a", "answer": "1", "choices": ["1", "2"], "label": 2}', "0 to 1"),
+        ('{"conversations": [{"role": "user", "content": "5?"}]}', "assistant"),
+        ('{"conversations": [{"role": "assistant", "content": "5"}]}', "assistant turn"),
+        ("[1]", "JSON object"),
+        ('{"prompt": ', "JSON"),
+    ],
+)
+def test_bad_problems_name_file_and_line(tmp_path: Path, line: str, reason: str) -> None:
+    file = tmp_path / "problems.jsonl"
+    file.write_text('{"prompt": "a", "answer": "1"}\n\n' + line + "\n")
+    with pytest.raises(BadRowError, match=reason) as caught:
+        read_problems(file)
+    assert str(caught.value).startswith(f"{file}:3: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_answers_may_be_numbers_and_chats_may_be_problems(tmp_path: Path) -> None:
+    file = write_jsonl(
+        tmp_path / "problems.jsonl",
+        [
+            {"prompt": "a", "answer": 18, "id": 7},
+            {
+                "conversations": [
+                    {"role": "system", "content": "Think."},
+                    *chat("b", "<think>1</think>\n<answer>1,000</answer>"),
+                ]
+            },
+        ],
+    )
+    one, other = read_problems(file)
+    assert (one.id, one.prompt, one.answer) == ("7", "a", "18")
+    assert (other.id, other.prompt, other.answer) == ("2", "b", "1000")
+    assert [message["role"] for message in other.messages] == ["system", "user"]
+
+
+def invoke(folder: Path, **changes: Path) -> str:
+    """The one line with which the stage ends."""
+    options = {
+        "checkpoint": folder / "checkpoint",
+        "problems": folder / "problems.jsonl",
+        "text": folder / "text.jsonl",
+        "params": folder / "params.yaml",
+    } | changes
+    arguments = [text for key, value in options.items() for text in (f"--{key}", f"{value}")]
+    result = CliRunner().invoke(
+        app, ["--name", "x", "--metrics", "m.json", "--predictions", "p.jsonl", *arguments]
+    )
+    assert result.exit_code == 1, result.output
+    assert not Path("m.json").exists() and not Path("p.jsonl").exists()
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+def test_misuse_is_one_line(learnt: Path, tmp_path: Path) -> None:
+    long = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "word " * 300, "answer": "1"}])
+    assert f"{long}:1: the prompt has" in invoke(learnt, problems=long)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a"}\n{"text": }\n')
+    assert f"{broken}:2: " in invoke(learnt, text=broken)
+    assert "is missing" in invoke(learnt, problems=tmp_path / "no.jsonl")
+    assert "is missing" in invoke(learnt, checkpoint=tmp_path / "nowhere")
+    params = tmp_path / "p.yaml"
+    params.write_text("evaluate: {batch_size: 0, max_new_tokens: 4, dtype: float32}\n")
+    line = invoke(learnt, params=params)
+    assert "evaluate.batch_size is 0" in line and "evaluate.text_checkpoints is missing" in line
+
+
+def test_a_tokenizer_too_large_for_the_model_is_one_line(learnt: Path, tmp_path: Path) -> None:
+    model = tiny_model(vocab_size=100)
+    save_checkpoint(tmp_path / "other", model, learnt / "tokenizer")
+    assert "do not belong together" in invoke(learnt, checkpoint=tmp_path / "other")
