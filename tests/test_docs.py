@@ -1,0 +1,148 @@
+"""What the documents name exists, and README.md and README.zh.md say the same."""
+
+import re
+import subprocess
+from itertools import zip_longest
+from typing import Any
+
+import pytest
+import yaml
+
+from minimind.runtime.settings import RuntimeSettings
+from tests.graph import ROOT
+
+PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+TRAINED = [name for name, section in PARAMS.items() if "lr" in section]
+
+_CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_INLINE_CODE = re.compile(r"`([^`\n]+)`")
+_KEY = re.compile(r"(<stage>|[a-z][a-z0-9_]*)((?:\.[a-z][a-z0-9_]*)+)(?::? .*)?")
+_SET_KEY = re.compile(r"-S \+?([\w.]+)=")
+_FILE = re.compile(r".*\.(py|md|json|jsonl|yaml|toml|lock|csv|npy|safetensors|pth)")
+_VARIABLE = re.compile(r"MINIMIND_[A-Z]+(?:_[A-Z]+)*")
+_NOT_OURS = ("torch",)  # of dotted names
+# A secret: read where it is used, so that it is in no settings and no record.
+_SECRETS = {"MINIMIND_API_KEY"}
+
+
+def documents() -> list[str]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-coz", "--exclude-standard", "*.md"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return sorted(name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file())
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def prose(text: str) -> str:
+    """A document without its code blocks."""
+    return _CODE_BLOCK.sub("", text)
+
+
+def is_param(dotted: str) -> bool:
+    value: Any = PARAMS
+    for key in dotted.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return False
+        value = value[key]
+    return True
+
+
+def params_named(text: str) -> list[str]:
+    """Parameters that a document names: `sft.lr`, `data.on_bad_row: skip`, -S sft.lr=1e-5.
+
+    `<stage>.lr` stands for that key of every section that trains.
+    """
+    named = _SET_KEY.findall(text)
+    for code in _INLINE_CODE.findall(prose(text)):
+        match = _KEY.fullmatch(code)
+        if match is None or _FILE.fullmatch(code) or match[1] in _NOT_OURS:
+            continue
+        sections = TRAINED if match[1] == "<stage>" else [match[1]]
+        named += [section + match[2] for section in sections]
+    return named
+
+
+def environment_variables() -> set[str]:
+    """What MINIMIND_* variables there are; the others of the settings are DVC's own."""
+    fields = RuntimeSettings.model_fields.items()
+    return {f"MINIMIND_{name.upper()}" for name, field in fields if field.validation_alias is None}
+
+
+@pytest.mark.parametrize("name", documents())
+def test_relative_links_lead_somewhere(name: str) -> None:
+    links = [link.split("#")[0] for link in _LINK.findall(prose(read(name)))]
+    links = [link for link in links if link and not re.match(r"\w+:", link)]
+    missing = [link for link in links if not (ROOT / name).parent.joinpath(link).exists()]
+    assert not missing, f"{name} links to {missing}"
+
+
+@pytest.mark.parametrize("name", documents())
+def test_parameters_and_variables_that_documents_name_exist(name: str) -> None:
+    text = read(name)
+    unknown = [key for key in params_named(text) if not is_param(key)]
+    unknown += sorted({*_VARIABLE.findall(text)} - environment_variables() - _SECRETS)
+    assert not unknown, f"{name} names {unknown}"
+
+
+def test_the_argument_table_names_parameters_of_every_training_stage() -> None:
+    named = params_named(read("docs/from-minimind.md"))
+    assert len(TRAINED) >= 8
+    for section in TRAINED:
+        assert f"{section}.lr" in named
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_the_readme_has_every_variable(name: str) -> None:
+    assert set(_VARIABLE.findall(read(name))) - _SECRETS == environment_variables()
+
+
+@pytest.mark.parametrize("name", documents())
+def test_stages_that_documents_run_are_in_the_graph(name: str) -> None:
+    stages: dict[str, Any] = yaml.safe_load(read("dvc.yaml"))["stages"]
+    for command in re.findall(r"dvc (?:repro|exp run)\b([^`#\n|]*)", read(name)):
+        words = re.sub(r"-S \S+|--?name \S+|--?[\w-]+|\.{3}", "", command).split()
+        for word in words:
+            stage, _, _ = word.partition("@")
+            assert stage in stages, f"{name}: dvc.yaml has no stage {word}"
+
+
+def test_both_readmes_have_the_same_parts() -> None:
+    english, chinese = read("README.md"), read("README.zh.md")
+
+    def headings(text: str) -> list[str]:
+        return re.findall(r"^(#+) ", prose(text), re.MULTILINE)
+
+    def links(text: str) -> list[str]:
+        return sorted(set(_LINK.findall(prose(text))) - {"README.md", "README.zh.md"})
+
+    def table_rows(text: str) -> int:
+        return len(re.findall(r"^\|", prose(text), re.MULTILINE))
+
+    assert headings(english) == headings(chinese)
+    assert links(english) == links(chinese)
+    assert table_rows(english) == table_rows(chinese)
+    assert "](README.zh.md)" in english
+    assert "](README.md)" in chinese
+
+
+def test_both_readmes_have_the_same_code() -> None:
+    def code(name: str) -> list[list[str]]:
+        return [
+            [without_comment(line, language) for line in block.splitlines()]
+            for language, block in _CODE_BLOCK.findall(read(name))
+        ]
+
+    def without_comment(line: str, language: str) -> str:
+        """A picture's comments have no sign: they stand three spaces or more behind what it is."""
+        return re.sub(r"(^|\s)#.*" if language else r"(?<=\S) {3,}.*", "", line).rstrip()
+
+    for english, chinese in zip_longest(code("README.md"), code("README.zh.md")):
+        assert english == chinese
