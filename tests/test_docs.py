@@ -110,8 +110,10 @@ def test_stages_that_documents_run_are_in_the_graph(name: str) -> None:
     for command in re.findall(r"dvc (?:repro|exp run)\b([^`#\n|]*)", read(name)):
         words = re.sub(r"-S \S+|--?name \S+|--?[\w-]+|\.{3}", "", command).split()
         for word in words:
-            stage, _, _ = word.partition("@")
+            stage, _, item = word.partition("@")
             assert stage in stages, f"{name}: dvc.yaml has no stage {word}"
+            items = stages[stage].get("foreach", {})
+            assert isinstance(items, str) or not item or item in items, f"{name}: no {word}"
 
 
 def test_both_readmes_have_the_same_parts() -> None:
