@@ -109,10 +109,6 @@ class Story:
         return (self.statement + separator + self.result_start).rstrip(" ")
 
     @property
-    def told_out(self) -> str:
-        return self.statement + self.language.sentence_separator + self.sentence(self.answer)
-
-    @property
     def answer(self) -> int:
         return answer_of(self.problem)
 
