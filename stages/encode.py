@@ -6,7 +6,14 @@ from typing import Annotated
 
 import typer
 
-from minimind.datasets.encode import DataConfig, EncodeConfig, Format, encode_dataset
+from minimind.datasets.augment import Augmentation, load_synonyms
+from minimind.datasets.encode import (
+    ChatEncodeConfig,
+    DataConfig,
+    EncodeConfig,
+    Format,
+    encode_dataset,
+)
 from minimind.params import load_section
 from minimind.runtime.command import stage_app
 from minimind.tokenizer import ChatTokenizer
@@ -20,13 +27,18 @@ def main(
     tokenizer: Annotated[Path, typer.Option(help="Directory of the tokenizer.")],
     data_format: Annotated[Format, typer.Option("--format", help="What a row is.")],
     name: Annotated[str, typer.Option(help="The data set's section below encode.")],
+    synonyms: Annotated[Path, typer.Option(help="JSON table for variations of chats.")],
     output: Annotated[Path, typer.Option(help="Directory for the arrays.")],
     metrics: Annotated[Path, typer.Option(help="JSON file for rows, tokens, shares.")],
     params: Annotated[Path, typer.Option(help="Parameters.")] = Path("params.yaml"),
 ) -> None:
     """Check the rows of a JSONL data set and write them as memory-mapped arrays of tokens."""
     data = load_section(params, "data", DataConfig)
-    config = load_section(params, f"encode.{name}", EncodeConfig)
+    section = ChatEncodeConfig if data_format in ("chat", "reason") else EncodeConfig
+    config = load_section(params, f"encode.{name}", section)
+    augmentation = None
+    if isinstance(config, ChatEncodeConfig) and config.augment_copies:
+        augmentation = Augmentation(config, load_synonyms(synonyms))
     counts = encode_dataset(
         source,
         output,
@@ -34,6 +46,7 @@ def main(
         data_format,
         config.max_length,
         data.on_bad_row,
+        augmentation,
     )
     if counts.skipped_rows:
         typer.echo(

@@ -17,6 +17,7 @@ from minimind.tokenizer import ChatTokenizer, EncodedRow, Message
 from minimind.tokenizer_training import save_tokenizer, train_tokenizer
 from stages.encode import app
 
+NO_COPIES = {"augment_copies": 0, "augment_seed": 1, "word_dropout": 0.1, "synonym_share": 0.5}
 SYSTEM: Message = {"role": "system", "content": "你是 helper"}
 
 
@@ -89,6 +90,8 @@ class Stage:
     ) -> Any:
         params = {"data": {"on_bad_row": on_bad_row, "sft": "data/sft.jsonl"}}
         params["encode"] = {"sft": {"max_length": max_length}}
+        if data_format in ("chat", "reason"):
+            params["encode"]["sft"] |= NO_COPIES
         (self.folder / "params.yaml").write_text(json.dumps(params))
         source = write_rows(self.folder / "sft.jsonl", rows)
         return CliRunner().invoke(
@@ -96,7 +99,7 @@ class Stage:
             [
                 *("--source", str(source), "--tokenizer", str(self.tokenizer)),
                 *("--format", data_format, "--name", "sft", "--output", str(self.output)),
-                *("--metrics", str(self.metrics_file)),
+                *("--metrics", str(self.metrics_file), "--synonyms", "not read"),
                 *("--params", str(self.folder / "params.yaml")),
             ],
         )

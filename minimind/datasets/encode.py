@@ -2,6 +2,7 @@
 
 A text longer than ``max_length`` tokens is split into several rows, so that none of it is lost.
 Chats and preferences are cut at their end: a turn without what it answers teaches nothing.
+A chat may be followed by variations of itself (:mod:`minimind.datasets.augment`).
 """
 
 import json
@@ -9,7 +10,7 @@ import math
 import shutil
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import pairwise
@@ -18,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
+from minimind.datasets.augment import Augmentation, AugmentConfig
 from minimind.datasets.formats import (
     BadRowError,
     Preference,
@@ -55,6 +57,10 @@ class EncodeConfig(Section):
     max_length: int = Field(ge=8)  # tokens a row
 
 
+class ChatEncodeConfig(EncodeConfig, AugmentConfig):
+    """How one data set of chats is encoded."""
+
+
 class Counts(NamedTuple):
     """What an encoding did. A sample is what training draws: a row, or a pair of them."""
 
@@ -72,7 +78,10 @@ class Counts(NamedTuple):
 
 
 class _Sample(NamedTuple):
-    """What one row of the source became; texts may become several rows, pairs are two."""
+    """What one row of the source became.
+
+    Texts may become several rows, as chats with variations do; pairs are two.
+    """
 
     rows: list[EncodedRow]
     is_truncated: bool
@@ -92,24 +101,27 @@ def encode_dataset(
     data_format: Format,
     max_length: int,
     on_bad_row: OnBadRow,
+    augmentation: Augmentation | None = None,
 ) -> Counts:
     """Encode a JSONL file, or a folder of shards, into the directory ``output``.
 
     The layout is that of :class:`minimind.datasets.encoded.EncodedDataset`. Skipped rows are
     listed in ``skipped.jsonl`` beside the arrays. The directory appears whole or not at all.
+    With ``augmentation`` every chat is followed by its variations.
 
     Raises:
         UserError: the source is missing or empty, a row cannot be used and ``on_bad_row`` is
             "error", or no row at all can be used.
     """
     method = _METHODS[data_format]
+    assert augmentation is None or method.format == "chat", "only chats have variations"
     num_rows = num_truncated = num_skipped = 0
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         with _ArrayWriter(partial, tokenizer.vocab_size) as arrays:
-            for row in _encoded_rows(source, tokenizer, method, max_length):
+            for row in _encoded_rows(source, tokenizer, method, max_length, augmentation):
                 num_rows += 1
                 if isinstance(row, _Sample):
                     arrays.write(row.rows)
@@ -165,26 +177,41 @@ def split_document(document: EncodedRow, max_length: int) -> list[EncodedRow]:
 
 
 def _encoded_rows(
-    source: Path, tokenizer: ChatTokenizer, method: _Method, max_length: int
+    source: Path,
+    tokenizer: ChatTokenizer,
+    method: _Method,
+    max_length: int,
+    augmentation: Augmentation | None,
 ) -> Iterator[_Sample | BadRowError]:
     """What every row of the source becomes, in their order.
 
     Some batches are encoded ahead by threads: the tokenizer leaves Python's lock and uses all
     cores, while this thread reads what comes next and writes what is done.
     """
+    num_copies = augmentation.config.augment_copies if augmentation else 0
 
-    def encode(batch: list[Row[Any] | BadRowError]) -> list[_Sample | BadRowError]:
-        values = [row.value for row in batch if isinstance(row, Row)]
+    def encode(first_row: int, batch: list[Row[Any] | BadRowError]) -> list[_Sample | BadRowError]:
+        values = []
+        for number, row in enumerate(batch, first_row):
+            if isinstance(row, Row):
+                values.append(row.value)
+                values += augmentation.copies(row.value, number) if augmentation else []
         samples = iter(method.encode(tokenizer, values, max_length))
-        return [
-            _checked(row, next(samples), max_length) if isinstance(row, Row) else row
-            for row in batch
-        ]
+        encoded: list[_Sample | BadRowError] = []
+        for row in batch:
+            if isinstance(row, Row):
+                sample = _checked(row, next(samples), max_length)
+                encoded.append(_with_copies(sample, [next(samples) for _ in range(num_copies)]))
+            else:
+                encoded.append(row)
+        return encoded
 
     with ThreadPoolExecutor(BATCHES_AHEAD) as threads:
         ahead: deque[Future[list[_Sample | BadRowError]]] = deque()
-        for batch in _batches(read_rows_and_bad_rows(source, method.parse)):
-            ahead.append(threads.submit(encode, batch))
+        num_rows = 0
+        for batch in _batches(read_rows_and_bad_rows(source, method.parse), 1 + num_copies):
+            ahead.append(threads.submit(encode, num_rows, batch))
+            num_rows += len(batch)
             if len(ahead) > BATCHES_AHEAD:
                 yield from ahead.popleft().result()
         while ahead:
@@ -198,13 +225,33 @@ def _checked(row: Row[Any], sample: _Sample, max_length: int) -> _Sample | BadRo
     return BadRowError(row.place, f"{reason}; shorten what comes before, or raise max_length")
 
 
-def _batches(rows: Iterable[Row[Any] | BadRowError]) -> Iterator[list[Row[Any] | BadRowError]]:
+def _with_copies(
+    original: _Sample | BadRowError, copies: Sequence[_Sample]
+) -> _Sample | BadRowError:
+    """The original's rows and those of its variations.
+
+    A variation that became too long to leave anything to train on gives way to the original.
+    """
+    if isinstance(original, BadRowError) or not copies:
+        return original
+    usable = [copy if all(row.num_trained for row in copy.rows) else original for copy in copies]
+    samples = [original, *usable]
+    return _Sample(
+        [row for sample in samples for row in sample.rows],
+        is_truncated=any(sample.is_truncated for sample in samples),
+    )
+
+
+def _batches(
+    rows: Iterable[Row[Any] | BadRowError], samples_per_row: int
+) -> Iterator[list[Row[Any] | BadRowError]]:
     batch: list[Row[Any] | BadRowError] = []
     num_bytes = 0
     for row in rows:
         batch.append(row)
         num_bytes += row.num_bytes if isinstance(row, Row) else 0
-        if len(batch) == BATCH_ROWS or num_bytes >= BATCH_BYTES:
+        num_samples = len(batch) * samples_per_row
+        if num_samples >= BATCH_ROWS or num_bytes * samples_per_row >= BATCH_BYTES:
             yield batch
             batch, num_bytes = [], 0
     if batch:
