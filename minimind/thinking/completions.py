@@ -1,0 +1,178 @@
+"""Sampled completions of prompts, in a loop that a kill does not send back to its beginning."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from pydantic import Field, PositiveInt
+
+from minimind.datasets.formats import Place, parse_prompt, read_rows
+from minimind.errors import UserError
+from minimind.generate import Sampling, generate
+from minimind.model.transformer import Transformer
+from minimind.params import Section
+from minimind.runtime.run import Run
+from minimind.tokenizer import ChatTokenizer
+from minimind.training.precision import DType
+from minimind.training.resume import TrainingState
+
+
+class CompletionConfig(Section):
+    """Which prompts are completed, and how; keys of every section that samples."""
+
+    num_prompts: PositiveInt  # the first ones of the file
+    temperature: float = Field(gt=0)
+    top_p: float = Field(gt=0, le=1)
+    max_new_tokens: PositiveInt
+    batch_size: PositiveInt  # completions at a time
+    seed: int = Field(ge=0)
+    dtype: DType
+
+
+class Prompt(NamedTuple):
+    """A question, and its answer if that is known."""
+
+    number: int  # in the file, from 0
+    text: str
+    answer: str | None
+    place: Place
+
+
+class Completion(NamedTuple):
+    """What was said to a prompt."""
+
+    text: str  # tags included, control tokens not
+    finished: bool  # whether it came to an end by itself
+
+
+class Source(Protocol):
+    """Completes prompts; every prompt equally often."""
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[list[Completion]]: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model of ours as a source.
+
+    A completion's noise depends on the seed, its prompt's number and its own alone.
+    """
+
+    model: Transformer
+    tokenizer: ChatTokenizer
+    config: CompletionConfig
+    num_samples: int  # completions of each prompt
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[list[Completion]]:
+        """Raises UserError where a prompt fills the model's positions."""
+        sampling = Sampling(
+            self.config.temperature,
+            self.config.top_p,
+            self.config.seed,
+            rows=[
+                prompt.number * self.num_samples + sample
+                for prompt in prompts
+                for sample in range(self.num_samples)
+            ],
+        )
+        sampled = generate(
+            self.model,
+            [self._encode(prompt) for prompt in prompts],
+            max_new_tokens=self.config.max_new_tokens,
+            end_id=self.tokenizer.end_id,
+            dtype=self.config.dtype,
+            sampling=sampling,
+            num_samples_per_prompt=self.num_samples,
+        )
+        completions = [
+            Completion(self.tokenizer.decode(ids), finished)
+            for ids, finished in zip(sampled.ids, sampled.finished, strict=True)
+        ]
+        return _grouped(completions, self.num_samples)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        ids = self.tokenizer.encode_prompt([{"role": "user", "content": prompt.text}])
+        if len(ids) >= (max_positions := self.model.config.max_positions):
+            raise UserError(
+                f"{prompt.place}: the prompt has {len(ids)} tokens; the model has only "
+                f"{max_positions} positions for prompt and completion: shorten it or leave it out."
+            )
+        return ids
+
+
+def _grouped(completions: Sequence[Completion], size: int) -> list[list[Completion]]:
+    return [list(completions[i : i + size]) for i in range(0, len(completions), size)]
+
+
+def read_prompts(source: Path, num_prompts: int, needs_answers: bool) -> list[Prompt]:
+    """The first prompts of a JSONL file or folder of shards; fewer if it has no more.
+
+    Raises:
+        UserError: the source is missing or empty, a row cannot be read or lacks its answer.
+    """
+    prompts = []
+    for number, row in enumerate(islice(read_rows(source, parse_prompt), num_prompts)):
+        text, answer = row.value
+        if answer is None and needs_answers:
+            raise UserError(
+                f"{row.place}: answer is missing; there must be one to verify completions with."
+            )
+        prompts.append(Prompt(number, text, answer, row.place))
+    return prompts
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write JSONL."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def complete_all(
+    source: Source, prompts: Sequence[Prompt], prompts_at_a_time: int, run: Run
+) -> list[list[Completion]]:
+    """The completions of every prompt, in their order.
+
+    Picks up what a run of the same kind had completed before it was killed.
+
+    Raises:
+        Stopped: a signal came; what there is is saved.
+        UserError: the source cannot go on; what there is is saved too.
+    """
+    completions = _restore(run)
+    if completions:
+        run.say(f"going on after {len(completions)} of {len(prompts)} prompts")
+    last_save = last_line = time.monotonic()
+
+    def save() -> None:
+        nonlocal last_save
+        run.store.save(TrainingState(len(completions), {}, {"completions": completions}))
+        last_save = time.monotonic()
+
+    while len(completions) < len(prompts):
+        batch = prompts[len(completions) : len(completions) + prompts_at_a_time]
+        try:
+            completions += source(batch)
+        except UserError:
+            save()
+            raise
+        if time.monotonic() - last_line >= run.settings.log_seconds:
+            run.say(f"{len(completions)} of {len(prompts)} prompts")
+            last_line = time.monotonic()
+        if run.stop.requested or time.monotonic() - last_save >= run.settings.save_seconds:
+            save()
+            run.raise_if_stopped(f"after {len(completions)} of {len(prompts)} prompts")
+    save()
+    return completions
+
+
+def _restore(run: Run) -> list[list[Completion]]:
+    state, damaged = run.store.load()
+    for line in damaged:
+        run.say(line)
+    rows = state.values["completions"] if state else []
+    return [[Completion(*completion) for completion in row] for row in rows]

@@ -1,0 +1,143 @@
+"""Completions from an OpenAI-compatible endpoint: POST <endpoint>/chat/completions.
+
+What it says cannot be computed again; DVC keeps it with the stage's outputs.
+"""
+
+import json
+import random
+import time
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from email.message import Message as Headers
+from http.client import HTTPException
+from typing import IO, Any
+from urllib.error import HTTPError
+
+from minimind.errors import UserError
+from minimind.thinking.completions import Completion, CompletionConfig, Prompt
+
+TIMEOUT_SECONDS = 300.0  # of one request
+ATTEMPTS = 6
+FIRST_WAIT_SECONDS = 1.0  # between two attempts; doubled each time
+LONGEST_WAIT_SECONDS = 60.0  # whatever the server asks for
+PASSING_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+MAX_RESPONSE_BYTES = 16 * 2**20
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to whatever host it names."""
+
+    def redirect_request(
+        self, req: Any, fp: IO[bytes], code: int, msg: str, headers: Headers, newurl: str
+    ) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server as a source: one request a completion, `batch_size` of them at a time."""
+
+    url: str  # such as http://localhost:8000/v1
+    model: str
+    instruction: str  # a system turn before the prompt; "" for none
+    api_key: str = field(repr=False)  # "" for none
+    config: CompletionConfig
+    num_samples: int
+
+    def __post_init__(self) -> None:
+        if not self.api_key.isascii() or not self.api_key.isprintable() or " " in self.api_key:
+            raise UserError("MINIMIND_API_KEY has characters that no key has; set it anew.")
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[list[Completion]]:
+        """Raises UserError where the server refuses, cannot be reached, or is not understood."""
+        threads = ThreadPoolExecutor(self.config.batch_size)
+        try:
+            rows = [
+                [threads.submit(self._complete, prompt, i) for i in range(self.num_samples)]
+                for prompt in prompts
+            ]
+            return [[future.result() for future in row] for row in rows]
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+    def _complete(self, prompt: Prompt, sample: int) -> Completion:
+        messages = [{"role": "user", "content": prompt.text}]
+        if self.instruction:
+            messages.insert(0, {"role": "system", "content": self.instruction})
+        key = prompt.number * self.num_samples + sample
+        answer = self._post(
+            {
+                "model": self.model,
+                "messages": messages,
+                "temperature": self.config.temperature,
+                "top_p": self.config.top_p,
+                "max_tokens": self.config.max_new_tokens,
+                # Not all servers heed it; without, some would give the same text every time.
+                "seed": random.Random(f"{self.config.seed} {key}").getrandbits(31),
+            }
+        )
+        return _parse(answer, self._target)
+
+    @property
+    def _target(self) -> str:
+        return f"{self.url.rstrip('/')}/chat/completions"
+
+    def _post(self, body: dict[str, Any]) -> bytes:
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        data = json.dumps(body).encode()
+        opener = urllib.request.build_opener(_NoRedirects)
+        for attempt in range(ATTEMPTS):
+            request = urllib.request.Request(self._target, data, headers, method="POST")
+            wait = FIRST_WAIT_SECONDS * 2**attempt
+            try:
+                with opener.open(request, timeout=TIMEOUT_SECONDS) as response:
+                    return bytes(response.read(MAX_RESPONSE_BYTES))
+            except HTTPError as error:
+                problem = f"answered {error.code}: {self._shown(error)}"
+                if error.code in (401, 403):
+                    problem += " (the key is read from MINIMIND_API_KEY)"
+                if error.code not in PASSING_STATUSES:
+                    break
+                wait = max(wait, _retry_after(error.headers))
+            except (OSError, HTTPException) as error:
+                problem = f"cannot be reached: {getattr(error, 'reason', error) or error!r}"
+            if attempt + 1 < ATTEMPTS:
+                time.sleep(min(wait, LONGEST_WAIT_SECONDS))
+        raise UserError(f"{self._target} {problem}.")
+
+    def _shown(self, error: HTTPError) -> str:
+        """The beginning of what the server says, without our key if it repeats that."""
+        try:
+            text = error.read(2000).decode("utf-8", "replace")
+        except (OSError, HTTPException):
+            text = ""
+        if self.api_key:
+            text = text.replace(self.api_key, "***")
+        return " ".join(text.split())[:200] or error.reason
+
+
+def _parse(answer: bytes, target: str) -> Completion:
+    try:
+        choice = json.loads(answer)["choices"][0]
+        message = choice["message"]
+        text = message.get("content") or ""
+        # Some servers take the thought out of the text.
+        thought = message.get("reasoning_content") or message.get("reasoning") or ""
+        if not isinstance(text, str) or not isinstance(thought, str):
+            raise TypeError("content")
+        finished = choice.get("finish_reason") == "stop"
+    except (ValueError, LookupError, TypeError, AttributeError):
+        shown = " ".join(answer[:200].decode("utf-8", "replace").split())
+        raise UserError(f"{target} answered what is no chat completion: {shown}") from None
+    if thought and "<think>" not in text:
+        text = f"<think>{thought}</think>\n{text}"
+    return Completion(text, finished)
+
+
+def _retry_after(headers: Headers) -> float:
+    value = headers.get("Retry-After", "")
+    return float(value) if value.isascii() and value.isdigit() else 0.0

@@ -1,0 +1,115 @@
+"""Diverse traces: several thoughts a prompt, of which those with a verified answer are kept."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import PositiveInt, ValidationInfo, field_validator
+
+from minimind.evaluation.answers import normalise, thought_of
+from minimind.metrics import Number
+from minimind.thinking.completions import Completion, CompletionConfig, Prompt
+
+
+class TracesConfig(CompletionConfig):
+    """The `traces` section."""
+
+    init: str  # the checkpoint that thinks: models/<init>, as dvc.yaml has it
+    num_samples: PositiveInt  # of each prompt
+    max_kept_per_prompt: PositiveInt
+    endpoint: str | None  # an OpenAI-compatible server instead of the checkpoint
+    model: str | None  # its name there
+    instruction: str  # a system turn for the endpoint's model; the data set goes without it
+
+    @field_validator("endpoint")
+    @classmethod
+    def _endpoint_is_an_address(cls, value: str | None) -> str | None:
+        if value is not None:
+            parts = urlsplit(value)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("it must be like http://localhost:8000/v1, or null")
+            if parts.username or parts.password or parts.query:
+                raise ValueError("a key does not belong into it; set MINIMIND_API_KEY")
+        return value
+
+    @field_validator("model")
+    @classmethod
+    def _an_endpoint_has_a_model(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if info.data.get("endpoint") is not None and not value:
+            raise ValueError("it must name a model of the endpoint")
+        return value
+
+
+@dataclass
+class Traces:
+    """Rows of the reason data set, and rows of what did not become part of it."""
+
+    kept: list[dict[str, Any]] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    num_prompts: int = 0
+    num_sampled: int = 0
+    num_prompts_with_a_trace: int = 0
+    num_distinct: int = 0  # verified thoughts that differ from the others of their prompt
+
+    def add(self, prompt: Prompt, completions: Sequence[Completion], max_kept: int) -> None:
+        """Sort a prompt's completions.
+
+        Kept are the first `max_kept` different thoughts, each a complete ``<think>`` and
+        ``<answer>`` whose answer is the prompt's. Reasons for the others: unfinished (cut off),
+        incomplete (not that form), wrong_answer, duplicate, surplus (beyond `max_kept`).
+        """
+        assert prompt.answer is not None, "read_prompts checks that every prompt has an answer"
+        thoughts: set[str] = set()
+        for text, finished in completions:
+            thought = thought_of(text)
+            key = " ".join((thought or "").split())
+            if not finished:
+                reason = "unfinished"
+            elif thought is None:
+                reason = "incomplete"
+            elif normalise(_answer_in(text)) != normalise(prompt.answer):
+                reason = "wrong_answer"
+            elif key in thoughts:
+                reason = "duplicate"
+            else:
+                reason = "surplus" if len(thoughts) >= max_kept else ""
+                thoughts.add(key)
+            if reason or thought is None:
+                self.rejected.append(
+                    {"prompt": prompt.text, "answer": prompt.answer, "output": text}
+                    | {"reason": reason}
+                )
+            else:
+                self.kept.append(_row(prompt.text, thought.strip(), prompt.answer.strip()))
+        self.num_prompts += 1
+        self.num_sampled += len(completions)
+        self.num_prompts_with_a_trace += bool(thoughts)
+        self.num_distinct += len(thoughts)
+
+    def metrics(self) -> dict[str, Number]:
+        """Counts; kept_share of what was sampled, distinct_traces a prompt."""
+        return {
+            "prompts": self.num_prompts,
+            "sampled": self.num_sampled,
+            "kept": len(self.kept),
+            "kept_share": len(self.kept) / self.num_sampled,
+            "prompts_with_a_trace": self.num_prompts_with_a_trace,
+            "distinct_traces": self.num_distinct / self.num_prompts,
+        }
+
+
+def _answer_in(text: str) -> str:
+    """What stands between the answer tags of a complete output."""
+    return text.rpartition("<answer>")[2].partition("</answer>")[0]
+
+
+def _row(prompt: str, thought: str, answer: str) -> dict[str, Any]:
+    """A row of the reason format; the answer in the prompt's spelling."""
+    said = f"<think>{thought}</think>\n<answer>{answer}</answer>"
+    return {
+        "conversations": [
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": said},
+        ]
+    }

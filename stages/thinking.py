@@ -1,0 +1,49 @@
+"""Look at how a checkpoint thinks, on free prompts."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minimind.checkpoint import load_model
+from minimind.metrics import write_metrics
+from minimind.params import load_section
+from minimind.runtime.command import stage_app
+from minimind.runtime.run import start_run
+from minimind.thinking.completions import Checkpoint, complete_all, read_prompts, write_rows
+from minimind.thinking.quality import ThinkingConfig, assess
+from minimind.thinking.quality import metrics as metrics_of
+from minimind.tokenizer import ChatTokenizer
+
+app = stage_app("thinking")
+
+
+@app.command()
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="that thinks")],
+    prompts: Annotated[Path, typer.Option(help="JSONL of prompts; answers are not looked at")],
+    predictions: Annotated[Path, typer.Option(help="JSONL, a row for each prompt")],
+    metrics: Annotated[Path, typer.Option()],
+    params: Annotated[Path, typer.Option()] = Path("params.yaml"),
+) -> None:
+    """Sample a thought and an answer a prompt, and check what can be checked."""
+    config = load_section(params, "thinking", ThinkingConfig)
+    with start_run("thinking", params, {"thinking": config}, [checkpoint, prompts]) as run:
+        asked = read_prompts(prompts, config.num_prompts, needs_answers=False)
+        tokenizer = ChatTokenizer.load(checkpoint)
+        model = load_model(checkpoint).to(run.device).eval()
+        source = Checkpoint(model, tokenizer, config, num_samples=1)
+        assessed = [
+            assess(prompt, completion, lambda text: len(tokenizer.encode_text(text)))
+            for prompt, (completion,) in zip(
+                asked, complete_all(source, asked, config.batch_size, run), strict=True
+            )
+        ]
+        with run.saving(metrics):
+            write_rows(predictions, [asdict(row) for row in assessed])
+            write_metrics(metrics, "thinking", metrics_of(assessed))
+
+
+if __name__ == "__main__":
+    app()

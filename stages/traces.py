@@ -1,0 +1,66 @@
+"""Sample several traces a prompt and keep those whose answer verifies, as a reason data set."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minimind.checkpoint import load_model
+from minimind.metrics import write_metrics
+from minimind.params import load_section
+from minimind.runtime.command import stage_app
+from minimind.runtime.run import Run, start_run
+from minimind.thinking.completions import Checkpoint, Source, complete_all, read_prompts, write_rows
+from minimind.thinking.endpoint import Endpoint
+from minimind.thinking.traces import Traces, TracesConfig
+from minimind.tokenizer import ChatTokenizer
+
+app = stage_app("traces")
+
+
+@app.command()
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="that thinks, unless an endpoint does")],
+    prompts: Annotated[Path, typer.Option(help="JSONL of prompts with answers")],
+    output: Annotated[Path, typer.Option(help="JSONL in the reason format")],
+    rejected: Annotated[Path, typer.Option(help="JSONL of the others, with a reason each")],
+    metrics: Annotated[Path, typer.Option()],
+    params: Annotated[Path, typer.Option()] = Path("params.yaml"),
+) -> None:
+    """Sample, verify, keep what differs."""
+    config = load_section(params, "traces", TracesConfig)
+    with start_run("traces", params, {"traces": config}, [checkpoint, prompts]) as run:
+        asked = read_prompts(prompts, config.num_prompts, needs_answers=True)
+        prompts_at_a_time = max(1, config.batch_size // config.num_samples)
+        source = open_source(checkpoint, config, run)
+        traces = Traces()
+        for prompt, completions in zip(
+            asked, complete_all(source, asked, prompts_at_a_time, run), strict=True
+        ):
+            traces.add(prompt, completions, config.max_kept_per_prompt)
+        with run.saving(metrics):
+            write_rows(output, traces.kept)
+            write_rows(rejected, traces.rejected)
+            write_metrics(metrics, "traces", traces.metrics())
+    if not traces.kept:
+        run.say(f"no trace was kept: {rejected} says why; stage encode needs one row or more")
+
+
+def open_source(checkpoint: Path, config: TracesConfig, run: Run) -> Source:
+    """The endpoint if there is one, else the checkpoint."""
+    if config.endpoint is not None and config.model is not None:
+        return Endpoint(
+            config.endpoint,
+            config.model,
+            config.instruction,
+            os.environ.get("MINIMIND_API_KEY", "").strip(),
+            config,
+            config.num_samples,
+        )
+    model = load_model(checkpoint).to(run.device).eval()
+    return Checkpoint(model, ChatTokenizer.load(checkpoint), config, config.num_samples)
+
+
+if __name__ == "__main__":
+    app()
