@@ -21,6 +21,9 @@ from minimind.tokenizer import ChatTokenizer
 WEIGHTS = "model.safetensors"
 # Everything else in a checkpoint's directory belongs to the tokenizer.
 MODEL_FILES = ("config.json", "generation_config.json", WEIGHTS)
+# model_type in config.json, without and with experts.
+DENSE, MIXTURE = "llama", "ernie4_5_moe"
+SELECTION_BIAS = "moe_statics.e_score_correction_bias"
 
 
 def save_checkpoint(directory: Path, model: Transformer, tokenizer_directory: Path) -> None:
@@ -36,12 +39,15 @@ def save_checkpoint(directory: Path, model: Transformer, tokenizer_directory: Pa
             # copyfile, not copy: files that DVC links into the workspace are read-only,
             # and their mode must not come along.
             shutil.copyfile(source, partial / source.name)
-    _write_json(partial / "config.json", _config_json(model.config))
-    _write_json(partial / "generation_config.json", _generation_json())
+    control_ids = _control_ids(tokenizer_directory)
+    _write_json(partial / "config.json", _config_json(model.config) | control_ids)
+    _write_json(partial / "generation_config.json", control_ids)
     weights = {
         name: tensor.detach().to("cpu", torch.float32).contiguous()
         for name, tensor in model.state_dict().items()
     }
+    if model.config.num_experts:
+        weights |= _no_selection_biases(model.config)
     # More metadata than this would change the file's bytes from run to run.
     save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
     shutil.rmtree(directory, ignore_errors=True)
@@ -64,6 +70,7 @@ def load_model(directory: Path) -> Transformer:
         model = Transformer(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weights.pop("lm_head.weight", None)  # some writers store the tied head a second time
+    _drop_selection_biases(weights, directory / WEIGHTS)
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
         name = sorted(expected.items() ^ found.items())[0][0]
@@ -90,8 +97,12 @@ def load_config(directory: Path) -> ModelConfig:
         raise UserError(f"{path} is missing; {directory} is not a checkpoint: run its stage first.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        if config["model_type"] != "llama":
-            raise UserError(f"{path}: model_type is {config['model_type']!r}; allowed is 'llama'.")
+        if config["model_type"] not in (DENSE, MIXTURE):
+            raise UserError(
+                f"{path}: model_type is {config['model_type']!r}; "
+                f"allowed is {DENSE!r} or {MIXTURE!r}."
+            )
+        mixture = config["model_type"] == MIXTURE
         loaded = ModelConfig(
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
@@ -101,6 +112,10 @@ def load_config(directory: Path) -> ModelConfig:
             max_positions=config["max_position_embeddings"],
             rope_theta=(config.get("rope_parameters") or config)["rope_theta"],
             norm_eps=config["rms_norm_eps"],
+            num_experts=config["moe_num_experts"] if mixture else 0,
+            num_experts_per_token=config["moe_k"] if mixture else 0,
+            num_shared_experts=config["moe_num_shared_experts"] if mixture else 0,
+            balance_alpha=config["router_aux_loss_coef"] if mixture else 0.0,
         )
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise UserError(f"{path} is not valid: {error}.") from None
@@ -108,9 +123,12 @@ def load_config(directory: Path) -> ModelConfig:
         raise UserError(f"{path}: the key {error} is missing.") from None
     except ValidationError as error:
         raise UserError(f"{path}: {error.errors()[0]['msg']}.") from None
-    if config.get("intermediate_size") != loaded.intermediate_size:
+    if mixture and not loaded.num_experts:
+        raise UserError(f"{path}: moe_num_experts is 0; {MIXTURE!r} needs at least one.")
+    width = "moe_intermediate_size" if mixture else "intermediate_size"
+    if config.get(width) != loaded.intermediate_size:
         raise UserError(
-            f"{path}: intermediate_size is {config.get('intermediate_size')}; "
+            f"{path}: {width} is {config.get(width)}; "
             f"for hidden_size {loaded.hidden_size} only {loaded.intermediate_size} is supported."
         )
     return loaded
@@ -121,38 +139,76 @@ def require_same_tokenizer(checkpoint: Path, dataset: EncodedDataset) -> None:
     dataset.check_tokenizer(ChatTokenizer.load(checkpoint).fingerprint, checkpoint)
 
 
-def _config_json(config: ModelConfig) -> dict[str, Any]:
+def _no_selection_biases(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Zeros for a part of the Hugging Face model that ours does not have.
+
+    It can choose experts by probability plus a bias; we balance them by a loss instead.
+    """
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 1,
+        f"model.layers.{layer}.mlp.{SELECTION_BIAS}": torch.zeros(1, config.num_experts)
+        for layer in range(config.num_layers)
+    }
+
+
+def _drop_selection_biases(weights: dict[str, torch.Tensor], path: Path) -> None:
+    for name in [name for name in weights if name.endswith(SELECTION_BIAS)]:
+        if weights.pop(name).any():
+            raise UserError(
+                f"{path}: {name} is not zero; experts chosen with a bias are not supported."
+            )
+
+
+def _config_json(config: ModelConfig) -> dict[str, Any]:
+    shared = {
         "dtype": "float32",
-        "eos_token_id": 2,
         "head_dim": config.head_size,
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,
         "initializer_range": 0.02,
         "intermediate_size": config.intermediate_size,
         "max_position_embeddings": config.max_positions,
-        "mlp_bias": False,
-        "model_type": "llama",
         "num_attention_heads": config.num_heads,
         "num_hidden_layers": config.num_layers,
         "num_key_value_heads": config.num_kv_heads,
-        "pad_token_id": 0,
         "rms_norm_eps": config.norm_eps,
-        # transformers 4 reads the first, 5 the second; with neither, theta is silently 1e4.
+        # transformers 4 reads the first, 5 the second; with neither, theta is another one.
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
         "tie_word_embeddings": True,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "vocab_size": config.vocab_size,
     }
+    if not config.num_experts:
+        return shared | {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "mlp_bias": False,
+            "model_type": DENSE,
+        }
+    return shared | {
+        "architectures": ["Ernie4_5_MoeForCausalLM"],
+        "model_type": MIXTURE,
+        "moe_intermediate_size": config.intermediate_size,
+        "moe_k": config.num_experts_per_token,
+        "moe_layer_end_index": config.num_layers - 1,
+        "moe_layer_interval": 1,
+        "moe_layer_start_index": 0,  # every layer has experts
+        "moe_norm_min": 1e-12,
+        "moe_num_experts": config.num_experts,
+        "moe_num_shared_experts": config.num_shared_experts,
+        "router_aux_loss_coef": config.balance_alpha,
+        "use_bias": False,
+    }
 
 
-def _generation_json() -> dict[str, Any]:
-    return {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+def _control_ids(tokenizer_directory: Path) -> dict[str, Any]:
+    tokenizer = ChatTokenizer.load(tokenizer_directory)
+    return {
+        "bos_token_id": tokenizer.start_id,
+        "eos_token_id": tokenizer.end_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

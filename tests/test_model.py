@@ -14,7 +14,7 @@ from minimind.datasets.batches import pack
 from minimind.errors import UserError
 from minimind.model.attention import _attention_per_sample, packed_attention
 from minimind.model.transformer import ModelConfig, Transformer
-from tests.tiny import random_rows, tiny_model, write_rows
+from tests.tiny import random_rows, tiny_model, tiny_tokenizer, write_rows
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,10 @@ def test_parameter_counts_are_the_recipes(
         max_positions=512,
         rope_theta=1e6,
         norm_eps=1e-5,
+        num_experts=0,
+        num_experts_per_token=2,
+        num_shared_experts=1,
+        balance_alpha=0.1,
     )
     with torch.device("meta"):
         assert Transformer(config).num_parameters == parameters
@@ -125,11 +129,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None
 
 @pytest.fixture
 def tokenizer_directory(tmp_path: Path) -> Path:
-    directory = tmp_path / "tokenizer"
-    directory.mkdir()
-    (directory / "tokenizer.json").write_text("{}")
-    (directory / "tokenizer.json").chmod(0o444)  # as DVC links files into the workspace
-    return directory
+    return tiny_tokenizer(tmp_path / "tokenizer")
 
 
 def test_stock_llama_loads_a_checkpoint_with_equal_logits(

@@ -7,6 +7,7 @@ import numpy as np
 
 from minimind.datasets.encoded import EncodedDataset
 from minimind.model.transformer import ModelConfig, Transformer
+from minimind.tokenizer_training import save_tokenizer, train_tokenizer
 
 VOCAB_SIZE = 97
 
@@ -21,6 +22,10 @@ def tiny_config(**changes: int | float) -> ModelConfig:
         "max_positions": 128,
         "rope_theta": 1e6,
         "norm_eps": 1e-5,
+        "num_experts": 0,
+        "num_experts_per_token": 2,
+        "num_shared_experts": 1,
+        "balance_alpha": 0.1,
     }
     return ModelConfig(**(values | changes))  # type: ignore[arg-type]
 
@@ -89,3 +94,11 @@ def random_pairs(num_pairs: int, seed: int = 0) -> list[tuple[list[int], list[in
             answer = rng.integers(3, VOCAB_SIZE, size=int(rng.integers(1, 9))).tolist()
             rows.append((context + answer, [0] * len(context) + [1] * len(answer)))
     return rows
+
+
+def tiny_tokenizer(directory: Path) -> Path:
+    """A tokenizer of bytes and little else; its files are read-only, as DVC's links are."""
+    save_tokenizer(train_tokenizer(["user", "assistant", "1+1=2"], vocab_size=263), directory)
+    for file in directory.iterdir():
+        file.chmod(0o444)
+    return directory

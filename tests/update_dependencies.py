@@ -1,4 +1,4 @@
-"""Rewrite the code dependencies in dvc.yaml from the stages' imports: python -m tests.update_dependencies
+"""Rewrite the code dependencies in dvc.yaml from imports: python -m tests.update_dependencies
 
 In a stage's deps, the run of lines that begin with `- stages/` or `- minimind/` is replaced.
 """

@@ -1,9 +1,9 @@
 """The language model: a decoder-only transformer, read from top to bottom.
 
-Module and parameter names are those of Hugging Face's Llama, so that a state dict is a
-checkpoint without any conversion. Shapes: T tokens of all samples laid end to end, D hidden
-size, H query heads, K key/value heads, E head size, F feed-forward width, V vocabulary,
-M positions whose next token is scored.
+Module and parameter names are those of Hugging Face's Llama, and with experts those of its
+Ernie 4.5 MoE, so that a state dict is a checkpoint without any conversion. Shapes: T tokens of
+all samples laid end to end, D hidden size, H query heads, K key/value heads, E head size,
+F feed-forward width, V vocabulary, M positions whose next token is scored.
 """
 
 import math
@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from minimind.model.attention import packed_attention
+from minimind.model.moe import FeedForward, MixtureOfExperts, Routing, balance_and_load
 from minimind.params import Section
 
 # attend(layer index, query [.., H, E], key [.., K, E], value [.., K, E]) -> [.., H, E]
@@ -34,6 +35,11 @@ class ModelShape(Section):
     max_positions: int = Field(gt=0)
     rope_theta: float = Field(gt=0)
     norm_eps: float = Field(gt=0)
+    num_experts: int = Field(ge=0)  # 0: one feed-forward network for all tokens of a layer
+    # The following are read only where there are experts, and are 0 elsewhere.
+    num_experts_per_token: int = Field(ge=0)
+    num_shared_experts: int = Field(ge=0)  # beside those that are chosen, for every token
+    balance_alpha: float = Field(ge=0)  # weight of the balance loss in every training loss
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ModelShape":
@@ -49,13 +55,33 @@ class ModelShape(Section):
             )
         return self
 
+    @field_validator("num_experts_per_token", "num_shared_experts", "balance_alpha")
+    @classmethod
+    def _unread_without_experts(cls, value: float, info: ValidationInfo) -> float:
+        """Dense models of equal shape have equal configurations, whatever else is written."""
+        return value if info.data.get("num_experts") else type(value)(0)
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> "ModelShape":
+        if self.num_experts and not 1 <= self.num_experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_token {self.num_experts_per_token} must be from 1 to "
+                f"num_experts {self.num_experts}"
+            )
+        return self
+
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_heads
 
     @property
+    def interleaved_rotary(self) -> bool:
+        """Which values a rotation pairs: as the Hugging Face model of the same weights does."""
+        return self.num_experts > 0
+
+    @property
     def intermediate_size(self) -> int:
-        """Feed-forward width F: 8/3 of the hidden size, rounded up to a multiple of 64."""
+        """Width F of a feed-forward network or expert: 8/3 of D, up to a multiple of 64."""
         return 64 * math.ceil(int(8 * self.hidden_size / 3) / 64)
 
 
@@ -78,6 +104,9 @@ class Output(NamedTuple):
     """What the model says of the positions asked for."""
 
     logits: Tensor  # float32 [M, V]
+    # With experts only, both summed over the samples, whatever positions were asked for:
+    balance: Tensor | None = None  # float32 scalar, the balance loss of all layers, weighted
+    expert_load: Tensor | None = None  # float32 [layers, experts], shares of a sample's choices
 
 
 class RMSNorm(nn.Module):
@@ -94,13 +123,18 @@ class RMSNorm(nn.Module):
         return (wide * scale * self.weight).to(x.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (arXiv:2104.09864, eq. 34), pairs (i, i + E/2) as in Llama.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotary position embedding (arXiv:2104.09864, eq. 34).
 
+    Values i and i + E/2 are a pair, as in Llama, or 2i and 2i + 1 if interleaved, as in Ernie.
     x: [.., heads, E]; cos, sin: [.., 1, E], already gathered at the tokens' positions.
     """
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    if interleaved:
+        turned = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+    else:
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -109,6 +143,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_size = layer, config.head_size
+        self.interleaved = config.interleaved_rotary
         query_size = config.num_heads * config.head_size
         kv_size = config.num_kv_heads * config.head_size
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
@@ -120,36 +155,41 @@ class Attention(nn.Module):
         query = self.q_proj(x).unflatten(-1, (-1, self.head_size))
         key = self.k_proj(x).unflatten(-1, (-1, self.head_size))
         value = self.v_proj(x).unflatten(-1, (-1, self.head_size))
-        out = attend(self.layer, rotate(query, cos, sin), rotate(key, cos, sin), value)
+        query = rotate(query, cos, sin, self.interleaved)
+        key = rotate(key, cos, sin, self.interleaved)
+        out = attend(self.layer, query, key, value)
         return self.o_proj(out.flatten(-2))
 
 
-class FeedForward(nn.Module):
-    """SwiGLU feed-forward (arXiv:2002.05202, eq. 6)."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Layer(nn.Module):
-    """Pre-norm residual block: attention, then feed-forward."""
+    """Pre-norm residual block: attention, then feed-forward or experts."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+        self.mlp: FeedForward | MixtureOfExperts
+        if config.num_experts:
+            self.mlp = MixtureOfExperts(
+                config.hidden_size,
+                config.intermediate_size,
+                config.num_experts,
+                config.num_experts_per_token,
+                config.num_shared_experts,
+            )
+        else:
+            self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> tuple[Tensor, Routing | None]:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, FeedForward):
+            return x + self.mlp(normed), None
+        out, routing = self.mlp(normed)
+        return x + out, routing
 
 
 class Decoder(nn.Module):
@@ -160,6 +200,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.interleaved = config.interleaved_rotary
         self.recompute_layers = False  # gradient checkpointing: less memory, a third more work
         exponents = torch.arange(0, config.head_size, 2).float() / config.head_size
         self.register_buffer("frequencies", config.rope_theta**-exponents, persistent=False)
@@ -167,16 +208,28 @@ class Decoder(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states [.., D] of tokens [..] at positions [..]."""
+        return self.hidden_and_routings(ids, positions, attend)[0]
+
+    def hidden_and_routings(
+        self, ids: Tensor, positions: Tensor, attend: Attend
+    ) -> tuple[Tensor, list[Routing]]:
+        """Hidden states, and how each layer routed the tokens: nothing without experts."""
         x = self.embed_tokens(ids)
         angles = positions[..., None].float() * self.frequencies
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
+        if self.interleaved:
+            angles = angles.repeat_interleave(2, dim=-1).unsqueeze(-2)
+        else:
+            angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
         cos, sin = angles.cos(), angles.sin()
+        routings = []
         for layer in self.layers:
             if self.recompute_layers and self.training:
-                x = recompute_in_backward(layer, x, cos, sin, attend, use_reentrant=False)
+                x, routing = recompute_in_backward(layer, x, cos, sin, attend, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, attend)
-        return self.norm(x)
+                x, routing = layer(x, cos, sin, attend)
+            if routing is not None:
+                routings.append(routing)
+        return self.norm(x), routings
 
 
 class Transformer(nn.Module):
@@ -206,15 +259,26 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: PackedTokens) -> Tensor:
         """Hidden states [T, D] of packed samples."""
-        attend = partial(_attend_packed, boundaries=tokens.boundaries, longest=tokens.longest)
-        return self.model(tokens.ids, tokens.positions, attend)
+        return self.model(tokens.ids, tokens.positions, _attend_inside(tokens))
 
     def forward(self, tokens: PackedTokens, predict_at: Tensor) -> Output:
         """Logits of the tokens that follow the positions `predict_at` (int64 [M], into T).
 
         The head runs at these positions alone: nothing is computed that no loss looks at.
         """
-        return Output(self.logits(self.hidden(tokens)[predict_at]))
+        hidden, routings = self.model.hidden_and_routings(
+            tokens.ids, tokens.positions, _attend_inside(tokens)
+        )
+        logits = self.logits(hidden[predict_at])
+        if not routings:
+            return Output(logits)
+        balance, load = balance_and_load(routings, tokens.boundaries)
+        return Output(logits, self.config.balance_alpha * balance, load)
+
+
+def _attend_inside(tokens: PackedTokens) -> Attend:
+    """Attention of each sample to itself."""
+    return partial(_attend_packed, boundaries=tokens.boundaries, longest=tokens.longest)
 
 
 def _attend_packed(

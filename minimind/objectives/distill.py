@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.datasets.batches import PackedBatch
-from minimind.objectives.loss import Loss, Term, token_logprobs
+from minimind.objectives.loss import Loss, Term, token_logprobs, with_balance
 
 # Extras of a batch, one row a trained token.
 TEACHER_IDS = "teacher_ids"  # [M, K], the teacher's likeliest tokens
@@ -58,7 +58,8 @@ class Distill:
     teacher: nn.Module | None
 
     def __call__(self, model: nn.Module, batch: PackedBatch, progress: float) -> Loss:
-        logits = model(batch.tokens, batch.predict_at).logits
+        output = model(batch.tokens, batch.predict_at)
+        logits = output.logits
         cross_entropy = -token_logprobs(logits, batch.targets).sum()
         loss = self.alpha * cross_entropy
         metrics = {"ce": Term(cross_entropy.detach(), "tokens")}
@@ -66,7 +67,8 @@ class Distill:
             divergence = self._divergence(logits, batch)
             loss = loss + (1 - self.alpha) * self.temperature**2 * divergence
             metrics["kl"] = Term(divergence.detach(), "tokens")
-        return Loss({"distill": Term(loss, "tokens")}, metrics)
+        # The balance loss of experts is added unscaled: it is not part of what alpha weighs.
+        return with_balance(Loss({"distill": Term(loss, "tokens")}, metrics), output)
 
     def _divergence(self, logits: Tensor, batch: PackedBatch) -> Tensor:
         if self.teacher is not None:

@@ -7,14 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.datasets.batches import PackedBatch
-from minimind.objectives.loss import Loss, Term, token_logprobs
+from minimind.model.transformer import Output
+from minimind.objectives.loss import Loss, Term, token_logprobs, with_balance
 
 Reduction = Literal["sum", "mean"]
 
 
 def row_logprobs(model: nn.Module, batch: PackedBatch, reduction: Reduction) -> Tensor:
     """Log-probability of each row's trained tokens, summed or averaged over them: float32 [N]."""
-    output = model(batch.tokens, batch.predict_at)
+    return _row_logprobs(model(batch.tokens, batch.predict_at), batch, reduction)
+
+
+def _row_logprobs(output: Output, batch: PackedBatch, reduction: Reduction) -> Tensor:
     logprobs = token_logprobs(output.logits, batch.targets)
     sums = logprobs.new_zeros(batch.counts.rows).index_add(0, batch.row_of_target, logprobs)
     if reduction == "sum":
@@ -34,12 +38,12 @@ class Dpo:
     reduction: Reduction
 
     def __call__(self, model: nn.Module, batch: PackedBatch, progress: float) -> Loss:
-        rewards = self.beta * (
-            row_logprobs(model, batch, self.reduction) - batch.extras["reference"]
-        )
+        output = model(batch.tokens, batch.predict_at)
+        logprobs = _row_logprobs(output, batch, self.reduction)
+        rewards = self.beta * (logprobs - batch.extras["reference"])
         chosen, rejected = rewards[0::2], rewards[1::2]
         margins = chosen - rejected
-        return Loss(
+        loss = Loss(
             terms={"dpo": Term(-F.logsigmoid(margins).sum(), "samples")},
             metrics={
                 "accuracy": Term((margins.detach() > 0).float().sum(), "samples"),
@@ -48,3 +52,4 @@ class Dpo:
                 "rejected_reward": Term(rejected.detach().sum(), "samples"),
             },
         )
+        return with_balance(loss, output)

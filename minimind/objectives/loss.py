@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.datasets.batches import PackedBatch, Unit
+from minimind.model.transformer import Output
 
 
 class Term(NamedTuple):
@@ -36,3 +37,19 @@ class Objective(Protocol):
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-probability of each target: float32 [M, V], int64 [M] -> float32 [M]."""
     return -F.cross_entropy(logits, targets, reduction="none")
+
+
+def with_balance(loss: Loss, output: Output) -> Loss:
+    """Add a mixture of experts' balance loss, and the load of each expert as a metric.
+
+    A load is the expert's share of a sample's choices, the mean over layers; all add up to 1.
+    Without experts the loss is returned as it is.
+    """
+    if output.balance is None or output.expert_load is None:
+        return loss
+    loads = output.expert_load.mean(0)
+    return Loss(
+        terms=loss.terms | {"balance": Term(output.balance, "rows")},
+        metrics=loss.metrics
+        | {f"load_expert_{expert}": Term(load, "rows") for expert, load in enumerate(loads)},
+    )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from minimind.datasets.batches import PackedBatch
-from minimind.objectives.loss import Loss, Term, token_logprobs
+from minimind.objectives.loss import Loss, Term, token_logprobs, with_balance
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class NextToken:
         losses = -token_logprobs(output.logits, batch.targets)
         tag_weight = self.tag_weight + progress * (self.final_tag_weight - self.tag_weight)
         weights = torch.where(batch.is_tag, tag_weight, 1.0)
-        return Loss(
+        loss = Loss(
             terms={"next_token": Term((losses * weights).sum(), "tokens")},
             metrics={"nll": Term(losses.detach().sum(), "tokens")},
         )
+        return with_balance(loss, output)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from minimind.datasets.batches import PackedBatch
-from minimind.objectives.loss import Loss, Term, token_logprobs
+from minimind.objectives.loss import Loss, Term, token_logprobs, with_balance
 
 LossType = Literal["grpo", "dr_grpo", "cispo"]
 
@@ -51,10 +51,8 @@ class PolicyGradient:
         losses, clipped = self._surrogate(logprobs, ratio, advantages)
         metrics = {"clip_share": Term(clipped.float().sum(), "tokens")}
         if self.beta:
-            kl = k3(logprobs, batch.extras["reference"])
-            losses = losses + self.beta * kl
-            metrics["kl"] = Term(kl.detach().sum(), "tokens")
-        return Loss({"policy": self._reduce(losses, batch)}, metrics)
+            losses = losses + self.beta * k3(logprobs, batch.extras["reference"])
+        return with_balance(Loss({"policy": self._reduce(losses, batch)}, metrics), output)
 
     def _surrogate(
         self, logprobs: Tensor, ratio: Tensor, advantages: Tensor

@@ -1,0 +1,105 @@
+"""Presets: valid, of the documents' size, and applied without losing a comment."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from minimind.cli.main import app
+from minimind.datasets.encode import EncodeConfig
+from minimind.model.transformer import ModelConfig, ModelShape, Transformer
+from minimind.params import Section, load_section
+from minimind.tokenizer_training import TokenizerConfig
+from stages.distill import DistillConfig
+from stages.dpo import DpoConfig
+from stages.grpo import GrpoConfig
+from stages.lora import LoraStageConfig
+from stages.pretrain import PretrainConfig
+from stages.reason import ReasonConfig
+from stages.sft import SftConfig
+from stages.spo import SpoConfig
+from tests.graph import ROOT
+
+SECTIONS: dict[str, type[Section]] = {
+    "tokenizer": TokenizerConfig,
+    "encode.pretrain": EncodeConfig,
+    "encode.sft": EncodeConfig,
+    "encode.dpo": EncodeConfig,
+    "encode.reason": EncodeConfig,
+    "model": ModelShape,
+    "pretrain": PretrainConfig,
+    "sft": SftConfig,
+    "dpo": DpoConfig,
+    "reason": ReasonConfig,
+    "distill": DistillConfig,
+    "lora": LoraStageConfig,
+    "grpo": GrpoConfig,
+    "spo": SpoConfig,
+}
+PARAMETERS = {"small": 25_829_888, "base": 104_030_976, "moe": 145_029_760}
+
+
+def applied(tmp_path: Path, name: str) -> tuple[Path, str]:
+    params = tmp_path / "params.yaml"
+    shutil.copyfile(ROOT / "params.yaml", params)
+    presets = ["--presets", str(ROOT / "presets"), "--params", str(params)]
+    result = CliRunner().invoke(app, ["preset", name, *presets])
+    assert result.exit_code == 0, result.output
+    return params, result.output
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_preset_is_valid_and_has_the_documents_size(tmp_path: Path, name: str) -> None:
+    params, _ = applied(tmp_path, name)
+    for section, config in SECTIONS.items():
+        load_section(params, section, config)
+    shape = load_section(params, "model", ModelShape)
+    vocab_size = load_section(params, "tokenizer", TokenizerConfig).vocab_size
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(vocab_size=vocab_size, **shape.model_dump()))
+    assert model.num_parameters == PARAMETERS[name]
+
+
+def test_comments_and_other_values_stay(tmp_path: Path) -> None:
+    params, said = applied(tmp_path, "base")
+    before, after = (p.read_text(encoding="utf-8") for p in (ROOT / "params.yaml", params))
+    comments = [line.split("#", 1)[1] for line in before.splitlines() if "#" in line]
+    for comment in comments:
+        assert comment in after
+    assert "model.num_layers: 4 -> 16" in said
+    changed = {line.split(":")[0] for line in said.splitlines() if " -> " in line}
+    old, new = _flat(yaml.safe_load(before)), _flat(yaml.safe_load(after))
+    assert {key for key in old if old[key] != new[key]} == changed
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def test_a_preset_applied_twice_changes_nothing_more(tmp_path: Path) -> None:
+    params, _ = applied(tmp_path, "small")
+    once = params.read_bytes()
+    presets = ["--presets", str(ROOT / "presets"), "--params", str(params)]
+    assert CliRunner().invoke(app, ["preset", "small", *presets]).exit_code == 0
+    assert params.read_bytes() == once
+
+
+def test_an_unknown_preset_or_key_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
+    params, _ = applied(tmp_path, "small")
+    once = params.read_bytes()
+    (tmp_path / "mine.yaml").write_text("sft: {lr: 1.0e-4, learning_rate: 1.0}\n")
+    where = ["--presets", str(tmp_path), "--params", str(params)]
+    unknown = CliRunner().invoke(app, ["preset", "huge", *where])
+    misspelt = CliRunner().invoke(app, ["preset", "mine", *where])
+    assert unknown.exit_code == misspelt.exit_code == 1
+    assert "there are: mine, params" in unknown.stderr
+    assert "sft.learning_rate" in misspelt.stderr
+    assert params.read_bytes() == once
