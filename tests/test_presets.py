@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from minimind.cli.main import app
-from minimind.datasets.encode import EncodeConfig
+from minimind.datasets.encode import ChatEncodeConfig, EncodeConfig
 from minimind.model.transformer import ModelConfig, ModelShape, Transformer
 from minimind.params import Section, load_section
 from minimind.tokenizer_training import TokenizerConfig
@@ -27,9 +27,9 @@ from tests.graph import ROOT
 SECTIONS: dict[str, type[Section]] = {
     "tokenizer": TokenizerConfig,
     "encode.pretrain": EncodeConfig,
-    "encode.sft": EncodeConfig,
+    "encode.sft": ChatEncodeConfig,
     "encode.dpo": EncodeConfig,
-    "encode.reason": EncodeConfig,
+    "encode.reason": ChatEncodeConfig,
     "model": ModelShape,
     "pretrain": PretrainConfig,
     "sft": SftConfig,
