@@ -147,8 +147,6 @@ def test_the_loss_is_the_plain_formula(loss_type: str, beta: float) -> None:
     assert float(term.total.detach()) == pytest.approx(expected, rel=1e-5)
     assert term.per == ("tokens" if loss_type == "cispo" else "rows")
     assert int(loss.metrics["clip_share"].total) == clipped.sum()
-    if beta:
-        assert float(loss.metrics["kl"].total) == pytest.approx(kl.sum(), rel=1e-4)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "cispo"])

@@ -179,7 +179,6 @@ def test_learning_raises_the_reward(project: Path, stage: str) -> None:
     assert run_stage(stage).exit_code == 0
     metrics = json.loads(Path("out.json").read_text())[stage]
     assert metrics["reward"] > metrics["first_reward"] + 0.3
-    assert "kl" not in metrics
 
 
 def environment_of(config: Any) -> Environment:
@@ -272,22 +271,42 @@ def test_spo_compares_a_reward_with_the_value_before_it(project: Path) -> None:
     assert [method.tracker.visits[i].completion for i in indices] == rollout.completions
 
 
-def test_the_first_loss_is_the_gradient_of_the_advantages_alone(project: Path) -> None:
-    """Nothing has moved yet: no KL, nothing clipped; after an update, there is."""
-    write_params(grpo={"max_steps": 1, "updates_per_rollout": 1})
-    assert run_stage("grpo").exit_code == 0
-    first = dict(
-        zip(*(line.split(",") for line in Path("out.csv").read_text().split()), strict=True)
+def curve_of(output: str) -> list[dict[str, float]]:
+    header, *rows = Path(f"{output}.csv").read_text().splitlines()
+    names = header.split(",")
+    return [dict(zip(names, map(float, row.split(",")), strict=True)) for row in rows]
+
+
+def test_at_first_nothing_has_moved_and_then_it_has(project: Path) -> None:
+    write_params(grpo={"max_steps": 2, "updates_per_rollout": 1})
+    assert run_stage("grpo", "once").exit_code == 0
+    first, second = curve_of("once")
+    assert abs(first["kl"]) < 1e-9
+    assert second["kl"] > 1e-4
+    assert first["clip_share"] == second["clip_share"] == 0
+    write_params(grpo={"max_steps": 2, "updates_per_rollout": 4})
+    assert run_stage("grpo", "often").exit_code == 0
+    assert all(row["clip_share"] > 0 for row in curve_of("often"))
+
+
+def test_rows_without_advantage_are_left_out_only_where_they_do_not_count(project: Path) -> None:
+    """A tiny beta and none are nearly the same run; a group of equals is in the first alone."""
+    Path("custom.py").write_text(
+        "def score(prompt, completion, answer):\n    return prompt[0] > '1'"
     )
-    assert abs(float(first["kl"])) < 1e-9
-    assert float(first["clip_share"]) == 0
-    write_params(grpo={"max_steps": 1, "updates_per_rollout": 4})
-    assert run_stage("grpo").exit_code == 0
-    moved = dict(
-        zip(*(line.split(",") for line in Path("out.csv").read_text().split()), strict=True)
-    )
-    assert float(moved["kl"]) > 1e-4
-    assert float(moved["clip_share"]) > 0
+    write_params(grpo={"max_steps": 1, "beta": 0.0})
+    assert run_stage("grpo", "equal").exit_code == 0
+    (row,) = curve_of("equal")
+    assert row["groups_without_signal"] == 1.0
+    assert row["loss"] == 0
+    assert row["grad_norm"] == 0
+    Path("custom.py").write_text(CUSTOM.replace("return", "return prompt[0] > '1' and"))
+    for output, beta in (("none", 0.0), ("tiny", 1e-9)):
+        write_params(grpo={"max_steps": 1, "updates_per_rollout": 1, "beta": beta})
+        assert run_stage("grpo", output).exit_code == 0
+    (none,), (tiny,) = curve_of("none"), curve_of("tiny")
+    assert 0 < none["groups_without_signal"] < 1
+    assert none["grad_norm"] == pytest.approx(tiny["grad_norm"], rel=1e-4)
 
 
 def test_mistakes_are_one_line(project: Path) -> None:

@@ -9,18 +9,19 @@ from typing import Protocol
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimind.datasets.batches import Counts, Step
 from minimind.errors import UserError
 from minimind.metrics import Number
 from minimind.model.transformer import Transformer
-from minimind.objectives.policy import LossType, PolicyGradient
+from minimind.objectives.policy import LossType, PolicyGradient, k3
 from minimind.reinforcement.advantages import Values
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.prompts import Draws, Indices
 from minimind.reinforcement.rewards import RewardsConfig
 from minimind.reinforcement.rollout import Rollout, completion_logprobs, pack_completions
+from minimind.runtime.device import compiled
 from minimind.runtime.run import Run
 from minimind.training.fit import MAX_CURVE_ROWS, SAVE_SPACING, History, take_step
 from minimind.training.optimizer import Optimizer, OptimizerConfig
@@ -43,7 +44,7 @@ class ReinforcementConfig(OptimizerConfig):
     max_new_tokens: int = Field(gt=0)
     loss_type: LossType
     epsilon: float = Field(gt=0)  # how far a probability ratio may move before it is clipped
-    beta: float = Field(ge=0)  # weight of the KL to the reference; 0: no reference is kept
+    beta: float = Field(ge=0)  # weight of the KL to the reference
     schedule: ScheduleName
     warmup_steps: int = Field(ge=0)  # of optimizer steps
     curve_interval: int = Field(gt=0)  # steps a row of the curve averages over
@@ -101,7 +102,8 @@ def reinforce(
     num_steps = method.draws.num_steps(config.epochs, config.max_steps)
     curve_interval = max(config.curve_interval, math.ceil(num_steps / (MAX_CURVE_ROWS - 2)))
     model.to(run.device).train()
-    reference = copy.deepcopy(model).eval().requires_grad_(False) if config.beta else None
+    forward = compiled(model, run.settings)
+    reference = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = Optimizer(model, config, run.device)
     history = _restore(model, optimizer, method, run)
     if history.step == 0:
@@ -126,11 +128,23 @@ def reinforce(
         parts = environment.judge(indices, rollout)
         rewards = environment.rewards.total(parts)
         advantages, method_values = method.advantages(model, environment, indices, rollout, rewards)
-        rows = config.batch_size * method.num_samples  # of a micro-batch
-        step = _pack(rollout, advantages, reference, config, rows)
-        values = _update(model, optimizer, step, config, history.step, num_steps, run)
+        rows_at_a_time = config.batch_size * method.num_samples
+        reference_logprobs = completion_logprobs(
+            reference,
+            rollout.prompts,
+            rollout.completions,
+            config.temperature,
+            config.dtype,
+            rows_at_a_time,
+        )
+        step = _pack(rollout, advantages, reference_logprobs, config, rows_at_a_time)
+        values = _update(forward, optimizer, step, config, history.step, num_steps, run)
         _require_finite(values, history.step, indices, environment, config)
-        values |= {"reward": float(rewards.mean()), **_statistics(parts, rollout), **method_values}
+        values |= {
+            "reward": float(rewards.mean()),
+            **_statistics(parts, rollout, reference_logprobs),
+            **method_values,
+        }
 
         progress.update(history.step, values["loss"], rollout.num_tokens)
         history.step += 1
@@ -174,37 +188,35 @@ def summary(history: History) -> dict[str, Number]:
 def _pack(
     rollout: Rollout,
     advantages: Values,
-    reference: Transformer | None,
+    reference_logprobs: list[Tensor],
     config: ReinforcementConfig,
     rows_at_a_time: int,
 ) -> Step:
     """A step's micro-batches, with all that the loss compares the policy with."""
+    rows = np.arange(len(rollout.completions))
+    if not config.beta and advantages.any():
+        rows = np.flatnonzero(advantages)  # the others have no gradient, and need not be computed
     micro_batches = []
-    for start in range(0, len(rollout.completions), rows_at_a_time):
-        part = rollout.rows(start, start + rows_at_a_time)
+    for start in range(0, len(rows), rows_at_a_time):
+        part = rows[start : start + rows_at_a_time]
         extras = {
-            "sampled": torch.tensor([value for row in part.logprobs for value in row]),
-            "advantages": torch.from_numpy(
-                advantages[start : start + rows_at_a_time].astype(np.float32)
-            ),
+            "sampled": torch.tensor([value for row in part for value in rollout.logprobs[row]]),
+            "reference": torch.cat([reference_logprobs[row] for row in part]),
+            "advantages": torch.from_numpy(advantages[part].astype(np.float32)),
         }
-        if reference is not None:
-            logprobs = completion_logprobs(
-                reference,
-                part.prompts,
-                part.completions,
-                config.temperature,
-                config.dtype,
-                rows_at_a_time,
+        micro_batches.append(
+            pack_completions(
+                [rollout.prompts[row] for row in part],
+                [rollout.completions[row] for row in part],
+                extras,
             )
-            extras["reference"] = torch.cat(logprobs)
-        micro_batches.append(pack_completions(part.prompts, part.completions, extras))
-    totals = sum((batch.counts for batch in micro_batches), Counts(0, 0, 0))
-    return Step(micro_batches, totals)
+        )
+    num_rows = len(rollout.completions)
+    return Step(micro_batches, Counts(rollout.num_tokens, num_rows, num_rows))
 
 
 def _update(
-    model: Transformer,
+    model: nn.Module,
     optimizer: Optimizer,
     step: Step,
     config: ReinforcementConfig,
@@ -227,15 +239,18 @@ def _update(
     return {name: total / config.updates_per_rollout for name, total in sums.items()}
 
 
-def _statistics(parts: dict[str, Values], rollout: Rollout) -> dict[str, float]:
+def _statistics(
+    parts: dict[str, Values], rollout: Rollout, reference_logprobs: list[Tensor]
+) -> dict[str, float]:
     """What a rollout looks like, as means over its completions or tokens."""
-    logprobs = [value for row in rollout.logprobs for value in row]
+    logprobs = torch.tensor([value for row in rollout.logprobs for value in row])
     return {
         **{f"reward_{name}": float(values.mean()) for name, values in parts.items()},
+        "kl": float(k3(logprobs, torch.cat(reference_logprobs)).mean()),
+        # The mean of -log p over drawn tokens estimates the entropy of drawing one.
+        "entropy": -float(logprobs.mean()),
         "completion_length": rollout.num_tokens / len(rollout.completions),
         "unfinished": 1 - sum(rollout.finished) / len(rollout.finished),
-        # The mean of -log p over drawn tokens estimates the entropy of drawing one.
-        "entropy": -sum(logprobs) / len(logprobs),
     }
 
 

@@ -30,13 +30,6 @@ class Rollout(NamedTuple):
         """Tokens of all completions."""
         return sum(map(len, self.completions))
 
-    def rows(self, start: int, end: int) -> "Rollout":
-        """Some of the rows."""
-        span = slice(start, end)
-        return Rollout(
-            self.prompts[span], self.completions[span], self.finished[span], self.logprobs[span]
-        )
-
 
 class SamplingConfig(NamedTuple):
     """How completions are drawn."""
