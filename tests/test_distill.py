@@ -220,10 +220,12 @@ def test_a_foreign_architecture_teaches_through_transformers(
     torch.testing.assert_close(found, expected[:, :vocab_size])
 
 
+@pytest.mark.parametrize("num_experts", [0, 2])
 def test_our_own_checkpoint_teaches_without_transformers(
-    tmp_path: Path, tokenizer: Path, dataset: EncodedDataset
+    tmp_path: Path, tokenizer: Path, dataset: EncodedDataset, num_experts: int
 ) -> None:
-    teacher = load_teacher(save_teacher(tmp_path / "teacher", tokenizer), dataset, "float32")
+    directory = save_teacher(tmp_path / "teacher", tokenizer, num_experts=num_experts)
+    teacher = load_teacher(directory, dataset, "float32")
     assert not isinstance(teacher.model, PaddedModel)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
@@ -244,7 +246,6 @@ FIT = {
     "accumulation_steps": 2,
     "optimizer": "adamw",
     "lr": 1e-2,
-    "muon_lr": 1e-2,
     "weight_decay": 0.0,
     "beta2": 0.95,
     "grad_clip": 1.0,

@@ -22,7 +22,6 @@ from tests.tiny import random_rows, tiny_model, write_rows
 CONFIG = {
     "optimizer": "adamw",
     "lr": 0.01,
-    "muon_lr": 0.01,
     "weight_decay": 0.01,
     "beta2": 0.95,
     "grad_clip": 1.0,

@@ -36,7 +36,6 @@ CONFIG = {
     "accumulation_steps": 2,
     "optimizer": "adamw",
     "lr": 1e-2,
-    "muon_lr": 1e-2,
     "weight_decay": 0.0,
     "beta2": 0.95,
     "grad_clip": 1.0,
@@ -125,6 +124,19 @@ def test_stock_peft_loads_the_adapter_on_the_stock_model(project: Path) -> None:
     assert (adapted - before).abs().max() > 1e-2
     merged = merge_adapter(load_model(Path("base")), adapter)
     torch.testing.assert_close(logits(merged), adapted)
+
+
+def test_an_adapter_of_a_mixture_is_on_attention_alone(project: Path, tokenizer: Path) -> None:
+    base = tiny_model(vocab_size=ChatTokenizer.load(tokenizer).vocab_size, num_experts=4)
+    save_checkpoint(Path("base"), base, tokenizer)
+    refused = train()
+    assert refused.exit_code == 1
+    assert "down_proj, gate_proj, up_proj" in refused.stderr.splitlines()[-1]
+    adapter = trained(projections=["q_proj", "o_proj"])
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), adapter)
+    merged = merge_adapter(load_model(Path("base")), adapter)
+    torch.testing.assert_close(logits(merged), logits(stock))
+    assert (logits(merged) - logits(base)).abs().max() > 1e-2
 
 
 def test_the_export_is_the_adapted_model(project: Path) -> None:

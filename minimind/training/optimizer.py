@@ -16,7 +16,6 @@ class OptimizerConfig(Section):
 
     optimizer: Literal["adamw", "muon"]
     lr: float = Field(gt=0)
-    muon_lr: float = Field(gt=0)  # of the matrices inside layers; read by muon alone
     weight_decay: float = Field(ge=0)  # of matrices; norms and the like never decay
     beta2: float = Field(gt=0, lt=1)
     grad_clip: float = Field(gt=0)
@@ -26,7 +25,8 @@ class OptimizerConfig(Section):
 class Optimizer:
     """AdamW (arXiv:1711.05101), or Muon for the matrices inside layers and AdamW for the rest.
 
-    Muon is PyTorch's, with the learning rate matched to AdamW's update size (arXiv:2502.16982).
+    Muon is PyTorch's, its updates scaled to the size of AdamW's (arXiv:2502.16982, section 2.2):
+    one learning rate serves both.
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, device: torch.device) -> None:
@@ -93,7 +93,7 @@ def _build(model: nn.Module, config: OptimizerConfig) -> Iterable[torch.optim.Op
         matrices = [(name, p) for name, p in matrices if ".layers." not in name]
         muon = torch.optim.Muon(
             inside,
-            lr=config.muon_lr,
+            lr=config.lr,
             weight_decay=config.weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )
