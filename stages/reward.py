@@ -7,6 +7,7 @@ import typer
 
 from minimind.checkpoint import load_model, require_same_tokenizer
 from minimind.datasets.encoded import EncodedDataset
+from minimind.errors import UserError
 from minimind.metrics import write_curve, write_metrics
 from minimind.model.reward import RewardModel
 from minimind.objectives.reward_model import PairwiseReward
@@ -37,7 +38,13 @@ def main(
     """Train a score that is higher for the chosen side of a pair."""
     config = load_section(params, "reward", RewardConfig)
     with start_run("reward", params, {"reward": config}, [checkpoint, preferences]) as run:
-        model = RewardModel(load_model(checkpoint))
+        base = load_model(checkpoint)
+        if base.config.num_experts:
+            raise UserError(
+                f"{checkpoint} is a mixture of experts; a reward model starts from a dense one: "
+                "set reward.init to the name of a dense checkpoint."
+            )
+        model = RewardModel(base)
         dataset = EncodedDataset.open(preferences)
         require_same_tokenizer(checkpoint, dataset)
         history = fit(model, PairwiseReward(), dataset, config, run)

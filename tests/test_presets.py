@@ -29,6 +29,7 @@ SECTIONS: dict[str, type[Section]] = {
     "encode.pretrain": EncodeConfig,
     "encode.sft": ChatEncodeConfig,
     "encode.dpo": EncodeConfig,
+    "encode.lora": ChatEncodeConfig,
     "encode.reason": ChatEncodeConfig,
     "model": ModelShape,
     "pretrain": PretrainConfig,
