@@ -137,7 +137,8 @@ def reinforce(
             config.dtype,
             rows_at_a_time,
         )
-        step = _pack(rollout, advantages, reference_logprobs, config, rows_at_a_time)
+        advantages_alone = not config.beta and not model.config.num_experts  # these have a balance
+        step = _pack(rollout, advantages, reference_logprobs, advantages_alone, rows_at_a_time)
         values = _update(forward, optimizer, step, config, history.step, num_steps, run)
         _require_finite(values, history.step, indices, environment, config)
         values |= {
@@ -189,12 +190,15 @@ def _pack(
     rollout: Rollout,
     advantages: Values,
     reference_logprobs: list[Tensor],
-    config: ReinforcementConfig,
+    advantages_alone: bool,
     rows_at_a_time: int,
 ) -> Step:
-    """A step's micro-batches, with all that the loss compares the policy with."""
+    """A step's micro-batches, with all that the loss compares the policy with.
+
+    advantages_alone: whether the loss has no part but that of the advantages.
+    """
     rows = np.arange(len(rollout.completions))
-    if not config.beta and advantages.any():
+    if advantages_alone and advantages.any():
         rows = np.flatnonzero(advantages)  # the others have no gradient, and need not be computed
     micro_batches = []
     for start in range(0, len(rows), rows_at_a_time):
