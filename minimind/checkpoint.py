@@ -40,7 +40,7 @@ def save_checkpoint(directory: Path, model: Transformer, tokenizer_directory: Pa
             # and their mode must not come along.
             shutil.copyfile(source, partial / source.name)
     control_ids = _control_ids(tokenizer_directory)
-    _write_json(partial / "config.json", _config_json(model.config) | control_ids)
+    _write_json(partial / "config.json", config_json(model.config) | control_ids)
     _write_json(partial / "generation_config.json", control_ids)
     weights = {
         name: tensor.detach().to("cpu", torch.float32).contiguous()
@@ -158,7 +158,8 @@ def _drop_selection_biases(weights: dict[str, torch.Tensor], path: Path) -> None
             )
 
 
-def _config_json(config: ModelConfig) -> dict[str, Any]:
+def config_json(config: ModelConfig) -> dict[str, Any]:
+    """What config.json says of a model's shape, for stock transformers."""
     shared = {
         "dtype": "float32",
         "head_dim": config.head_size,

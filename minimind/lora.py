@@ -27,6 +27,7 @@ from minimind.model.transformer import Transformer
 from minimind.params import Section
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -43,7 +44,16 @@ def add_adapter(model: Transformer, shape: AdapterShape, seed: int) -> PeftModel
     """Put an adapter beside each projection, in place; of the whole, the adapter alone is trained.
 
     Its second matrix is zero, so the model still computes what it did.
+
+    Raises:
+        UserError: a projection of an expert is asked for. Experts are modules here, but slices of
+            one tensor in the stock model: no adapter would fit both.
     """
+    if model.config.num_experts and (others := set(shape.projections) - {*ATTENTION}):
+        raise UserError(
+            f"lora.projections has {', '.join(sorted(others))}, but the checkpoint has experts; "
+            f"with experts, allowed are {', '.join(ATTENTION)}."
+        )
     torch.manual_seed(seed)  # peft draws the first matrix from the global generator
     config = LoraConfig(
         r=shape.rank,

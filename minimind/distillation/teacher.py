@@ -2,13 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from minimind.checkpoint import WEIGHTS, load_config, load_model
+from minimind.checkpoint import WEIGHTS, config_json, load_config, load_model
 from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import UserError
 from minimind.model.transformer import Output, PackedTokens
@@ -68,30 +67,14 @@ def load_teacher(directory: Path, dataset: EncodedDataset, dtype: DType) -> Teac
 
 
 def _is_ours(directory: Path) -> bool:
-    """Whether our Transformer computes all that config.json asks for."""
-    path = directory / "config.json"
+    """Whether config.json is as our own checkpoints', with nothing that our model would ignore."""
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        asked = {
-            "model_type": config["model_type"],
-            "tied": config.get("tie_word_embeddings", False),
-            "activation": config.get("hidden_act", "silu"),
-            "biases": config.get("attention_bias", False) or config.get("mlp_bias", False),
-            "rope": rope.get("rope_type", "default"),
-        }
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; {directory} is not a model's directory.") from None
-    except (ValueError, KeyError, AttributeError):
-        raise UserError(f"{path} is not the configuration of a model.") from None
-    llama = {"model_type": "llama", "tied": True, "activation": "silu", "biases": False}
-    if asked != llama | {"rope": "default"} or not (directory / WEIGHTS).exists():
-        return False  # without that file the weights are in shards
-    try:
-        shape = load_config(directory)
+        ours = config_json(load_config(directory))
     except UserError:
         return False
-    return config.get("head_dim") in (None, shape.head_size)
+    found = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    same = all(found.get(name) == value for name, value in ours.items())
+    return same and (directory / WEIGHTS).exists()  # without that file the weights are in shards
 
 
 def _load_foreign(directory: Path) -> PaddedModel:
