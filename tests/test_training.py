@@ -11,6 +11,7 @@ import torch
 from minimind.datasets.batches import Batches, Extra, count, pack, split_samples
 from minimind.objectives.dpo import Dpo, row_logprobs
 from minimind.objectives.next_token import NextToken
+from minimind.training.muon import Muon
 from minimind.training.schedule import learning_rate
 from tests.tiny import random_pairs, random_rows, tiny_model, write_rows
 
@@ -171,3 +172,21 @@ def test_validation_is_apart_from_training() -> None:
     train, held_out = split_samples(100, 0.13, seed=4)
     assert len(held_out) == 13
     assert sorted([*train, *held_out]) == list(range(100))
+
+
+def test_muon_in_batches_is_pytorchs_muon() -> None:
+    torch.manual_seed(0)
+    shapes = [(8, 8), (16, 8), (8, 16), (8, 8), (12, 4)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    settings = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = [Muon(ours, **settings), torch.optim.Muon(theirs, **settings)]
+    for _ in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        for a, b in zip(ours, theirs, strict=True):
+            # The iteration is in bfloat16: products of other shapes round differently.
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-3)

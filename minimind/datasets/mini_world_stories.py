@@ -151,6 +151,14 @@ def tell(rng: random.Random, problem: Problem, language: Language) -> Story:
     )
 
 
+def tell_without_events(rng: random.Random, amount: int, language: Language) -> str:
+    """A story in which nothing happens, and its result: what there was is there still."""
+    item, unit = rng.choice(language.items)
+    words = {"name": rng.choice(language.names), "item": item, "unit": unit, "n": amount}
+    sentences = (language.has.format(**words), language.result.format(**words))
+    return language.sentence_separator.join(sentences)
+
+
 def compare(a: int, b: int, language: Language) -> str:
     """Say which of two different numbers is the larger."""
     return (language.more if a > b else language.less).format(a=a, b=b)

@@ -66,12 +66,9 @@ def _attention_per_sample(query: Tensor, key: Tensor, value: Tensor, boundaries:
     return torch.cat(outs)
 
 
-def _heads_first(tensor: Tensor, start: int, end: int, repeats: int = 1) -> Tensor:
-    """Rows start..end of [T, heads, E] as [1, heads * repeats, n, E]."""
-    rows = tensor[start:end].transpose(0, 1)
-    if repeats > 1:
-        rows = rows.repeat_interleave(repeats, 0)
-    return rows[None]
+def _heads_first(tensor: Tensor, repeats: int = 1) -> Tensor:
+    """[T, heads, ..] as contiguous float32 [1, heads * repeats, T, ..]."""
+    return tensor.float().transpose(0, 1).repeat_interleave(repeats, 0)[None]
 
 
 @torch.library.custom_op("minimind::packed_attention", mutates_args=())
@@ -79,25 +76,21 @@ def _cpu_attention(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Attention output [T, H, E] and log-sum-exp of the scores [T, H], sample by sample."""
-    dtype = query.dtype
-    query, key, value = query.float(), key.float(), value.float()
     repeats = query.shape[1] // key.shape[1]
-    out = torch.empty_like(query)
-    logsumexp = query.new_empty(query.shape[:2])
-    starts = boundaries.tolist()
-    for start, end in pairwise(starts):
-        if end == start:
-            continue
-        sample_out, sample_logsumexp = _flash_forward(
-            _heads_first(query, start, end),
-            _heads_first(key, start, end, repeats),
-            _heads_first(value, start, end, repeats),
-            0.0,
-            True,
-        )
-        out[start:end] = sample_out[0].transpose(0, 1)
-        logsumexp[start:end] = sample_logsumexp[0].transpose(0, 1)
-    return out.to(dtype), logsumexp
+    queries, keys, values = (
+        _heads_first(query),
+        _heads_first(key, repeats),
+        _heads_first(value, repeats),
+    )
+    out = torch.empty_like(queries)
+    logsumexp = out.new_empty(out.shape[:3])
+    for start, end in pairwise(boundaries.tolist()):
+        if end > start:
+            own = slice(start, end)
+            out[:, :, own], logsumexp[:, :, own] = _flash_forward(
+                queries[:, :, own], keys[:, :, own], values[:, :, own], 0.0, True
+            )
+    return out[0].transpose(0, 1).to(query.dtype, copy=True), logsumexp[0].T.contiguous()
 
 
 @_cpu_attention.register_fake
@@ -116,33 +109,25 @@ def _cpu_attention_backward(
     boundaries: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query [T, H, E], key and value [T, K, E]."""
-    dtype = query.dtype
-    grad_out, query, out = grad_out.float(), query.float(), out.float()
-    key, value = key.float(), value.float()
     kv_heads = key.shape[1]
     repeats = query.shape[1] // kv_heads
-    grad_query = torch.empty_like(query)
-    grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
-    starts = boundaries.tolist()
-    for start, end in pairwise(starts):
-        if end == start:
-            continue
-        grads = _flash_backward(
-            _heads_first(grad_out, start, end),
-            _heads_first(query, start, end),
-            _heads_first(key, start, end, repeats),
-            _heads_first(value, start, end, repeats),
-            _heads_first(out, start, end),
-            _heads_first(logsumexp, start, end),
-            0.0,
-            True,
-        )
-        grad_query[start:end] = grads[0][0].transpose(0, 1)
-        # A key/value head served `repeats` query heads: its gradient is their sum.
-        for target, grad in ((grad_key, grads[1]), (grad_value, grads[2])):
-            grouped = grad[0].unflatten(0, (kv_heads, repeats)).sum(1)
-            target[start:end] = grouped.transpose(0, 1)
-    return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype)
+    grad_outs, queries, outs = _heads_first(grad_out), _heads_first(query), _heads_first(out)
+    keys, values = _heads_first(key, repeats), _heads_first(value, repeats)
+    sums = _heads_first(logsumexp)
+    grads = [torch.empty_like(queries) for _ in range(3)]  # of query, key and value
+    for start, end in pairwise(boundaries.tolist()):
+        if end > start:
+            own = slice(start, end)
+            parts = (grad_outs, queries, keys, values, outs, sums)
+            of_sample = _flash_backward(*(part[:, :, own] for part in parts), 0.0, True)
+            for grad, sample_grad in zip(grads, of_sample, strict=True):
+                grad[:, :, own] = sample_grad
+    grad_query, grad_key, grad_value = (grad[0].transpose(0, 1) for grad in grads)
+    # A key/value head served `repeats` query heads: its gradient is their sum.
+    grad_key, grad_value = (
+        grad.unflatten(1, (kv_heads, repeats)).sum(2) for grad in (grad_key, grad_value)
+    )
+    return tuple(grad.to(query.dtype).contiguous() for grad in (grad_query, grad_key, grad_value))  # type: ignore[return-value]
 
 
 @_cpu_attention_backward.register_fake

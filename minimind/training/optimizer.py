@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from minimind.params import Section
+from minimind.training.muon import Muon
 from minimind.training.precision import DType
 
 
@@ -91,7 +92,7 @@ def _build(model: nn.Module, config: OptimizerConfig) -> Iterable[torch.optim.Op
     if config.optimizer == "muon":
         inside = [p for name, p in matrices if ".layers." in name]
         matrices = [(name, p) for name, p in matrices if ".layers." not in name]
-        muon = torch.optim.Muon(
+        muon = Muon(
             inside,
             lr=config.lr,
             weight_decay=config.weight_decay,
