@@ -12,7 +12,6 @@ RESULTS = ("models", "metrics", "curves", "predictions")
 # One worker: the tests share a project, and each leaves it as it found it.
 pytestmark = pytest.mark.xdist_group("project")
 AFTER_REASON = ["reason", "evaluate@reason"]
-TARGETS = ["sft", "evaluate@reason", "evaluate@sft"]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +19,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny project whose chain has run, in a folder with spaces in its name."""
     directory = tmp_path_factory.mktemp("a folder") / "with spaces"
     copy_project(directory)
-    dvc(directory, "repro", *TARGETS)
+    dvc(directory, "repro")
     git(directory, "add", "-A")
     git(directory, "commit", "-qm", "run")
     return directory
@@ -32,7 +31,7 @@ def forget_runs(project: Path) -> None:
 
 
 def test_a_second_repro_runs_nothing_and_git_sees_no_weights(project: Path) -> None:
-    printed = dvc(project, "repro", *TARGETS)
+    printed = dvc(project, "repro")
     assert stages_run(printed) == []
     assert "up to date" in printed
     assert git(project, "status", "--porcelain") == ""
@@ -42,7 +41,7 @@ def test_from_scratch_gives_the_same_bytes(project: Path) -> None:
     before = file_bytes(project, *RESULTS)
     assert any(name.endswith("model.safetensors") for name in before)
     forget_runs(project)
-    printed = dvc(project, "repro", "--force", *TARGETS)
+    printed = dvc(project, "repro", "--force")
     assert "pretrain" in stages_run(printed)
     assert file_bytes(project, *RESULTS) == before
     assert git(project, "status", "--porcelain") == ""
@@ -55,11 +54,11 @@ def test_runtime_settings_run_nothing_again(project: Path) -> None:
         "MINIMIND_THREADS": "2",
         "MINIMIND_SAVE_SECONDS": "5",
     }
-    assert stages_run(dvc(project, "repro", *TARGETS, **environment)) == []
+    assert stages_run(dvc(project, "repro", **environment)) == []
 
 
 def test_an_experiment_runs_what_depends_on_it_and_nothing_else(project: Path) -> None:
-    printed = dvc(project, "exp", "run", "-S", "reason.lr=1e-6", *TARGETS)
+    printed = dvc(project, "exp", "run", "-S", "reason.lr=1e-6")
     assert stages_run(printed) == AFTER_REASON
     changed = json.loads(dvc(project, "metrics", "diff", "--json"))
     assert set(changed) <= {"metrics/reason.json", "metrics/evaluate/reason.json"}
@@ -72,7 +71,7 @@ def test_an_experiment_runs_what_depends_on_it_and_nothing_else(project: Path) -
         dvc(project, "checkout")
         forget_runs(project)
         name = how[0].strip("-")
-        printed = dvc(project, "exp", "run", *how, "-n", name, "-S", "reason.lr=1e-6", *TARGETS)
+        printed = dvc(project, "exp", "run", *how, "-n", name, "-S", "reason.lr=1e-6")
         if name == "queue":
             assert stages_run(printed) == []
             dvc(project, "queue", "start")
@@ -87,7 +86,7 @@ def test_an_experiment_runs_what_depends_on_it_and_nothing_else(project: Path) -
 
 
 def test_where_a_stage_starts_from_rewires_the_graph(project: Path) -> None:
-    printed = dvc(project, "exp", "run", "-S", "reason.init=sft", *TARGETS)
+    printed = dvc(project, "exp", "run", "-S", "reason.init=sft")
     assert stages_run(printed) == AFTER_REASON
     lock = (project / "dvc.lock").read_text(encoding="utf-8")
     assert "--checkpoint models/sft --conversations data/encoded/reason" in lock
