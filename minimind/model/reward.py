@@ -1,5 +1,6 @@
 """The reward model: a transformer that scores a whole conversation."""
 
+import torch
 from torch import Tensor, nn
 
 from minimind.model.transformer import PackedTokens, Transformer
@@ -17,4 +18,8 @@ class RewardModel(nn.Module):
     def forward(self, tokens: PackedTokens) -> Tensor:
         """Score of each packed sample: float32 [N]."""
         last = tokens.boundaries[1:].long() - 1
-        return self.score(self.transformer.hidden(tokens)[last])[:, 0].float()
+        hidden = self.transformer.hidden(tokens)[last]
+        # In float32 whatever the rest is computed in: near 4, bfloat16 has steps of 0.03, and
+        # conversations that differ in a digit would tie.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.score(hidden.float())[:, 0]
