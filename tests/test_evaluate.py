@@ -232,6 +232,10 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
             max_positions=256,
             rope_theta=1e4,
             norm_eps=1e-5,
+            num_experts=0,
+            num_experts_per_token=2,
+            num_shared_experts=1,
+            balance_alpha=0.1,
         )
     )
     model.initialize(0)

@@ -12,7 +12,7 @@ from minimind.checkpoint import save_checkpoint
 from minimind.errors import UserError
 from minimind.generate import Completions, Sampling, generate
 from minimind.model.transformer import PackedTokens, Transformer
-from tests.tiny import VOCAB_SIZE, tiny_model
+from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 END = 2
 
@@ -72,8 +72,7 @@ def test_greedy_is_what_the_model_says_without_a_cache(model: Transformer) -> No
 
 
 def test_greedy_is_hugging_faces(model: Transformer, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer").mkdir()
-    save_checkpoint(tmp_path / "model", model, tmp_path / "tokenizer")
+    save_checkpoint(tmp_path / "model", model, tiny_tokenizer(tmp_path / "tokenizer"))
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "model")
     prompts = random_prompts(8, seed=1)
     end_id = end_that_comes_up(model, prompts, step=6)

@@ -90,7 +90,7 @@ def _cpu_attention(
             out[:, :, own], logsumexp[:, :, own] = _flash_forward(
                 queries[:, :, own], keys[:, :, own], values[:, :, own], 0.0, True
             )
-    return out[0].transpose(0, 1).to(query.dtype, copy=True), logsumexp[0].T.contiguous()
+    return out[0].transpose(0, 1).to(query.dtype).contiguous(), logsumexp[0].T.contiguous()
 
 
 @_cpu_attention.register_fake
