@@ -26,6 +26,7 @@ class DpoConfig(FitConfig):
 
     init: str  # the checkpoint to start from, and the reference: models/<init>
     beta: float = Field(gt=0)  # strength of the pull towards the reference
+    nll_weight: float = Field(ge=0)  # of the chosen answers' own loss; 0: DPO alone
     reduction: Reduction  # log-probabilities of an answer: sum or mean over its tokens
 
 
@@ -53,7 +54,8 @@ def main(
                 "run the reference stage again."
             )
         extras = {"reference": Extra(logprobs, per="rows")}
-        history = fit(model, Dpo(config.beta, config.reduction), dataset, config, run, extras)
+        objective = Dpo(config.beta, config.reduction, config.nll_weight)
+        history = fit(model, objective, dataset, config, run, extras)
         results = summary(history)
         if "val_accuracy" in results:
             results["pair_accuracy"] = results.pop("val_accuracy")

@@ -235,7 +235,7 @@ def test_balance_does_not_depend_on_packing(tmp_path: Path) -> None:
 def test_four_micro_batches_are_one_big_batch(tmp_path: Path, kind: str) -> None:
     if kind == "dpo":
         dataset = write_rows(tmp_path, random_pairs(10), "preference")
-        objective = Dpo(beta=0.1, reduction="sum")
+        objective = Dpo(beta=0.1, reduction="sum", nll_weight=1.0)
     else:
         dataset, objective = write_rows(tmp_path, random_rows(10)), NextToken()
 
@@ -260,7 +260,10 @@ def test_the_balance_loss_is_in_every_loss_and_the_load_in_the_curve(
 ) -> None:
     model = moe_model()
     if kind == "dpo":
-        dataset, objective = write_rows(tmp_path, random_pairs(3), "preference"), Dpo(0.1, "sum")
+        dataset, objective = (
+            write_rows(tmp_path, random_pairs(3), "preference"),
+            Dpo(0.1, "sum", 0.0),
+        )
         batch = pack(dataset, np.arange(3), {})
         batch.extras["reference"] = torch.zeros(6)
     else:

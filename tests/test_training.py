@@ -64,7 +64,7 @@ def test_four_micro_batches_are_one_big_batch(tmp_path: Path, kind: str) -> None
         dataset = write_rows(tmp_path, random_pairs(10), "preference")
         values = np.random.default_rng(0).normal(-20, 3, dataset.rows).astype(np.float32)
         extras = {"reference": Extra(values, per="rows")}
-        objective = Dpo(beta=0.1, reduction="sum")
+        objective = Dpo(beta=0.1, reduction="sum", nll_weight=1.0)
     else:
         dataset, extras = write_rows(tmp_path, random_rows(10)), {}
         objective = NextToken(tag_weight=10.0, final_tag_weight=5.0)
@@ -85,7 +85,7 @@ def test_dpo_starts_at_log_2_with_no_margin(tmp_path: Path, reduction) -> None:
     with torch.no_grad():
         reference = row_logprobs(model, pack(dataset, np.arange(6), {}), reduction).numpy()
     batch = pack(dataset, np.arange(6), {"reference": Extra(reference, per="rows")})
-    loss = Dpo(0.1, reduction)(model, batch, 0.0)
+    loss = Dpo(0.1, reduction, 0.0)(model, batch, 0.0)
     assert float(loss.terms["dpo"].total.detach()) / 6 == pytest.approx(math.log(2), abs=1e-7)
     assert float(loss.metrics["margin"].total) == 0.0
 
@@ -98,8 +98,19 @@ def test_dpo_is_equation_7(tmp_path: Path) -> None:
     log_pi = row_logprobs(model, batch, "sum").detach().double().numpy()
     margins = (log_pi[0::2] - reference[0::2]) - (log_pi[1::2] - reference[1::2])
     expected = np.log1p(np.exp(-0.3 * margins)).sum()
-    loss = Dpo(0.3, "sum")(model, batch, 0.0)
+    loss = Dpo(0.3, "sum", 0.0)(model, batch, 0.0)
     assert float(loss.terms["dpo"].total.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_chosen_answers_have_a_loss_of_their_own(tmp_path: Path) -> None:
+    dataset = write_rows(tmp_path, random_pairs(3), "preference")
+    reference = np.zeros(6, dtype=np.float32)
+    batch = pack(dataset, np.arange(3), {"reference": Extra(reference, per="rows")})
+    model = tiny_model()
+    terms = Dpo(0.1, "sum", nll_weight=0.5)(model, batch, 0.0).terms
+    chosen = row_logprobs(model, batch, "mean")[0::2]
+    torch.testing.assert_close(terms["nll"].total, -0.5 * chosen.sum())
+    assert set(Dpo(0.1, "sum", nll_weight=0.0)(model, batch, 0.0).terms) == {"dpo"}
 
 
 def test_tags_weigh_more_and_the_denominator_does_not(tmp_path: Path) -> None:

@@ -15,15 +15,18 @@ Reduction = Literal["sum", "mean"]
 
 def row_logprobs(model: nn.Module, batch: PackedBatch, reduction: Reduction) -> Tensor:
     """Log-probability of each row's trained tokens, summed or averaged over them: float32 [N]."""
-    return _row_logprobs(model(batch.tokens, batch.predict_at), batch, reduction)
+    return _reduced(*_row_sums(model(batch.tokens, batch.predict_at), batch), reduction)
 
 
-def _row_logprobs(output: Output, batch: PackedBatch, reduction: Reduction) -> Tensor:
+def _row_sums(output: Output, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Of each row's trained tokens, the sum of log-probabilities and their number: [N], [N]."""
     logprobs = token_logprobs(output.logits, batch.targets)
     sums = logprobs.new_zeros(batch.counts.rows).index_add(0, batch.row_of_target, logprobs)
-    if reduction == "sum":
-        return sums
-    return sums / batch.row_of_target.bincount(minlength=batch.counts.rows)
+    return sums, batch.row_of_target.bincount(minlength=batch.counts.rows)
+
+
+def _reduced(sums: Tensor, lengths: Tensor, reduction: Reduction) -> Tensor:
+    return sums if reduction == "sum" else sums / lengths
 
 
 @dataclass(frozen=True)
@@ -32,19 +35,29 @@ class Dpo:
 
     Rows alternate: chosen, rejected. `batch.extras["reference"]` holds log π_ref of each row,
     float32 [N], computed beforehand in the policy's precision; so training holds one model.
+
+    DPO compares; it is content with a chosen answer that grows less likely, as long as the
+    rejected one does so faster. With `nll_weight` above 0 the loss also has a term of its own for
+    the chosen answer, −log π(c) / |c| (arXiv:2404.19733, eq. 2; alpha there), which keeps it.
     """
 
     beta: float
     reduction: Reduction
+    nll_weight: float
 
     def __call__(self, model: nn.Module, batch: PackedBatch, progress: float) -> Loss:
         output = model(batch.tokens, batch.predict_at)
-        logprobs = _row_logprobs(output, batch, self.reduction)
+        sums, lengths = _row_sums(output, batch)
+        logprobs = _reduced(sums, lengths, self.reduction)
         rewards = self.beta * (logprobs - batch.extras["reference"])
         chosen, rejected = rewards[0::2], rewards[1::2]
         margins = chosen - rejected
+        terms = {"dpo": Term(-F.logsigmoid(margins).sum(), "samples")}
+        if self.nll_weight > 0:
+            nll = -(sums / lengths)[0::2].sum()
+            terms["nll"] = Term(self.nll_weight * nll, "samples")
         loss = Loss(
-            terms={"dpo": Term(-F.logsigmoid(margins).sum(), "samples")},
+            terms=terms,
             metrics={
                 "accuracy": Term((margins.detach() > 0).float().sum(), "samples"),
                 "margin": Term(margins.detach().sum(), "samples"),
