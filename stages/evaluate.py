@@ -34,7 +34,8 @@ def main(
     """Answer every problem greedily and score what the model says."""
     config = load_section(params, "evaluate", EvaluateConfig)
     inputs = [checkpoint, problems, text]
-    with start_run(f"evaluate-{name}", params, {"evaluate": config}, inputs) as run:
+    sections = {"evaluate": config}
+    with start_run(f"evaluate-{name}", params, sections, inputs, saves_states=False) as run:
         model = load_model(checkpoint).to(run.device).eval()
         tokenizer = ChatTokenizer.load(checkpoint)
         if tokenizer.vocab_size > model.config.vocab_size:

@@ -40,7 +40,8 @@ def main(
 ) -> None:
     """Score every row; depends on the checkpoint and the data, never on dpo's beta or lr."""
     config = load_section(params, "dpo", SharedWithPolicy)
-    with start_run("reference", params, {"dpo": config}, [checkpoint, preferences]) as run:
+    inputs = [checkpoint, preferences]
+    with start_run("reference", params, {"dpo": config}, inputs, saves_states=False) as run:
         model = load_model(checkpoint).to(run.device).eval()
         dataset = EncodedDataset.open(preferences)
         require_same_tokenizer(checkpoint, dataset)

@@ -23,7 +23,7 @@ from minimind.reinforcement.rewards import RewardsConfig
 from minimind.reinforcement.rollout import Rollout, completion_logprobs, pack_completions
 from minimind.runtime.device import compiled
 from minimind.runtime.run import Run
-from minimind.training.fit import MAX_CURVE_ROWS, SAVE_SPACING, History, take_step
+from minimind.training.fit import MAX_CURVE_ROWS, History, take_step
 from minimind.training.optimizer import Optimizer, OptimizerConfig
 from minimind.training.resume import TrainingState
 from minimind.training.schedule import ScheduleName, learning_rate
@@ -160,8 +160,7 @@ def reinforce(
             run.log(row)
             history.window, history.window_steps = {}, 0
         history.seconds += time.monotonic() - started
-        due = max(run.settings.save_seconds, SAVE_SPACING * save_seconds)
-        if run.stop.requested or time.monotonic() - last_save >= due:
+        if run.stop.requested or run.is_save_due(last_save, save_seconds):
             save()
             run.raise_if_stopped(f"at step {history.step} of {num_steps}")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
+from safetensors import SafetensorError
 
 from minimind.errors import Stopped, UserError
 
@@ -33,8 +34,11 @@ class StageApp(typer.Typer):
             def guarded(*call_args: Any, **call_kwargs: Any) -> None:
                 try:
                     function(*call_args, **call_kwargs)
-                except (UserError, OSError) as error:
+                except UserError as error:
                     self._complain(str(error))
+                    raise typer.Exit(1) from None
+                except (OSError, SafetensorError) as error:  # a full disk may be either
+                    self._complain(f"{error}; mend this and run the same command again to go on.")
                     raise typer.Exit(1) from None
                 except Stopped as stopped:
                     self._complain(str(stopped))

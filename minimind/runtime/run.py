@@ -21,10 +21,13 @@ from minimind.runtime.device import prepare_device
 from minimind.runtime.progress import Progress
 from minimind.runtime.provenance import Provenance
 from minimind.runtime.settings import RuntimeSettings, load_settings
-from minimind.runtime.stop import StopRequest, watch_parents
+from minimind.runtime.stop import StopRequest
 from minimind.runtime.tracker import start_tracker
 from minimind.training.resume import STATE_FORMAT, ResumeStore, forget_recorded
 
+# A state is saved no more often than every this many times what saving took the last time:
+# so saving never costs more than 1 % of training.
+SAVE_SPACING = 100
 RECORDED_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "dvc")
 
 
@@ -65,6 +68,13 @@ class Run:
             "torch": torch.__version__,
             "processor": torch.backends.cpu.get_cpu_capability(),
         }
+
+    def is_save_due(self, last_save: float, save_seconds: float) -> bool:
+        """Whether to save a state: last_save is when, save_seconds how long it took."""
+        between = self.settings.save_seconds
+        if between:  # 0 asks for every step, whatever that costs
+            between = max(between, SAVE_SPACING * save_seconds)
+        return time.monotonic() - last_save >= between
 
     def raise_if_stopped(self, where: str) -> None:
         if self.stop.requested:
@@ -118,37 +128,39 @@ class Run:
 
 @contextmanager
 def start_run(
-    stage: str, params: Path, sections: Mapping[str, Section], inputs: Sequence[Path]
+    stage: str,
+    params: Path,
+    sections: Mapping[str, Section],
+    inputs: Sequence[Path],
+    saves_states: bool = True,
 ) -> Iterator[Run]:
     """Begin a training stage: pin what it depends on, find its states, listen to signals.
 
     sections: those sections of the params file that decide the result, by name.
     inputs: files and folders that decide the result.
+    saves_states: whether the stage looks at `run.stop` and saves what it has; a stage that does
+        not, because it is short, stops at once.
     """
     settings = load_settings()
-    stop = StopRequest()
-    if settings.dvc_stage:
-        watch_parents()
+    stop = StopRequest(at_once=not saves_states)
     provenance = Provenance(inputs)
-    resume_root = settings.root / ".resume"
-    forget_recorded(resume_root)
     fingerprint = _fingerprint(stage, sections, provenance)
-    store = ResumeStore(resume_root / stage / fingerprint)
+    resume_root = settings.root / ".resume"
+    states = resume_root / stage / fingerprint
+    forget_recorded(resume_root, wanted=states)
+    store = ResumeStore(states)
     run = Run(stage, params, sections, settings, prepare_device(settings), stop, provenance, store)
     if settings.wandb != "off":
         run.tracker = start_tracker(settings, stage, fingerprint, sections)
     try:
         yield run
-    except BaseException:
-        store.close()
-        raise
+        if not settings.dvc_stage:
+            store.remove()  # nothing will record the outputs, so there is nothing to wait for
     finally:
         stop.restore()
+        store.close()
         if run.tracker is not None:
             run.tracker.finish()
-    store.close()
-    if not settings.dvc_stage:
-        store.remove()  # nothing will record the outputs, so there is nothing to wait for
 
 
 def _fingerprint(stage: str, sections: Mapping[str, Section], provenance: Provenance) -> str:

@@ -23,7 +23,9 @@ class RuntimeSettings(BaseSettings):
     compile: bool = Field(default=False, description="torch.compile; costs 10-60 s at the start")
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "minimind"
-    save_seconds: float = Field(default=60.0, ge=0, description="between two resume states")
+    save_seconds: float = Field(
+        default=60.0, ge=0, description="between two resume states; 0: every step"
+    )
     log_seconds: float = Field(default=10.0, ge=0, description="between two lines of progress")
     root: Path = Field(
         default=Path("."), validation_alias="DVC_ROOT", description="where runs/ and .resume/ are"

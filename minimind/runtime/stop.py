@@ -12,6 +12,8 @@ from types import FrameType
 
 import psutil
 
+from minimind.errors import Stopped
+
 SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
 
 
@@ -20,9 +22,12 @@ class StopRequest:
 
     One of each may come for a single wish: Ctrl-C reaches a process both directly and through
     the launcher that starts it.
+
+    at_once: raise :class:`Stopped` where the signal finds us, for a stage with nothing to save.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: bool = False) -> None:
+        self.at_once = at_once
         self.signal = 0
         self._previous = {
             number: signal.signal(number, self._handle)
@@ -40,6 +45,8 @@ class StopRequest:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
         signal.signal(number, self._previous.pop(number))
+        if self.at_once:
+            raise Stopped("asked to stop. Run the same command again.", self.exit_code)
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""

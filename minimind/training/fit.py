@@ -32,9 +32,6 @@ from minimind.training.resume import TrainingState
 from minimind.training.schedule import ScheduleName, learning_rate
 
 MAX_CURVE_ROWS = 2000
-# A state is saved no more often than every this many times what saving took the last time:
-# so saving never costs more than 1 % of training.
-SAVE_SPACING = 100
 HIDDEN = ("step", "lr", "grad_norm")  # of a curve's row, in the metrics
 
 
@@ -178,8 +175,7 @@ def fit(
             run.log(row)
             history.window, history.window_steps = {}, 0
         history.seconds += time.monotonic() - started
-        due = max(run.settings.save_seconds, SAVE_SPACING * save_seconds)
-        if run.stop.requested or time.monotonic() - last_save >= due:
+        if run.stop.requested or run.is_save_due(last_save, save_seconds):
             save()
             run.raise_if_stopped(f"at step {history.step} of {num_steps}")
 

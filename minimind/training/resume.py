@@ -25,6 +25,7 @@ from minimind.errors import UserError
 
 STATE_FORMAT = 1  # part of the fingerprint: states of another format are never read
 STATES_KEPT = 2
+STATE_DAMAGE = (OSError, ValueError, KeyError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -42,33 +43,38 @@ class ResumeStore:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
+        for parent in list(directory.parents)[:3]:  # .resume/<stage>/ and what holds it
+            _sync_directory(parent)
         self._lock = _lock(directory / "lock")
+        for unfinished in directory.glob("partial-*/"):  # left by a kill, and never read
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def save(self, state: TrainingState) -> None:
-        """Add a state durably; on any error the states before it are untouched."""
+        """Add a state durably.
+
+        Raises:
+            UserError: it could not be written; the states before it are untouched.
+        """
         final = self.directory / f"state-{state.step:09d}"
+        if _is_whole(final):
+            return  # of the same run, so of the same content: there is nothing to add
         partial = self.directory / f"partial-{state.step:09d}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        tensors = {name: tensor.detach().cpu() for name, tensor in state.tensors.items()}
-        save_file({n: t.contiguous() for n, t in tensors.items()}, partial / "tensors.safetensors")
-        # Not sorted: a resumed curve keeps the order of its columns.
-        values = json.dumps({"step": state.step, **state.values})
-        with (partial / "tensors.safetensors").open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        # The first line vouches for the second and for the tensors.
-        seal = hashlib.sha256((digest + values).encode()).hexdigest()
-        with (partial / "values.json").open("w", encoding="utf-8") as text:
-            text.write(f"{seal}\n{values}\n")
-            text.flush()
-            os.fsync(text.fileno())
-        _sync_directory(partial)
-        shutil.rmtree(final, ignore_errors=True)
+        try:
+            _write_state(partial, state)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+            raise UserError(
+                f"{final} could not be saved: {error}; the state before it, if there is one, is "
+                "kept: mend this and run the same command again to go on."
+            ) from None
+        shutil.rmtree(final, ignore_errors=True)  # damaged, or it would have been enough
         partial.rename(final)
         _sync_directory(self.directory)
-        for old in self._states()[:-STATES_KEPT]:
-            shutil.rmtree(old)
+        states = self._states()
+        kept = [directory for directory in states if directory <= final][-STATES_KEPT:]
+        for old in states:
+            if old not in kept:  # those of later steps could not be used
+                shutil.rmtree(old)
 
     def load(self) -> tuple[TrainingState | None, list[str]]:
         """The newest state that is whole, and a line for each one that was not."""
@@ -76,7 +82,7 @@ class ResumeStore:
         for directory in reversed(self._states()):
             try:
                 return _read_state(directory), damaged
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
+            except STATE_DAMAGE as error:
                 damaged.append(f"{directory} is damaged ({error}); falling back to the one before")
         return None, damaged
 
@@ -88,6 +94,7 @@ class ResumeStore:
             file.flush()
             os.fsync(file.fileno())
         partial.rename(self.directory / "finished.json")
+        _sync_directory(self.directory)
 
     def remove(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -99,26 +106,70 @@ class ResumeStore:
         return sorted(self.directory.glob("state-*"))
 
 
-def forget_recorded(resume_root: Path) -> None:
+def forget_recorded(resume_root: Path, wanted: Path) -> None:
     """Remove the states of finished runs whose outputs DVC has recorded since.
 
     A finished state is what saves a run that is killed while DVC hashes and records its outputs.
     It has served when dvc.lock names the metrics it led to, or when the temporary copy of the
     project that it ran in is gone.
+
+    wanted: the states of the run that is starting. That DVC starts it again tells that a copy
+        which is gone was not recorded.
     """
+    recorded = []
     for marker in resume_root.glob("*/*/finished.json"):
         try:
             record = json.loads(marker.read_text(encoding="utf-8"))
             lock = Path(record["folder"]) / "dvc.lock"
-            recorded = not lock.parent.exists() or (
-                lock.exists()
-                and lock.stat().st_mtime_ns >= marker.stat().st_mtime_ns
-                and record["metrics_md5"] in lock.read_text(encoding="utf-8")
-            )
+            if lock.parent.exists():
+                has_served = (
+                    lock.exists()
+                    and lock.stat().st_mtime_ns >= marker.stat().st_mtime_ns
+                    and record["metrics_md5"] in lock.read_text(encoding="utf-8")
+                )
+            else:
+                has_served = marker.parent != wanted
         except (OSError, ValueError, KeyError):
             continue
-        if recorded:
-            shutil.rmtree(marker.parent, ignore_errors=True)
+        if has_served:
+            recorded.append(marker.parent)
+    if recorded:
+        os.sync()  # what DVC recorded, which it does not do itself: a power cut must find one
+    for directory in recorded:
+        try:
+            in_use = _lock(directory / "lock")
+        except (OSError, UserError):
+            continue
+        shutil.rmtree(directory, ignore_errors=True)
+        in_use.close()
+
+
+def _write_state(directory: Path, state: TrainingState) -> None:
+    """All of a state, durably, but for the directory's own name."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    tensors = {name: tensor.detach().cpu() for name, tensor in state.tensors.items()}
+    save_file({n: t.contiguous() for n, t in tensors.items()}, directory / "tensors.safetensors")
+    # Not sorted: a resumed curve keeps the order of its columns.
+    values = json.dumps({"step": state.step, **state.values})
+    with (directory / "tensors.safetensors").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    # The first line vouches for the second and for the tensors.
+    seal = hashlib.sha256((digest + values).encode()).hexdigest()
+    with (directory / "values.json").open("w", encoding="utf-8") as text:
+        text.write(f"{seal}\n{values}\n")
+        text.flush()
+        os.fsync(text.fileno())
+    _sync_directory(directory)
+
+
+def _is_whole(directory: Path) -> bool:
+    try:
+        _read_state(directory)
+    except STATE_DAMAGE:
+        return False
+    return True
 
 
 def _read_state(directory: Path) -> TrainingState:
