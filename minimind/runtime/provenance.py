@@ -14,6 +14,8 @@ from pathlib import Path
 from minimind.errors import UserError
 
 RUNTIME_PACKAGE = "minimind.runtime"  # decides how, not what; see its modules
+# Where modules that decide a result are found; a stage that runs is called by the last of these.
+TRACKED_PACKAGES = ("minimind", "stages", "__main__")
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ def code_files() -> list[Path]:
     found = []
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if not file or name.startswith(RUNTIME_PACKAGE):
+        if name.partition(".")[0] not in TRACKED_PACKAGES or name.startswith(RUNTIME_PACKAGE):
+            continue
+        if not file:
             continue
         path = Path(file).resolve()
         if path.is_relative_to(root / "minimind") or path.is_relative_to(root / "stages"):
