@@ -104,7 +104,7 @@ def compute_teacher_outputs(
     """Ask the teacher about every trained token; returns meta.json's content and metrics.
 
     The arrays grow in the run's resume folder, where a killed run finds them again;
-    :func:`save_teacher_outputs` moves them from there.
+    :func:`save_teacher_outputs` copies them from there.
 
     Raises:
         Stopped: a signal came; the state is saved.
@@ -171,13 +171,16 @@ def online_meta(dataset: EncodedDataset, config: TeacherOutputsConfig) -> Teache
 
 
 def save_teacher_outputs(directory: Path, meta: TeacherMeta, run: Run) -> None:
-    """Move finished arrays from the resume folder to `directory`, which appears whole."""
+    """Copy finished arrays from the resume folder to `directory`, which appears whole.
+
+    Those in the resume folder go with its state, once DVC has recorded the copies.
+    """
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     if meta.mode == "cached":
         for name in (IDS, LOGPROBS):
-            shutil.move(run.store.directory / name, partial / name)
+            shutil.copyfile(run.store.directory / name, partial / name)
     (partial / META).write_text(meta.model_dump_json(indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
