@@ -31,6 +31,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Directory for the arrays.")],
     metrics: Annotated[Path, typer.Option(help="JSON file for rows, tokens, shares.")],
     params: Annotated[Path, typer.Option(help="Parameters.")] = Path("params.yaml"),
+    against: Annotated[list[Path] | None, typer.Option(help="Evaluation data to look for.")] = None,
 ) -> None:
     """Check the rows of a JSONL data set and write them as memory-mapped arrays of tokens."""
     data = load_section(params, "data", DataConfig)
@@ -47,6 +48,7 @@ def main(
         config.max_length,
         data.on_bad_row,
         augmentation,
+        evaluation=against or [],
     )
     if counts.skipped_rows:
         typer.echo(

@@ -7,15 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
+import yaml
 from typer.testing import CliRunner
 
 from minimind.datasets import encode
 from minimind.datasets.encode import encode_dataset, split_document
 from minimind.datasets.encoded import EncodedDataset
+from minimind.datasets.mini_world import MiniWorldConfig, write_mini_world
 from minimind.errors import UserError
 from minimind.tokenizer import ChatTokenizer, EncodedRow, Message
 from minimind.tokenizer_training import save_tokenizer, train_tokenizer
 from stages.encode import app
+from tests.graph import ROOT
 
 NO_COPIES = {"augment_copies": 0, "augment_seed": 1, "word_dropout": 0.1, "synonym_share": 0.5}
 SYSTEM: Message = {"role": "system", "content": "你是 helper"}
@@ -87,6 +91,7 @@ class Stage:
         data_format: str,
         max_length: int = 512,
         on_bad_row: str = "error",
+        against: Path | None = None,
     ) -> Any:
         params = {"data": {"on_bad_row": on_bad_row, "sft": "data/sft.jsonl"}}
         params["encode"] = {"sft": {"max_length": max_length}}
@@ -101,6 +106,7 @@ class Stage:
                 *("--format", data_format, "--name", "sft", "--output", str(self.output)),
                 *("--metrics", str(self.metrics_file), "--synonyms", "not read"),
                 *("--params", str(self.folder / "params.yaml")),
+                *(["--against", str(against)] if against else []),
             ],
         )
 
@@ -131,8 +137,62 @@ def test_chats(stage: Stage, tokenizer: ChatTokenizer) -> None:
         "tokens": num_tokens,
         "truncated_rows": 0,
         "skipped_rows": 0,
+        "duplicate_rows": 0,
+        "eval_overlap_rows": 0,
+        "lossy_rows": 0,
         "trained_share": float(f"{sum(trained) / num_tokens:.6g}"),
     }
+
+
+def test_doubtful_rows_are_counted_and_kept(stage: Stage, tokenizer: ChatTokenizer) -> None:
+    problems = [{"prompt": "7-2?", "answer": "5"}, {"text": "有 15\n个"}, {"prompt": "8?"}]
+    against = write_rows(stage.folder / "problems.jsonl", problems)
+    chats = [*CHATS, CHATS[0], [user("8 ?"), assistant("8")], [user(" 7-2?\n"), assistant("5")]]
+    dataset, metrics = stage.encode(chat_rows(chats), "chat", 512, "error", against)
+    assert rows_of(dataset) == [tokenizer.encode_chat(chat) for chat in chats]
+    assert (metrics["duplicate_rows"], metrics["eval_overlap_rows"]) == (1, 2)
+    texts = [{"text": text} for text in ("有 15 个", "有15个", "7-2=5", "7-2=5")]
+    _, metrics = stage.encode(texts, "text", 512, "error", against)
+    assert (metrics["duplicate_rows"], metrics["eval_overlap_rows"]) == (1, 1)
+
+
+def test_the_built_in_data_overlaps_in_nothing(stage: Stage, directory: Path) -> None:
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["mini_world"]
+    sizes = {"num_tokenizer": 10, "num_pretrain": 1000, "num_sft": 600, "num_dpo": 400}
+    sizes |= {"num_reason": 600, "num_prompts": 10, "num_eval_per_level": 200, "num_eval_text": 50}
+    world = stage.folder / "mini_world"
+    write_mini_world(world, MiniWorldConfig(**params | sizes))
+    formats: dict[str, encode.Format] = {
+        "pretrain": "text",
+        "sft": "chat",
+        "dpo": "preference",
+        "reason": "reason",
+    }
+    for name, data_format in formats.items():
+        source, output = world / f"{name}.jsonl", stage.folder / name
+        counts = encode_dataset(
+            source,
+            output,
+            ChatTokenizer.load(directory),
+            data_format,
+            512,
+            "error",
+            evaluation=[world / "eval.jsonl", world / "eval_text.jsonl"],
+        )
+        assert counts.samples == counts.rows == sizes[f"num_{name}"]
+        assert (counts.eval_overlap_rows, counts.lossy_rows) == (0, 0)
+
+
+def test_characters_that_a_tokenizer_loses_are_counted(
+    tmp_path: Path, tokenizer: ChatTokenizer
+) -> None:
+    foreign = tokenizers.Tokenizer.from_str(tokenizer._tokenizer.to_str())
+    foreign.normalizer = tokenizers.normalizers.NFKC()
+    texts = ["2 apples", "２ apples", "caf\u00e9", "cafe\u0301", "２"]
+    source = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    for kind, lossy_rows in ((tokenizer, 0), (ChatTokenizer(foreign), 3)):
+        counts = encode_dataset(source, tmp_path / "encoded", kind, "text", 64, "error")
+        assert counts.lossy_rows == lossy_rows
 
 
 def test_documents_are_split_and_every_token_is_predicted_once(
@@ -216,6 +276,7 @@ def test_skipped_rows_are_counted_and_listed(stage: Stage, tokenizer: ChatTokeni
     lines = (stage.output / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
     listed = [json.loads(line) for line in lines]
     assert [row["line"] for row in listed] == [1, 3, 4]
+    assert [row["fault"] for row in listed] == ["json", "length", "schema"]
     assert {row["file"] for row in listed} == {str(stage.folder / "sft.jsonl")}
     assert listed[1]["reason"].startswith("nothing to train on is left of it within 60 tokens")
 

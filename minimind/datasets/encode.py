@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -31,6 +31,7 @@ from minimind.datasets.formats import (
     parse_text,
     read_rows_and_bad_rows,
 )
+from minimind.datasets.row_checks import Doubt, EvaluationQuestions, RowChecks
 from minimind.errors import UserError
 from minimind.metrics import Number, rounded
 from minimind.params import Section
@@ -70,6 +71,9 @@ class Counts(NamedTuple):
     truncated_rows: int
     trained_tokens: int
     skipped_rows: int
+    duplicate_rows: int  # the same as one before
+    eval_overlap_rows: int  # that ask what evaluation data asks
+    lossy_rows: int  # with characters that the tokenizer does not give back
 
     def metrics(self) -> dict[str, Number]:
         """The counts, trained tokens as a share of all."""
@@ -77,7 +81,7 @@ class Counts(NamedTuple):
         return counts | {"trained_share": rounded(counts.pop("trained_tokens") / self.tokens)}
 
 
-class _Sample(NamedTuple):
+class Sample(NamedTuple):
     """What one row of the source became.
 
     Texts may become several rows, as chats with variations do; pairs are two.
@@ -89,7 +93,7 @@ class _Sample(NamedTuple):
 
 class _Method(NamedTuple):
     parse: Callable[[Record], Any]
-    encode: Callable[[ChatTokenizer, list[Any], int], list[_Sample]]
+    encode: Callable[[ChatTokenizer, list[Any], int], list[Sample]]
     format: str  # as training sees it: reasoning is chats
     rows_per_sample: int
 
@@ -102,12 +106,14 @@ def encode_dataset(
     max_length: int,
     on_bad_row: OnBadRow,
     augmentation: Augmentation | None = None,
+    evaluation: Sequence[Path] = (),
 ) -> Counts:
     """Encode a JSONL file, or a folder of shards, into the directory ``output``.
 
     The layout is that of :class:`minimind.datasets.encoded.EncodedDataset`. Skipped rows are
     listed in ``skipped.jsonl`` beside the arrays. The directory appears whole or not at all.
-    With ``augmentation`` every chat is followed by its variations.
+    With ``augmentation`` every chat is followed by its variations. ``evaluation`` are sources to
+    count overlaps with.
 
     Raises:
         UserError: the source is missing or empty, a row cannot be used and ``on_bad_row`` is
@@ -116,14 +122,17 @@ def encode_dataset(
     method = _METHODS[data_format]
     assert augmentation is None or method.format == "chat", "only chats have variations"
     num_rows = num_truncated = num_skipped = 0
+    checks = RowChecks(tokenizer, EvaluationQuestions(evaluation))
+    doubts: Counter[Doubt] = Counter()
+    source_rows = _watched(read_rows_and_bad_rows(source, method.parse), checks, doubts)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         with _ArrayWriter(partial, tokenizer.vocab_size) as arrays:
-            for row in _encoded_rows(source, tokenizer, method, max_length, augmentation):
+            for row in _encoded_rows(source_rows, tokenizer, method, max_length, augmentation):
                 num_rows += 1
-                if isinstance(row, _Sample):
+                if isinstance(row, Sample):
                     arrays.write(row.rows)
                     num_truncated += row.is_truncated
                 elif on_bad_row == "skip":
@@ -155,7 +164,18 @@ def encode_dataset(
         truncated_rows=num_truncated,
         trained_tokens=arrays.num_trained,
         skipped_rows=num_skipped,
+        duplicate_rows=doubts["duplicate"],
+        eval_overlap_rows=doubts["overlap"],
+        lossy_rows=doubts["lossy"],
     )
+
+
+def encode_rows(
+    rows: Sequence[Row[Any]], tokenizer: ChatTokenizer, data_format: Format, max_length: int
+) -> list[Sample | BadRowError]:
+    """What each row of that format becomes, or why nothing is left of it within the length."""
+    samples = _METHODS[data_format].encode(tokenizer, [row.value for row in rows], max_length)
+    return [_checked(row, sample, max_length) for row, sample in zip(rows, samples, strict=True)]
 
 
 def split_document(document: EncodedRow, max_length: int) -> list[EncodedRow]:
@@ -176,13 +196,24 @@ def split_document(document: EncodedRow, max_length: int) -> list[EncodedRow]:
     ]
 
 
+def _watched(
+    rows: Iterable[Row[Any] | BadRowError], checks: RowChecks, doubts: Counter[Doubt]
+) -> Iterator[Row[Any] | BadRowError]:
+    """The same rows; what is doubtful about them is counted."""
+    for row in rows:
+        if isinstance(row, Row):
+            for warned in checks.warnings(row.place, row.value):
+                doubts[warned.doubt] += 1
+        yield row
+
+
 def _encoded_rows(
-    source: Path,
+    rows: Iterable[Row[Any] | BadRowError],
     tokenizer: ChatTokenizer,
     method: _Method,
     max_length: int,
     augmentation: Augmentation | None,
-) -> Iterator[_Sample | BadRowError]:
+) -> Iterator[Sample | BadRowError]:
     """What every row of the source becomes, in their order.
 
     Some batches are encoded ahead by threads: the tokenizer leaves Python's lock and uses all
@@ -190,14 +221,14 @@ def _encoded_rows(
     """
     num_copies = augmentation.config.augment_copies if augmentation else 0
 
-    def encode(first_row: int, batch: list[Row[Any] | BadRowError]) -> list[_Sample | BadRowError]:
+    def encode(first_row: int, batch: list[Row[Any] | BadRowError]) -> list[Sample | BadRowError]:
         values = []
         for number, row in enumerate(batch, first_row):
             if isinstance(row, Row):
                 values.append(row.value)
                 values += augmentation.copies(row.value, number) if augmentation else []
         samples = iter(method.encode(tokenizer, values, max_length))
-        encoded: list[_Sample | BadRowError] = []
+        encoded: list[Sample | BadRowError] = []
         for row in batch:
             if isinstance(row, Row):
                 sample = _checked(row, next(samples), max_length)
@@ -207,9 +238,9 @@ def _encoded_rows(
         return encoded
 
     with ThreadPoolExecutor(BATCHES_AHEAD) as threads:
-        ahead: deque[Future[list[_Sample | BadRowError]]] = deque()
+        ahead: deque[Future[list[Sample | BadRowError]]] = deque()
         num_rows = 0
-        for batch in _batches(read_rows_and_bad_rows(source, method.parse), 1 + num_copies):
+        for batch in _batches(rows, 1 + num_copies):
             ahead.append(threads.submit(encode, num_rows, batch))
             num_rows += len(batch)
             if len(ahead) > BATCHES_AHEAD:
@@ -218,16 +249,15 @@ def _encoded_rows(
             yield from ahead.popleft().result()
 
 
-def _checked(row: Row[Any], sample: _Sample, max_length: int) -> _Sample | BadRowError:
+def _checked(row: Row[Any], sample: Sample, max_length: int) -> Sample | BadRowError:
     if all(encoded.num_trained for encoded in sample.rows):
         return sample
     reason = f"nothing to train on is left of it within {max_length} tokens"
-    return BadRowError(row.place, f"{reason}; shorten what comes before, or raise max_length")
+    advice = "shorten what comes before, or raise max_length"
+    return BadRowError(row.place, f"{reason}; {advice}", "length")
 
 
-def _with_copies(
-    original: _Sample | BadRowError, copies: Sequence[_Sample]
-) -> _Sample | BadRowError:
+def _with_copies(original: Sample | BadRowError, copies: Sequence[Sample]) -> Sample | BadRowError:
     """The original's rows and those of its variations.
 
     A variation that became too long to leave anything to train on gives way to the original.
@@ -236,7 +266,7 @@ def _with_copies(
         return original
     usable = [copy if all(row.num_trained for row in copy.rows) else original for copy in copies]
     samples = [original, *usable]
-    return _Sample(
+    return Sample(
         [row for sample in samples for row in sample.rows],
         is_truncated=any(sample.is_truncated for sample in samples),
     )
@@ -258,20 +288,20 @@ def _batches(
         yield batch
 
 
-def _encode_texts(tokenizer: ChatTokenizer, texts: list[str], max_length: int) -> list[_Sample]:
+def _encode_texts(tokenizer: ChatTokenizer, texts: list[str], max_length: int) -> list[Sample]:
     documents = tokenizer.encode_documents(texts)
-    return [_Sample(split_document(document, max_length), False) for document in documents]
+    return [Sample(split_document(document, max_length), False) for document in documents]
 
 
 def _encode_chats(
     tokenizer: ChatTokenizer, chats: list[list[Message]], max_length: int
-) -> list[_Sample]:
+) -> list[Sample]:
     return [_cut([row], max_length) for row in tokenizer.encode_chats(chats)]
 
 
 def _encode_preferences(
     tokenizer: ChatTokenizer, pairs: list[Preference], max_length: int
-) -> list[_Sample]:
+) -> list[Sample]:
     chats = [pair.prompt + side for pair in pairs for side in (pair.chosen, pair.rejected)]
     # Assistant turns of the prompt are not compared.
     num_context = [len(pair.prompt) for pair in pairs for _ in range(2)]
@@ -279,9 +309,9 @@ def _encode_preferences(
     return [_cut(rows[i : i + 2], max_length) for i in range(0, len(rows), 2)]
 
 
-def _cut(rows: list[EncodedRow], max_length: int) -> _Sample:
+def _cut(rows: list[EncodedRow], max_length: int) -> Sample:
     cut = [EncodedRow(row.ids[:max_length], row.classes[:max_length]) for row in rows]
-    return _Sample(cut, is_truncated=any(len(row.ids) > max_length for row in rows))
+    return Sample(cut, is_truncated=any(len(row.ids) > max_length for row in rows))
 
 
 _METHODS: dict[Format, _Method] = {
@@ -321,6 +351,11 @@ class _ArrayWriter(ExitStack):
 
 
 def _list_skipped(file: Path, row: BadRowError) -> None:
-    entry = {"file": str(row.place.file), "line": row.place.line, "reason": row.reason}
+    entry = {
+        "file": str(row.place.file),
+        "line": row.place.line,
+        "fault": row.fault,
+        "reason": row.reason,
+    }
     with file.open("a", encoding="utf-8") as skipped:
         skipped.write(json.dumps(entry, ensure_ascii=False) + "\n")

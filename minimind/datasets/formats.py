@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from minimind.errors import UserError
 from minimind.tokenizer import TAGS, Message
@@ -22,6 +22,11 @@ MAX_LINE_BYTES = 64 * 2**20
 
 T = TypeVar("T")
 Record = dict[str, Any]
+
+Fault = Literal[
+    "json", "encoding", "schema", "role", "order", "empty", "tags", "identical", "length"
+]
+"""Why a row cannot be used, in a word; docs/data.md has their meaning."""
 
 _TAG_PATTERN = re.compile("|".join(TAGS))
 _REASONING_PATTERN = re.compile(
@@ -39,12 +44,20 @@ class Place(NamedTuple):
         return f"{self.file}:{self.line}"
 
 
+class FaultError(UserError):
+    """What is wrong with a row, wherever it stands."""
+
+    def __init__(self, fault: Fault, reason: str) -> None:
+        super().__init__(reason)
+        self.fault = fault
+
+
 class BadRowError(UserError):
     """A row that cannot be used."""
 
-    def __init__(self, place: Place, reason: str) -> None:
+    def __init__(self, place: Place, reason: str, fault: Fault = "schema") -> None:
         super().__init__(f"{place}: {reason}")
-        self.place, self.reason = place, reason
+        self.place, self.reason, self.fault = place, reason, fault
 
 
 class Preference(NamedTuple):
@@ -90,6 +103,8 @@ def read_rows_and_bad_rows(
     for place, line in _read_lines(source):
         try:
             yield Row(place, parse(_parse_json(line)), len(line))
+        except FaultError as error:
+            yield BadRowError(place, str(error), error.fault)
         except UserError as error:
             yield BadRowError(place, str(error))
 
@@ -135,35 +150,41 @@ def parse_preference(record: Record) -> Preference:
     """
     chosen_form = _get(record, "chosen")
     if not isinstance(chosen_form, str | list):
-        raise UserError(f"chosen is {_kind(chosen_form)}; it must be a string or list of messages")
+        raise FaultError(
+            "schema", f"chosen is {_kind(chosen_form)}; it must be a string or list of messages"
+        )
     if isinstance(chosen_form, str):
         prompt: list[Message] = [{"role": "user", "content": _text(record, "prompt")}]
         chosen: list[Message] = [{"role": "assistant", "content": _text(record, "chosen")}]
         rejected: list[Message] = [{"role": "assistant", "content": _text(record, "rejected")}]
         if chosen == rejected:
-            raise UserError("chosen and rejected are identical; a pair must differ")
+            raise FaultError("identical", "chosen and rejected are identical; a pair must differ")
         return Preference(prompt, chosen, rejected)
 
     if isinstance(record.get("prompt"), list):
-        raise UserError(
-            "prompt is a list; put its messages at the beginning of both chosen and rejected"
+        raise FaultError(
+            "schema",
+            "prompt is a list; put its messages at the beginning of both chosen and rejected",
         )
     chosen, rejected = _messages(record, "chosen"), _messages(record, "rejected")
     if chosen == rejected:
-        raise UserError("chosen and rejected are identical; a pair must differ")
+        raise FaultError("identical", "chosen and rejected are identical; a pair must differ")
     num_shared = 0
     for one, other in zip(chosen, rejected, strict=False):
         if one != other:
             break
         num_shared += 1
     if num_shared == 0:
-        raise UserError("chosen and rejected share no beginning; both must begin with the prompt")
+        raise FaultError(
+            "schema", "chosen and rejected share no beginning; both must begin with the prompt"
+        )
     prompt = chosen[:num_shared]
     for side, messages in (("chosen", chosen), ("rejected", rejected)):
         if not any(message["role"] == "assistant" for message in messages[num_shared:]):
-            raise UserError(
+            raise FaultError(
+                "order",
                 f"{side} has no assistant turn after the {num_shared} turns that both sides share; "
-                "there must be one to compare"
+                "there must be one to compare",
             )
     return Preference(prompt, chosen[num_shared:], rejected[num_shared:])
 
@@ -198,37 +219,44 @@ def _parse_json(line: bytes) -> Record:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         byte = f"0x{line[error.start]:02x} at byte {error.start + 1}"
-        raise UserError(f"not UTF-8 ({byte}); save the file as UTF-8") from None
+        raise FaultError("encoding", f"not UTF-8 ({byte}); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"broken JSON at column {error.colno}: {error.msg}; write one whole object a line"
+        raise FaultError(
+            "json",
+            f"broken JSON at column {error.colno}: {error.msg}; write one whole object a line",
         ) from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
-        raise UserError(f"JSON that cannot be read: {error}; write one object a line") from None
+        raise FaultError(
+            "json", f"JSON that cannot be read: {error}; write one object a line"
+        ) from None
     if not isinstance(record, dict):
-        raise UserError(f"the row is {_kind(record)}; it must be a JSON object")
+        raise FaultError("schema", f"the row is {_kind(record)}; it must be a JSON object")
     return record
 
 
 def _messages(record: Record, key: str) -> list[Message]:
     found = _get(record, key)
     if not isinstance(found, list):
-        raise UserError(f"{key} is {_kind(found)}; it must be a list of messages")
+        raise FaultError("schema", f"{key} is {_kind(found)}; it must be a list of messages")
     messages: list[Message] = []
     for number, message in enumerate(found, 1):
         turn = f"{key}, turn {number}"
         if not isinstance(message, dict):
-            raise UserError(f'{turn} is {_kind(message)}; it must be {{"role", "content"}}')
+            raise FaultError(
+                "schema", f'{turn} is {_kind(message)}; it must be {{"role", "content"}}'
+            )
         role = _get(message, "role", turn)
         if role not in ROLES:
-            raise UserError(f"{turn}: role is {_shown(role)}; allowed are {', '.join(ROLES)}")
+            raise FaultError(
+                "role", f"{turn}: role is {_shown(role)}; allowed are {', '.join(ROLES)}"
+            )
         if role == "system" and number > 1:
-            raise UserError(f"{turn}: role is 'system'; only the first turn may be")
+            raise FaultError("order", f"{turn}: role is 'system'; only the first turn may be")
         if role == "tool" and number == 1:
-            raise UserError(f"{turn}: role is 'tool'; a chat begins with system or user")
+            raise FaultError("order", f"{turn}: role is 'tool'; a chat begins with system or user")
         messages.append({"role": role, "content": _text(message, "content", turn)})
     if not any(message["role"] == "assistant" for message in messages):
-        raise UserError(f"{key} has no assistant turn; there must be one to learn from")
+        raise FaultError("order", f"{key} has no assistant turn; there must be one to learn from")
     return messages
 
 
@@ -236,29 +264,34 @@ def _check_reasoning(content: str, turn: str) -> None:
     tags = _TAG_PATTERN.findall(content)
     if tags != list(TAGS):
         found = " ".join(tags) or "none"
-        raise UserError(f"{turn} has the tags {found}; it must have {' '.join(TAGS)}, each once")
+        raise FaultError(
+            "tags", f"{turn} has the tags {found}; it must have {' '.join(TAGS)}, each once"
+        )
     match = _REASONING_PATTERN.fullmatch(content)
     if not match:
-        raise UserError(
-            f"{turn} has text outside its tags; it must be <think>...</think> <answer>...</answer>"
+        raise FaultError(
+            "tags",
+            f"{turn} has text outside its tags; it must be <think>...</think> <answer>...</answer>",
         )
     for name, text in match.groupdict().items():
         if not text.strip():
-            raise UserError(f"{turn} has an empty {name}; write one between its tags")
+            raise FaultError("empty", f"{turn} has an empty {name}; write one between its tags")
 
 
 def _text(record: Record, key: str, where: str = "") -> str:
     value = _get(record, key, where)
     name = f"{where}: {key}" if where else key
     if not isinstance(value, str):
-        raise UserError(f"{name} is {_kind(value)}; it must be a string")
+        raise FaultError("schema", f"{name} is {_kind(value)}; it must be a string")
     if not value or value.isspace():
-        raise UserError(f"{name} is empty; it must hold text")
+        raise FaultError("empty", f"{name} is empty; it must hold text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         half = f"\\u{ord(value[error.start]):04x}"
-        raise UserError(f"{name} has half a character ({half}); write both halves") from None
+        raise FaultError(
+            "encoding", f"{name} has half a character ({half}); write both halves"
+        ) from None
     return value
 
 
@@ -266,7 +299,7 @@ def _get(record: Record, key: str, where: str = "") -> Any:
     if key not in record:
         found = ", ".join(_shown(found) for found in list(record)[:8]) or "none"
         name = f"{where}: {key}" if where else key
-        raise UserError(f"{name} is missing; the keys found are {found}")
+        raise FaultError("schema", f"{name} is missing; the keys found are {found}")
     return record[key]
 
 
