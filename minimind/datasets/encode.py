@@ -240,7 +240,7 @@ def _encoded_rows(
     with ThreadPoolExecutor(BATCHES_AHEAD) as threads:
         ahead: deque[Future[list[Sample | BadRowError]]] = deque()
         num_rows = 0
-        for batch in _batches(rows, 1 + num_copies):
+        for batch in row_batches(rows, 1 + num_copies):
             ahead.append(threads.submit(encode, num_rows, batch))
             num_rows += len(batch)
             if len(ahead) > BATCHES_AHEAD:
@@ -272,9 +272,10 @@ def _with_copies(original: Sample | BadRowError, copies: Sequence[Sample]) -> Sa
     )
 
 
-def _batches(
+def row_batches(
     rows: Iterable[Row[Any] | BadRowError], samples_per_row: int
 ) -> Iterator[list[Row[Any] | BadRowError]]:
+    """Rows in lists of limited numbers and bytes."""
     batch: list[Row[Any] | BadRowError] = []
     num_bytes = 0
     for row in rows:
