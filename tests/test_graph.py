@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from dvc.repo import Repo
 
 from tests.graph import ROOT, UNTRACKED, code_dependencies, project_imports
 
@@ -52,6 +53,37 @@ def test_the_library_never_imports_stages_nor_does_a_stage_import_another() -> N
             file = path.relative_to(ROOT).as_posix()
             imported = [f for f in project_imports(file) if f.startswith("stages/")]
             assert not imported, f"{file} imports {imported}"
+
+
+REWIRED = [
+    # section, key, value, stages that then depend on this path
+    ("sft", "init", "tokenizer", {"sft": "models/tokenizer"}),
+    ("reason", "init", "sft", {"reason": "models/sft"}),
+    ("grpo", "init", "dpo", {"grpo": "models/dpo"}),
+    ("spo", "init", "grpo", {"spo": "models/grpo"}),
+    ("lora", "init", "reason", {"lora": "models/reason", "merge": "models/reason"}),
+    ("reward", "init", "pretrain", {"reward": "models/pretrain"}),
+    ("traces", "init", "grpo", {"traces": "models/grpo"}),
+    ("distill", "teacher", "mine/llama", {"teacher_outputs": "mine/llama", "twin": "mine/llama"}),
+    ("data", "sft", "mine/chats", {"encode@sft": "mine/chats"}),
+]
+
+
+@pytest.mark.parametrize(("section", "key", "value", "expected"), REWIRED)
+def test_a_parameter_rewires_the_graph(
+    tmp_path: Path, monkeypatch, section: str, key: str, value: str, expected: dict[str, str]
+) -> None:
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params[section][key] = value
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    (tmp_path / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    with Repo.init(no_scm=True) as repo:
+        repo.index.check_graph()  # no cycle, no output of two stages
+        for stage, path in expected.items():
+            (found,) = repo.stage.collect(stage)
+            assert path in [dep.def_path for dep in found.deps], stage
+            assert path in found.cmd, stage
 
 
 def test_what_is_untracked_is_named_once() -> None:
