@@ -1,12 +1,13 @@
 """The stages, one command a file.
 
 This is imported before all that is slow, so that a stage notices even in its first second when the
-DVC that started it is gone.
+DVC or the torchrun that started it is gone.
 """
 
 import os
 
+from minimind.runtime.launch import is_worker
 from minimind.runtime.stop import watch_parents
 
-if os.environ.get("DVC_STAGE"):
+if os.environ.get("DVC_STAGE") or is_worker():
     watch_parents()

@@ -16,7 +16,7 @@ from minimind.model.transformer import ModelConfig, ModelShape, Transformer
 from minimind.objectives.distill import Distill
 from minimind.params import load_section
 from minimind.runtime.command import stage_app
-from minimind.runtime.run import start_run
+from minimind.runtime.run import start_training
 from minimind.tokenizer import ChatTokenizer
 from minimind.training.fit import FitConfig, fit, summary
 
@@ -59,7 +59,7 @@ def main(
     config = load_section(params, "distill", TwinConfig if twin else DistillConfig)
     alpha = config.alpha if isinstance(config, DistillConfig) else 1.0
     inputs = [init, conversations, teacher, teacher_outputs]
-    with start_run(stage, params, {"distill": config}, inputs) as run:
+    with start_training(stage, params, {"distill": config}, inputs) as run:
         dataset = EncodedDataset.open(conversations)
         require_same_tokenizer(init, dataset)
         student = _student(init, config, params)

@@ -15,7 +15,7 @@ from minimind.metrics import write_curve, write_metrics
 from minimind.objectives.dpo import Dpo, Reduction
 from minimind.params import load_section
 from minimind.runtime.command import stage_app
-from minimind.runtime.run import start_run
+from minimind.runtime.run import start_training
 from minimind.training.fit import FitConfig, fit, summary
 
 app = stage_app("dpo")
@@ -43,7 +43,7 @@ def main(
     """Train on preference pairs against cached reference log-probabilities."""
     config = load_section(params, "dpo", DpoConfig)
     inputs = [checkpoint, preferences, reference]
-    with start_run("dpo", params, {"dpo": config}, inputs) as run:
+    with start_training("dpo", params, {"dpo": config}, inputs) as run:
         model = load_model(checkpoint)
         dataset = EncodedDataset.open(preferences)
         require_same_tokenizer(checkpoint, dataset)

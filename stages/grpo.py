@@ -14,7 +14,7 @@ from minimind.reinforcement.loop import ReinforcementConfig, reinforce, summary
 from minimind.reinforcement.prompts import Draws
 from minimind.reinforcement.setup import build_environment
 from minimind.runtime.command import stage_app
-from minimind.runtime.run import start_run
+from minimind.runtime.run import start_training
 from minimind.tokenizer import ChatTokenizer
 
 app = stage_app("grpo")
@@ -40,10 +40,10 @@ def main(
     """Train on sampled completions, each compared with the others of its prompt."""
     config = load_section(params, "grpo", GrpoConfig)
     inputs = [checkpoint, prompts, reward_model, custom_reward]
-    with start_run("grpo", params, {"grpo": config}, inputs) as run:
+    with start_training("grpo", params, {"grpo": config}, inputs) as run:
         model, tokenizer = load_model(checkpoint), ChatTokenizer.load(checkpoint)
         environment = build_environment(
-            config, model, tokenizer, prompts, reward_model, custom_reward, run.device
+            config, model, tokenizer, prompts, reward_model, custom_reward, run
         )
         prompts_per_step = config.batch_size * config.accumulation_steps
         draws = Draws(len(environment.prompts), prompts_per_step, config.seed)

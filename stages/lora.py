@@ -12,7 +12,7 @@ from minimind.metrics import write_curve, write_metrics
 from minimind.objectives.next_token import NextToken
 from minimind.params import load_section
 from minimind.runtime.command import stage_app
-from minimind.runtime.run import start_run
+from minimind.runtime.run import start_training
 from minimind.training.fit import FitConfig, fit, summary
 
 app = stage_app("lora")
@@ -36,7 +36,7 @@ def main(
 ) -> None:
     """Train an adapter that stock peft loads on the stock model."""
     config = load_section(params, "lora", LoraStageConfig)
-    with start_run("lora", params, {"lora": config}, [checkpoint, conversations]) as run:
+    with start_training("lora", params, {"lora": config}, [checkpoint, conversations]) as run:
         dataset = EncodedDataset.open(conversations)
         require_same_tokenizer(checkpoint, dataset)
         model = add_adapter(load_model(checkpoint), config, config.seed)

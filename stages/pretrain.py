@@ -12,7 +12,7 @@ from minimind.model.transformer import ModelConfig, ModelShape, Transformer
 from minimind.objectives.next_token import NextToken
 from minimind.params import load_section
 from minimind.runtime.command import stage_app
-from minimind.runtime.run import start_run
+from minimind.runtime.run import start_training
 from minimind.tokenizer import ChatTokenizer
 from minimind.training.fit import FitConfig, fit, summary
 
@@ -36,7 +36,7 @@ def main(
     config = load_section(params, "pretrain", PretrainConfig)
     shape = load_section(params, "model", ModelShape)
     sections = {"pretrain": config, "model": shape}
-    with start_run("pretrain", params, sections, [tokenizer, text]) as run:
+    with start_training("pretrain", params, sections, [tokenizer, text]) as run:
         vocab_size = ChatTokenizer.load(tokenizer).vocab_size
         model = Transformer(ModelConfig(vocab_size=vocab_size, **shape.model_dump()))
         model.initialize(config.seed)

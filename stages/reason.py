@@ -12,7 +12,7 @@ from minimind.metrics import write_curve, write_metrics
 from minimind.objectives.next_token import NextToken
 from minimind.params import load_section
 from minimind.runtime.command import stage_app
-from minimind.runtime.run import start_run
+from minimind.runtime.run import start_training
 from minimind.training.fit import FitConfig, fit, summary
 
 app = stage_app("reason")
@@ -37,7 +37,7 @@ def main(
 ) -> None:
     """Train on think/answer traces, the tags weighing more than other tokens."""
     config = load_section(params, "reason", ReasonConfig)
-    with start_run("reason", params, {"reason": config}, [checkpoint, conversations]) as run:
+    with start_training("reason", params, {"reason": config}, [checkpoint, conversations]) as run:
         model = load_model(checkpoint)
         dataset = EncodedDataset.open(conversations)
         require_same_tokenizer(checkpoint, dataset)

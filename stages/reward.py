@@ -14,7 +14,7 @@ from minimind.objectives.reward_model import PairwiseReward
 from minimind.params import load_section
 from minimind.reward_checkpoint import save_reward_model
 from minimind.runtime.command import stage_app
-from minimind.runtime.run import start_run
+from minimind.runtime.run import start_training
 from minimind.training.fit import FitConfig, fit, summary
 
 app = stage_app("reward")
@@ -37,7 +37,7 @@ def main(
 ) -> None:
     """Train a score that is higher for the chosen side of a pair."""
     config = load_section(params, "reward", RewardConfig)
-    with start_run("reward", params, {"reward": config}, [checkpoint, preferences]) as run:
+    with start_training("reward", params, {"reward": config}, [checkpoint, preferences]) as run:
         base = load_model(checkpoint)
         if base.config.num_experts:
             raise UserError(

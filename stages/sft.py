@@ -11,7 +11,7 @@ from minimind.metrics import write_curve, write_metrics
 from minimind.objectives.next_token import NextToken
 from minimind.params import load_section
 from minimind.runtime.command import stage_app
-from minimind.runtime.run import start_run
+from minimind.runtime.run import start_training
 from minimind.training.fit import FitConfig, fit, summary
 
 app = stage_app("sft")
@@ -34,7 +34,7 @@ def main(
 ) -> None:
     """Train on the assistant's turns of conversations."""
     config = load_section(params, "sft", SftConfig)
-    with start_run("sft", params, {"sft": config}, [checkpoint, conversations]) as run:
+    with start_training("sft", params, {"sft": config}, [checkpoint, conversations]) as run:
         model = load_model(checkpoint)
         dataset = EncodedDataset.open(conversations)
         require_same_tokenizer(checkpoint, dataset)

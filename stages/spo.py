@@ -14,7 +14,7 @@ from minimind.reinforcement.setup import build_environment
 from minimind.reinforcement.single_stream import SingleStream
 from minimind.reinforcement.tracker import TrackerConfig
 from minimind.runtime.command import stage_app
-from minimind.runtime.run import start_run
+from minimind.runtime.run import start_training
 from minimind.tokenizer import ChatTokenizer
 
 app = stage_app("spo")
@@ -40,10 +40,10 @@ def main(
     """Train on sampled completions, each compared with its prompt's tracked value."""
     config = load_section(params, "spo", SpoConfig)
     inputs = [checkpoint, prompts, reward_model, custom_reward]
-    with start_run("spo", params, {"spo": config}, inputs) as run:
+    with start_training("spo", params, {"spo": config}, inputs) as run:
         model, tokenizer = load_model(checkpoint), ChatTokenizer.load(checkpoint)
         environment = build_environment(
-            config, model, tokenizer, prompts, reward_model, custom_reward, run.device
+            config, model, tokenizer, prompts, reward_model, custom_reward, run
         )
         prompts_per_step = config.batch_size * config.accumulation_steps
         draws = Draws(len(environment.prompts), prompts_per_step, config.seed)

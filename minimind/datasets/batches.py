@@ -52,6 +52,7 @@ class PackedBatch:
     counts: Counts
     rows: Rows  # [N], numbers of the rows in the data set, for messages
     extras: dict[str, Tensor]
+    weight: float = 1.0  # 0 for a stand-in, computed as any other but not counted: see divide
 
     def to(self, device: torch.device) -> PackedBatch:
         if device.type == "cpu":
@@ -87,7 +88,9 @@ def split_samples(num_samples: int, validation_share: float, seed: int) -> tuple
     return np.sort(shuffled[num_validation:]), np.sort(shuffled[:num_validation])
 
 
-def pack(dataset: EncodedDataset, samples: Rows, extras: dict[str, Extra]) -> PackedBatch:
+def pack(
+    dataset: EncodedDataset, samples: Rows, extras: dict[str, Extra], weight: float = 1.0
+) -> PackedBatch:
     """Lay the rows of some samples end to end."""
     per_sample = dataset.rows_per_sample
     rows = (samples[:, None] * per_sample + np.arange(per_sample)).ravel()
@@ -113,6 +116,7 @@ def pack(dataset: EncodedDataset, samples: Rows, extras: dict[str, Extra]) -> Pa
         counts=Counts(tokens=len(trained), rows=len(rows), samples=len(samples)),
         rows=rows,
         extras={name: _select(dataset, rows, extra) for name, extra in extras.items()},
+        weight=weight,
     )
 
 
@@ -137,7 +141,7 @@ class Batches:
     """All optimizer steps of a training run over some samples of a data set.
 
     A step takes batch_size * accumulation_steps samples; the last step of an epoch takes what
-    is left. `epochs` may be a fraction. Processes take every world-th sample of a micro-batch.
+    is left. `epochs` may be a fraction. Processes divide a step as :func:`divide` says.
     """
 
     dataset: EncodedDataset
@@ -170,11 +174,23 @@ class Batches:
     def step(self, step: int, rank: int, world: int) -> Step:
         samples = self.samples_of(step)
         micro_batches = [
-            pack(self.dataset, share, self.extras)
-            for start in range(0, len(samples), self.batch_size)
-            if len(share := samples[start : start + self.batch_size][rank::world])
+            pack(self.dataset, share, self.extras, weight)
+            for share, weight in divide(samples, self.batch_size, rank, world)
         ]
         return Step(micro_batches, count(self.dataset, samples))
+
+
+def divide(samples: Rows, batch_size: int, rank: int, world: int) -> Iterator[tuple[Rows, float]]:
+    """One process's micro-batches of some samples, `batch_size` being that of all processes.
+
+    Process `rank` takes every world-th sample. All get the same number of micro-batches, since
+    they compute in step: one that has no sample left gets a stand-in, of weight 0.
+    """
+    own = samples[rank::world]
+    own_batch_size = math.ceil(batch_size / world)
+    for start in range(0, math.ceil(len(samples) / world), own_batch_size):
+        share = own[start : start + own_batch_size]
+        yield (share, 1.0) if len(share) else (samples[:1], 0.0)
 
 
 _last_order: dict[tuple[int, int, int], Rows] = {}
@@ -198,8 +214,13 @@ def count(dataset: EncodedDataset, samples: Rows) -> Counts:
 
 
 def in_order(
-    dataset: EncodedDataset, samples: Rows, batch_size: int, extras: dict[str, Extra]
+    dataset: EncodedDataset,
+    samples: Rows,
+    batch_size: int,
+    extras: dict[str, Extra],
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[PackedBatch]:
     """One pass over some samples in the given order, `batch_size` samples at a time."""
-    for start in range(0, len(samples), batch_size):
-        yield pack(dataset, samples[start : start + batch_size], extras)
+    for share, weight in divide(samples, batch_size, rank, world):
+        yield pack(dataset, share, extras, weight)

@@ -1,45 +1,70 @@
 """What a policy acts in: prompts to answer, and rewards for the answers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
 
 from minimind.model.transformer import Transformer
 from minimind.reinforcement.advantages import Values
 from minimind.reinforcement.prompts import Indices, Prompt
 from minimind.reinforcement.rewards import Rewards, Sample, require_finite
 from minimind.reinforcement.rollout import Rollout, SamplingConfig, sample
+from minimind.runtime.processes import Processes
 from minimind.tokenizer import ChatTokenizer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Prompts, the sampling of completions, and what these earn."""
+    """Prompts, the sampling of completions, and what these earn.
+
+    Processes divide prompts among themselves; what each has made is then known to all.
+    """
 
     prompts: Sequence[Prompt]
     tokenizer: ChatTokenizer
     sampling: SamplingConfig
     rewards: Rewards
+    processes: Processes = field(default_factory=Processes)
 
     def rollout(
         self, model: Transformer, indices: Indices, num_samples: int, first_key: int
     ) -> Rollout:
-        """`num_samples` completions of each of these prompts."""
+        """`num_samples` completions of each of these prompts; row i draws with `first_key + i`.
+
+        Those keys are all there is to the noise: no state is carried from step to step, so there
+        is none to lose, and the number of processes changes nothing.
+        """
+        own = self.processes.share(range(len(indices)))
+        keys = [first_key + i * num_samples + k for i in own for k in range(num_samples)]
+        ids = [self.prompts[indices[i]].ids for i in own]
         model.eval()
-        ids = [self.prompts[index].ids for index in indices]
-        rollout = sample(model, ids, num_samples, self.sampling, first_key)
+        rollout = sample(model, ids, num_samples, self.sampling, keys)
         model.train()
-        return rollout
+        rows = self._of_all_prompts(list(zip(*rollout, strict=True)), num_samples)
+        return Rollout(*map(list, zip(*rows, strict=True)))
 
     def judge(self, indices: Indices, rollout: Rollout) -> dict[str, Values]:
         """Unweighted reward parts of a rollout of these prompts: [B] by the part's name."""
         num_samples = len(rollout.completions) // len(indices)
-        prompts = [self.prompts[index] for index in indices for _ in range(num_samples)]
-        samples = [
-            Sample(prompt.text, self.tokenizer.decode(ids), prompt.answer, ids, finished)
-            for prompt, ids, finished in zip(
-                prompts, rollout.completions, rollout.finished, strict=True
-            )
-        ]
+        samples = []
+        for i in self.processes.share(range(len(indices))):
+            prompt = self.prompts[indices[i]]
+            for row in range(i * num_samples, (i + 1) * num_samples):
+                ids, finished = rollout.completions[row], rollout.finished[row]
+                text = self.tokenizer.decode(ids)
+                samples.append(Sample(prompt.text, text, prompt.answer, ids, finished))
         parts = self.rewards.parts(samples)
         require_finite(parts)
-        return parts
+        return {
+            name: np.array(self._of_all_prompts(values.tolist(), num_samples))
+            for name, values in parts.items()
+        }
+
+    def _of_all_prompts(self, rows: list[T], num_samples: int) -> list[T]:
+        """From what each process has for the rows of its prompts, that of all prompts' rows."""
+        groups = [rows[i : i + num_samples] for i in range(0, len(rows), num_samples)]
+        return [row for group in self.processes.in_order(groups) for row in group]

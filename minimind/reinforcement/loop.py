@@ -11,17 +11,18 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from minimind.datasets.batches import Counts, Step
+from minimind.datasets.batches import Counts, Step, divide
 from minimind.errors import UserError
 from minimind.metrics import Number
-from minimind.model.transformer import Transformer
+from minimind.model.transformer import Layer, Transformer
 from minimind.objectives.policy import LossType, PolicyGradient, k3
 from minimind.reinforcement.advantages import Values
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.prompts import Draws, Indices
 from minimind.reinforcement.rewards import RewardsConfig
 from minimind.reinforcement.rollout import Rollout, completion_logprobs, pack_completions
-from minimind.runtime.device import compiled
+from minimind.runtime.parallel import collect, load_parameters, spread, whole
+from minimind.runtime.processes import Processes
 from minimind.runtime.run import Run
 from minimind.training.fit import MAX_CURVE_ROWS, History, take_step
 from minimind.training.optimizer import Optimizer, OptimizerConfig
@@ -92,6 +93,9 @@ def reinforce(
 ) -> History:
     """Train `model` in place against its own initial weights as the reference.
 
+    Processes divide prompts and rows among themselves: each samples, judges and scores its share,
+    all know the whole rollout, and each computes the loss of its share.
+
     Picks up the newest state of the same run, if there is one, and continues as if it had never
     stopped.
 
@@ -102,10 +106,12 @@ def reinforce(
     num_steps = method.draws.num_steps(config.epochs, config.max_steps)
     curve_interval = max(config.curve_interval, math.ceil(num_steps / (MAX_CURVE_ROWS - 2)))
     model.to(run.device).train()
-    forward = compiled(model, run.settings)
     reference = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = Optimizer(model, config, run.device)
-    history = _restore(model, optimizer, method, run)
+    # Where weights are divided, `model` is the whole policy, brought up to date to sample from.
+    trained, forward = spread(model, Layer, run)
+    optimizer = Optimizer(trained, config, run.device)
+    history = _restore(trained, optimizer, method, run)
+    collect(trained, model)
     if history.step == 0:
         method.start(model, environment, run)
     progress = run.progress(num_steps, history.step)
@@ -114,7 +120,7 @@ def reinforce(
     def save() -> None:
         nonlocal last_save, save_seconds
         started = time.monotonic()
-        run.store.save(_state(model, optimizer, method, history, run))
+        run.store.save(_state(trained, optimizer, method, history, run))
         last_save = time.monotonic()
         save_seconds = last_save - started
 
@@ -129,17 +135,22 @@ def reinforce(
         rewards = environment.rewards.total(parts)
         advantages, method_values = method.advantages(model, environment, indices, rollout, rewards)
         rows_at_a_time = config.batch_size * method.num_samples
-        reference_logprobs = completion_logprobs(
-            reference,
-            rollout.prompts,
-            rollout.completions,
-            config.temperature,
-            config.dtype,
-            rows_at_a_time,
+        reference_logprobs = run.processes.in_order(
+            completion_logprobs(
+                reference,
+                run.processes.share(rollout.prompts),
+                run.processes.share(rollout.completions),
+                config.temperature,
+                config.dtype,
+                rows_at_a_time,
+            )
         )
         advantages_alone = not config.beta and not model.config.num_experts  # these have a balance
-        step = _pack(rollout, advantages, reference_logprobs, advantages_alone, rows_at_a_time)
+        step = _pack(
+            rollout, advantages, reference_logprobs, advantages_alone, rows_at_a_time, run.processes
+        )
         values = _update(forward, optimizer, step, config, history.step, num_steps, run)
+        collect(trained, model)
         _require_finite(values, history.step, indices, environment, config)
         values |= {
             "reward": float(rewards.mean()),
@@ -160,9 +171,11 @@ def reinforce(
             run.log(row)
             history.window, history.window_steps = {}, 0
         history.seconds += time.monotonic() - started
-        if run.stop.requested or run.is_save_due(last_save, save_seconds):
+        stopping, saving = run.agree(run.is_save_due(last_save, save_seconds))
+        if stopping or saving:
             save()
-            run.raise_if_stopped(f"at step {history.step} of {num_steps}")
+        if stopping:
+            raise run.stopped(f"at step {history.step} of {num_steps}")
 
     progress.close()
     save()  # so that a kill from here on, while outputs are written and recorded, costs nothing
@@ -191,8 +204,9 @@ def _pack(
     reference_logprobs: list[Tensor],
     advantages_alone: bool,
     rows_at_a_time: int,
+    processes: Processes,
 ) -> Step:
-    """A step's micro-batches, with all that the loss compares the policy with.
+    """A process's micro-batches of a step, with all that the loss compares the policy with.
 
     advantages_alone: whether the loss has no part but that of the advantages.
     """
@@ -200,8 +214,7 @@ def _pack(
     if advantages_alone and advantages.any():
         rows = np.flatnonzero(advantages)  # the others have no gradient, and need not be computed
     micro_batches = []
-    for start in range(0, len(rows), rows_at_a_time):
-        part = rows[start : start + rows_at_a_time]
+    for part, weight in divide(rows, rows_at_a_time, processes.rank, processes.world):
         extras = {
             "sampled": torch.tensor([value for row in part for value in rollout.logprobs[row]]),
             "reference": torch.cat([reference_logprobs[row] for row in part]),
@@ -212,6 +225,7 @@ def _pack(
                 [rollout.prompts[row] for row in part],
                 [rollout.completions[row] for row in part],
                 extras,
+                weight,
             )
         )
     num_rows = len(rollout.completions)
@@ -277,10 +291,11 @@ def _require_finite(
 
 
 def _state(
-    model: Transformer, optimizer: Optimizer, method: Method, history: History, run: Run
+    model: nn.Module, optimizer: Optimizer, method: Method, history: History, run: Run
 ) -> TrainingState:
     """All that the rest of the run depends on. Sampling has no state: its keys are the steps'."""
-    tensors: dict[str, Tensor] = {f"model/{name}": p for name, p in model.named_parameters()}
+    parameters = model.named_parameters()
+    tensors: dict[str, Tensor] = {f"model/{name}": whole(p).cpu() for name, p in parameters}
     tensors |= {f"optimizer/{name}": t for name, t in optimizer.state_tensors().items()}
     tensors |= {f"method/{name}": tensor for name, tensor in method.state_tensors().items()}
     values = {
@@ -291,7 +306,7 @@ def _state(
     return TrainingState(history.step, tensors, values)
 
 
-def _restore(model: Transformer, optimizer: Optimizer, method: Method, run: Run) -> History:
+def _restore(model: nn.Module, optimizer: Optimizer, method: Method, run: Run) -> History:
     """The newest state's history; model, optimizer and method are set."""
     state, damaged = run.store.load()
     for line in damaged:
@@ -306,7 +321,7 @@ def _restore(model: Transformer, optimizer: Optimizer, method: Method, run: Run)
             if name.startswith(prefix)
         }
 
-    model.load_state_dict(part("model/"))
+    load_parameters(model, part("model/"))
     optimizer.load_state_tensors(part("optimizer/"))
     optimizer.load_scaler_state(state.values["scaler"])
     method.load_state_tensors(part("method/"))

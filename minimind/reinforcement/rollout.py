@@ -47,19 +47,11 @@ def sample(
     prompts: Sequence[list[int]],
     num_samples: int,
     config: SamplingConfig,
-    first_key: int,
+    keys: Sequence[int],
 ) -> Rollout:
-    """Complete every prompt `num_samples` times.
-
-    Row i draws with the key `first_key + i`: no state is carried from step to step, so there is
-    none to lose.
-    """
-    num_rows = len(prompts) * num_samples
+    """Complete every prompt `num_samples` times; the noise of row i is that of its key."""
     sampling = Sampling(
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=config.seed,
-        rows=range(first_key, first_key + num_rows),
+        temperature=config.temperature, top_p=config.top_p, seed=config.seed, rows=keys
     )
     completions = generate(
         model,
@@ -80,6 +72,7 @@ def pack_completions(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     extras: Mapping[str, Tensor],
+    weight: float = 1.0,
 ) -> PackedBatch:
     """Prompts and their completions laid end to end; the completions' tokens are trained on.
 
@@ -107,6 +100,7 @@ def pack_completions(
         counts=Counts(tokens=len(trained), rows=len(lengths), samples=len(lengths)),
         rows=np.arange(len(lengths)),
         extras=dict(extras),
+        weight=weight,
     )
 
 

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 from minimind.model.transformer import Transformer
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.loop import ReinforcementConfig
@@ -11,6 +9,7 @@ from minimind.reinforcement.prompts import load_prompts
 from minimind.reinforcement.reward_scorer import load_reward_model
 from minimind.reinforcement.rewards import Rewards, load_custom_reward
 from minimind.reinforcement.rollout import SamplingConfig
+from minimind.runtime.run import Run
 from minimind.tokenizer import ChatTokenizer
 
 
@@ -21,7 +20,7 @@ def build_environment(
     prompts: Path,
     reward_model: Path,
     custom_reward: Path,
-    device: torch.device,
+    run: Run,
 ) -> Environment:
     """Prompts, sampling and those rewards that have a weight.
 
@@ -34,7 +33,9 @@ def build_environment(
     rewards = Rewards(
         config.rewards,
         config.max_new_tokens,
-        load_reward_model(reward_model, config.hub_reward_model, config.trust_remote_code, device)
+        load_reward_model(
+            reward_model, config.hub_reward_model, config.trust_remote_code, run.device
+        )
         if "reward_model" in weights
         else None,
         load_custom_reward(custom_reward) if "custom" in weights else None,
@@ -47,4 +48,4 @@ def build_environment(
         config.seed,
         tokenizer.end_id,
     )
-    return Environment(loaded, tokenizer, sampling, rewards)
+    return Environment(loaded, tokenizer, sampling, rewards, run.processes)

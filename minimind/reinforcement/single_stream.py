@@ -30,7 +30,9 @@ class SingleStream:
         num_samples = self.config.initial_samples
         prompts_at_a_time = max(1, ROWS_AT_A_TIME // num_samples)
         for first in range(0, self.draws.num_prompts, prompts_at_a_time):
-            run.raise_if_stopped("before the first step")
+            stopping, _ = run.agree(is_save_due=False)
+            if stopping:
+                raise run.stopped("before the first step")
             indices = np.arange(first, min(first + prompts_at_a_time, self.draws.num_prompts))
             first_key = INITIAL_KEYS + first * num_samples
             rollout = environment.rollout(model, indices, num_samples, first_key)
@@ -65,16 +67,18 @@ class SingleStream:
 
     def _change(self, model: Transformer, environment: Environment, indices: Indices) -> Values:
         """How far the policy has moved on each prompt since it last answered it."""
-        visits = [self.tracker.visits[index] for index in indices]
+        own = environment.processes.share(indices.tolist())
+        visits = [self.tracker.visits[index] for index in own]
         now = completion_logprobs(
             model,
-            [environment.prompts[index].ids for index in indices],
+            [environment.prompts[index].ids for index in own],
             [visit.completion for visit in visits],
             environment.sampling.temperature,
             environment.sampling.dtype,
             ROWS_AT_A_TIME,
         )
-        return np.array([mean_change(v.logprobs, n) for v, n in zip(visits, now, strict=True)])
+        changes = [mean_change(v.logprobs, n) for v, n in zip(visits, now, strict=True)]
+        return np.array(environment.processes.in_order(changes))
 
     def state_tensors(self) -> dict[str, Tensor]:
         return self.tracker.state_tensors()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,7 @@ import typer
 from safetensors import SafetensorError
 
 from minimind.errors import Stopped, UserError
+from minimind.runtime.launch import Kind, is_worker, say_last_words
 
 
 def stage_app(name: str) -> StageApp:
@@ -41,11 +44,15 @@ class StageApp(typer.Typer):
                     self._complain(f"{error}; mend this and run the same command again to go on.")
                     raise typer.Exit(1) from None
                 except Stopped as stopped:
-                    self._complain(str(stopped))
+                    self._announce(str(stopped))
                     raise typer.Exit(stopped.exit_code) from None
                 except KeyboardInterrupt:
-                    self._complain("stopped; run the same command to start again")
+                    self._announce("stopped; run the same command to start again")
                     raise typer.Exit(130) from None
+                except Exception:
+                    if is_worker() and say_last_words(traceback.format_exc(), Kind.BUG):
+                        raise typer.Exit(1) from None
+                    raise
 
             register(guarded)
             return function
@@ -53,4 +60,11 @@ class StageApp(typer.Typer):
         return decorate
 
     def _complain(self, message: str) -> None:
-        typer.echo(f"{self.stage}: {' '.join(message.split())}", err=True)
+        line = f"{self.stage}: {' '.join(message.split())}"
+        if not say_last_words(line):
+            typer.echo(line, err=True)
+
+    def _announce(self, message: str) -> None:
+        """What concerns all processes alike is said by one."""
+        if os.environ.get("RANK", "0") == "0" or not is_worker():
+            self._complain(message)

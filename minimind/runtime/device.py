@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from minimind.errors import UserError
+from minimind.runtime.launch import is_worker
 from minimind.runtime.settings import RuntimeSettings
 
 
@@ -17,7 +18,7 @@ def prepare_device(settings: RuntimeSettings) -> torch.device:
     torch.set_float32_matmul_precision(settings.matmul_precision)
     available = {
         "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
+        "mps": torch.backends.mps.is_available() and not is_worker(),  # one process's alone
         "cpu": True,
     }
     name: str = settings.device
@@ -28,7 +29,19 @@ def prepare_device(settings: RuntimeSettings) -> torch.device:
         raise UserError(f"MINIMIND_DEVICE is {name!r}; this machine has: {there}.")
     if name == "cuda" or settings.compile:
         _be_deterministic()
+    if name == "cuda" and is_worker():
+        return _own_gpu(int(os.environ["LOCAL_RANK"]))
     return torch.device(name)
+
+
+def _own_gpu(local_rank: int) -> torch.device:
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"there are more processes than GPUs ({torch.cuda.device_count()}); set "
+            "MINIMIND_PROCESSES to the number of this machine's GPUs, or MINIMIND_DEVICE to cpu."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def compiled(model: nn.Module, settings: RuntimeSettings) -> nn.Module:

@@ -9,14 +9,21 @@ from tqdm import tqdm
 class Progress:
     """Steps done of a known number, with loss, tokens per second and time left."""
 
-    def __init__(self, stage: str, num_steps: int, first_step: int, log_seconds: float) -> None:
+    def __init__(
+        self,
+        stage: str,
+        num_steps: int,
+        first_step: int,
+        log_seconds: float,
+        silent: bool = False,
+    ) -> None:
         self.stage, self.num_steps, self.first_step = stage, num_steps, first_step
-        self.log_seconds = log_seconds
+        self.log_seconds, self.silent = log_seconds, silent
         self.started = self.last_line = time.monotonic()
         self.tokens = 0
         self.bar = (
             tqdm(total=num_steps, initial=first_step, desc=stage, unit="step", dynamic_ncols=True)
-            if sys.stderr.isatty()
+            if sys.stderr.isatty() and not silent
             else None
         )
 
@@ -39,6 +46,8 @@ class Progress:
 
     def say(self, message: str) -> None:
         """A line above the bar."""
+        if self.silent:
+            return
         line = f"{self.stage}: {message}"
         if self.bar is None:
             print(line, file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,13 @@ import torch
 from minimind.errors import Stopped, UserError
 from minimind.params import Section, load_section
 from minimind.runtime.device import prepare_device
+from minimind.runtime.launch import is_worker, launch
+from minimind.runtime.processes import (
+    Processes,
+    SharedStore,
+    join_processes,
+    leave_processes,
+)
 from minimind.runtime.progress import Progress
 from minimind.runtime.provenance import Provenance
 from minimind.runtime.settings import RuntimeSettings, load_settings
@@ -43,12 +50,14 @@ class Run:
     stop: StopRequest
     provenance: Provenance
     store: ResumeStore
+    processes: Processes = field(default_factory=Processes)
     tracker: Any = None  # a wandb.Run
     record: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
     def progress(self, num_steps: int, first_step: int) -> Progress:
-        return Progress(self.stage, num_steps, first_step, self.settings.log_seconds)
+        silent = not self.processes.is_writer
+        return Progress(self.stage, num_steps, first_step, self.settings.log_seconds, silent)
 
     def log(self, row: Mapping[str, float]) -> None:
         """A row of the curve, to Weights & Biases if asked for."""
@@ -56,12 +65,15 @@ class Run:
             self.tracker.log({f"{self.stage}/{k}": v for k, v in row.items()}, step=row["step"])
 
     def say(self, message: str) -> None:
-        print(f"{self.stage}: {message}", file=sys.stderr, flush=True)
+        if self.processes.is_writer:
+            print(f"{self.stage}: {message}", file=sys.stderr, flush=True)
 
     def computed_with(self) -> dict[str, Any]:
         """Whatever may change the last bits of a result, and is not tracked."""
         return {
             "device": self.device.type,
+            "processes": self.processes.world,
+            "shard": self.settings.shard and self.processes.world > 1,
             "threads": torch.get_num_threads(),
             "compile": self.settings.compile,
             "matmul_precision": torch.get_float32_matmul_precision(),
@@ -76,19 +88,35 @@ class Run:
             between = max(between, SAVE_SPACING * save_seconds)
         return time.monotonic() - last_save >= between
 
+    def agree(self, is_save_due: bool) -> tuple[bool, bool]:
+        """Whether to stop here, and whether to save: for all processes what one of them wants."""
+        signal, due = self.processes.largest(self.stop.signal, is_save_due)
+        self.stop.signal = self.stop.signal or signal  # a signal that another process got
+        return signal != 0, bool(due)
+
     def raise_if_stopped(self, where: str) -> None:
+        """For stages of one process; many have to :meth:`agree` first."""
         if self.stop.requested:
-            raise Stopped(
-                f"asked to stop; state saved {where}. Run the same command again to go on.",
-                self.stop.exit_code,
-            )
+            raise self.stopped(where)
+
+    def stopped(self, where: str) -> Stopped:
+        return Stopped(
+            f"asked to stop; state saved {where}. Run the same command again to go on.",
+            self.stop.exit_code,
+        )
 
     @contextmanager
     def saving(self, metrics: Path) -> Iterator[None]:
         """Around the writing of outputs: what made them must be what the stage started with.
 
+        Of many processes one writes; the others wait for it here, and end.
+
         metrics: the stage's metrics file, by which a later run knows that DVC recorded this one.
         """
+        if not self.processes.is_writer:
+            self.processes.wait()
+            leave_processes()
+            raise SystemExit(0)
         self._check_unchanged()
         yield
         self._check_unchanged()
@@ -96,6 +124,7 @@ class Run:
         self._write_record()
         digest = hashlib.md5(metrics.read_bytes(), usedforsecurity=False).hexdigest()
         self.store.finish({"folder": str(Path.cwd()), "metrics_md5": digest})
+        self.processes.wait()
 
     def _check_unchanged(self) -> None:
         self.provenance.check()
@@ -133,6 +162,7 @@ def start_run(
     sections: Mapping[str, Section],
     inputs: Sequence[Path],
     saves_states: bool = True,
+    many_processes: bool = False,
 ) -> Iterator[Run]:
     """Begin a training stage: pin what it depends on, find its states, listen to signals.
 
@@ -140,27 +170,51 @@ def start_run(
     inputs: files and folders that decide the result.
     saves_states: whether the stage looks at `run.stop` and saves what it has; a stage that does
         not, because it is short, stops at once.
+    many_processes: whether the stage divides its work among processes, where there are some.
     """
     settings = load_settings()
     stop = StopRequest(at_once=not saves_states)
+    device = prepare_device(settings)
+    processes = join_processes(device)
+    if processes.world > 1 and not many_processes:
+        raise UserError(f"the stage {stage} runs in one process; start it without torchrun.")
     provenance = Provenance(inputs)
     fingerprint = _fingerprint(stage, sections, provenance)
+    if len({*processes.gather(fingerprint)}) > 1:
+        raise UserError("the machines have not the same code, parameters and inputs.")
     resume_root = settings.root / ".resume"
     states = resume_root / stage / fingerprint
-    forget_recorded(resume_root, wanted=states)
-    store = ResumeStore(states)
-    run = Run(stage, params, sections, settings, prepare_device(settings), stop, provenance, store)
-    if settings.wandb != "off":
+    if processes.is_writer:
+        forget_recorded(resume_root, wanted=states)
+    store = ResumeStore(states) if processes.world == 1 else SharedStore(states, processes)
+    run = Run(
+        stage, params, sections, settings, device, stop, provenance, store, processes=processes
+    )
+    if settings.wandb != "off" and processes.is_writer:
         run.tracker = start_tracker(settings, stage, fingerprint, sections)
     try:
         yield run
         if not settings.dvc_stage:
             store.remove()  # nothing will record the outputs, so there is nothing to wait for
+        leave_processes()
     finally:
         stop.restore()
         store.close()
         if run.tracker is not None:
             run.tracker.finish()
+
+
+def start_training(
+    stage: str, params: Path, sections: Mapping[str, Section], inputs: Sequence[Path]
+) -> AbstractContextManager[Run]:
+    """As :func:`start_run`, in as many processes as are asked for.
+
+    The first one then only starts the others under torchrun, waits for them, and exits.
+    """
+    num_processes = load_settings().processes
+    if num_processes > 1 and not is_worker():
+        raise SystemExit(launch(stage, num_processes))
+    return start_run(stage, params, sections, inputs, many_processes=True)
 
 
 def _fingerprint(stage: str, sections: Mapping[str, Section], provenance: Provenance) -> str:

@@ -21,6 +21,8 @@ class RuntimeSettings(BaseSettings):
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves PyTorch's choice")
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     compile: bool = Field(default=False, description="torch.compile; costs 10-60 s at the start")
+    processes: int = Field(default=1, ge=1, description="of this machine, that train one model")
+    shard: bool = Field(default=False, description="divide the weights among the processes")
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "minimind"
     save_seconds: float = Field(

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -11,20 +12,28 @@ from torch import Tensor, nn
 
 from minimind.datasets.batches import (
     Batches,
-    Counts,
     Extra,
     Rows,
     Step,
     Unit,
+    count,
     in_order,
     split_samples,
 )
 from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import UserError
 from minimind.metrics import Number
-from minimind.model.transformer import Decoder
+from minimind.model.transformer import Decoder, Layer
 from minimind.objectives.loss import Loss, Objective, Term
-from minimind.runtime.device import compiled
+from minimind.runtime.parallel import (
+    collect,
+    load_parameters,
+    part_like,
+    spread,
+    trained_parameters,
+    whole,
+    without_sync,
+)
 from minimind.runtime.run import Run
 from minimind.training.optimizer import Optimizer, OptimizerConfig
 from minimind.training.precision import autocast
@@ -112,13 +121,14 @@ def fit(
     num_steps = batches.num_steps
     curve_interval = max(config.curve_interval, math.ceil(num_steps / (MAX_CURVE_ROWS - 2)))
 
-    model.to(run.device).train()
     for module in model.modules():
         if isinstance(module, Decoder):
             module.recompute_layers = config.gradient_checkpointing
-    forward = compiled(model, run.settings)
-    optimizer = Optimizer(model, config, run.device)
-    history, best = _restore(model, optimizer, run)
+    trained, forward = spread(model, Layer, run)
+    if run.processes.rank:
+        torch.manual_seed(config.seed + run.processes.rank)  # a dropout of its own
+    optimizer = Optimizer(trained, config, run.device)
+    history, best = _restore(trained, optimizer, run)
     progress = run.progress(num_steps, history.step)
     last_save, save_seconds = time.monotonic(), 0.0
 
@@ -128,14 +138,14 @@ def fit(
         if config.patience and history.validation["loss"] < history.best_loss - config.min_delta:
             history.best_loss, history.best_step = history.validation["loss"], history.step
             history.evaluations_without_gain = 0
-            best = {name: p.detach().clone() for name, p in _trained(model)}
+            best = {name: p.detach().clone() for name, p in trained_parameters(trained)}
         elif history.step:
             history.evaluations_without_gain += 1
 
     def save() -> None:
         nonlocal last_save, save_seconds
         started = time.monotonic()
-        run.store.save(_state(model, optimizer, history, best, run))
+        run.store.save(_state(trained, optimizer, history, best, run))
         last_save = time.monotonic()
         save_seconds = last_save - started
 
@@ -151,12 +161,13 @@ def fit(
         scheduled = learning_rate(
             config.schedule, 1.0, history.step, num_steps, config.warmup_steps
         )
-        step = batches.step(history.step, rank=0, world=1)
+        samples = batches.samples_of(history.step)
+        step = batches.step(history.step, run.processes.rank, run.processes.world)
         values = take_step(
             forward, objective, optimizer, step, history.step / num_steps, scheduled, run
         )
-        _require_finite(values["loss"], history.step, scheduled * config.lr, step, dataset)
-        tokens = sum(len(batch.tokens.ids) for batch in step.micro_batches)
+        _require_finite(values["loss"], history.step, scheduled * config.lr, samples, dataset)
+        tokens = _num_tokens(dataset, samples)
         progress.update(history.step, values["loss"], tokens)
         history.step += 1
         history.tokens += tokens
@@ -175,15 +186,18 @@ def fit(
             run.log(row)
             history.window, history.window_steps = {}, 0
         history.seconds += time.monotonic() - started
-        if run.stop.requested or run.is_save_due(last_save, save_seconds):
+        stopping, saving = run.agree(run.is_save_due(last_save, save_seconds))
+        if stopping or saving:
             save()
-            run.raise_if_stopped(f"at step {history.step} of {num_steps}")
+        if stopping:
+            raise run.stopped(f"at step {history.step} of {num_steps}")
 
     progress.close()
     save()  # so that a kill from here on, while outputs are written and recorded, costs nothing
     if best:
-        model.load_state_dict(best, strict=False)
+        trained.load_state_dict(best, strict=False)
         history.validation = mean_loss(forward, objective, dataset, held_out, extras, config, run)
+    collect(trained, model)
     run.record |= {
         "steps": history.step,
         "tokens": history.tokens,
@@ -213,21 +227,26 @@ def take_step(
     """One optimizer step over all micro-batches: the mean of every term, loss and gradient norm.
 
     Each term is divided by its count over the whole step, so that micro-batches of unequal size
-    weigh what they hold.
+    weigh what they hold. The same holds for processes, each of which has a share of the step.
     """
     means: dict[str, Tensor] = {}
-    for batch in step.micro_batches:
-        with autocast(run.device, optimizer.config.dtype):
-            loss = objective(model, batch.to(run.device), progress)
-        shares = {
-            name: term.total / getattr(step.totals, term.per) for name, term in loss.terms.items()
-        }
-        total = torch.stack(list(shares.values())).sum()
-        optimizer.backward(total)
+    for number, batch in enumerate(step.micro_batches, start=1):
+        last = number == len(step.micro_batches)
+        with nullcontext() if last else without_sync(model):
+            with autocast(run.device, optimizer.config.dtype):
+                loss = objective(model, batch.to(run.device), progress)
+            shares = {
+                name: term.total / getattr(step.totals, term.per)
+                for name, term in loss.terms.items()
+            }
+            total = torch.stack(list(shares.values())).sum() * batch.weight
+            # Gradients become their mean over processes; what is wanted is their sum.
+            optimizer.backward(total * run.processes.world)
         _add(means, {"loss": total.detach()})
         for name, term in _reported(loss).items():
-            _add(means, {name: term.total.detach() / getattr(step.totals, term.per)})
-    values = _to_floats(means)
+            mean = term.total.detach() / getattr(step.totals, term.per)
+            _add(means, {name: mean * batch.weight})
+    values = _to_floats(means, run)
     return values | {"grad_norm": optimizer.step(rate)}
 
 
@@ -242,20 +261,21 @@ def mean_loss(
 ) -> dict[str, float]:
     """Loss and metrics over held-out samples, each the mean over all of them."""
     sums: dict[str, Tensor] = {}
-    counts = Counts(0, 0, 0)
+    counts = count(dataset, samples)
+    place = run.processes
     units: dict[str, Unit] = {}
     term_names: set[str] = set()
     model.eval()
     with torch.no_grad(), autocast(run.device, config.dtype):
-        for batch in in_order(dataset, samples, config.batch_size, extras):
+        for batch in in_order(dataset, samples, config.batch_size, extras, place.rank, place.world):
             loss = objective(model, batch.to(run.device), progress=0.0)
-            counts += batch.counts
             term_names |= set(loss.terms)
             for name, term in {**loss.terms, **_reported(loss)}.items():
-                _add(sums, {name: term.total})
+                _add(sums, {name: term.total * batch.weight})
                 units[name] = term.per
     model.train()
-    means = {name: total / getattr(counts, units[name]) for name, total in _to_floats(sums).items()}
+    totals = _to_floats(sums, run)
+    means = {name: total / getattr(counts, units[name]) for name, total in totals.items()}
     shown = {name: means[name] for name in means if name in _reported(loss)}
     return {"loss": sum(means[name] for name in means if name in term_names), **shown}
 
@@ -270,11 +290,16 @@ def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
         sums[name] = sums[name] + value if name in sums else value
 
 
-def _to_floats(values: dict[str, Tensor]) -> dict[str, float]:
-    """All at once: on a GPU every single read would wait for it."""
-    return dict(
-        zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True)
-    )
+def _to_floats(values: dict[str, Tensor], run: Run) -> dict[str, float]:
+    """Sums over processes. All at once: on a GPU every single read would wait for it."""
+    together = run.processes.sum(torch.stack([v.float() for v in values.values()]))
+    return dict(zip(values, together.tolist(), strict=True))
+
+
+def _num_tokens(dataset: EncodedDataset, samples: Rows) -> int:
+    """Tokens of some samples, trained on or not, from the data set's index alone."""
+    first, last = samples * dataset.rows_per_sample, (samples + 1) * dataset.rows_per_sample
+    return int((dataset.offsets[last] - dataset.offsets[first]).sum())
 
 
 def _prefixed(validation: dict[str, float]) -> dict[str, float]:
@@ -282,10 +307,11 @@ def _prefixed(validation: dict[str, float]) -> dict[str, float]:
 
 
 def _require_finite(
-    loss: float, step: int, rate: float, batch: Step, dataset: EncodedDataset
+    loss: float, step: int, rate: float, samples: Rows, dataset: EncodedDataset
 ) -> None:
     if not math.isfinite(loss):
-        rows = sorted(int(row) for micro in batch.micro_batches for row in micro.rows)
+        per_sample = dataset.rows_per_sample
+        rows = sorted(int(s) * per_sample + k for s in samples for k in range(per_sample))
         shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
         raise UserError(
             f"the loss is {loss} at step {step} (learning rate {rate:g}) on rows {shown} of "
@@ -293,19 +319,18 @@ def _require_finite(
         )
 
 
-def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-
-
 def _state(
     model: nn.Module, optimizer: Optimizer, history: History, best: dict[str, Tensor], run: Run
 ) -> TrainingState:
-    tensors: dict[str, Tensor] = {f"model/{name}": p for name, p in _trained(model)}
+    """All that the rest of the run depends on, whole: it can go on in other processes."""
+    parameters = trained_parameters(model)
+    tensors: dict[str, Tensor] = {f"model/{name}": whole(p).cpu() for name, p in parameters}
     tensors |= {f"optimizer/{name}": t for name, t in optimizer.state_tensors().items()}
-    tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
-    tensors["rng/cpu"] = torch.get_rng_state()
+    tensors |= {f"best/{name}": whole(tensor).cpu() for name, tensor in best.items()}
+    # Of every process: each draws its own dropout.
+    tensors["rng/cpu"] = torch.stack(run.processes.gather(torch.get_rng_state()))
     if run.device.type == "cuda":
-        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+        tensors["rng/cuda"] = torch.stack(run.processes.gather(torch.cuda.get_rng_state()))
     values = {
         "history": asdict(history),
         "scaler": optimizer.scaler_state(),
@@ -329,12 +354,14 @@ def _restore(model: nn.Module, optimizer: Optimizer, run: Run) -> tuple[History,
             if name.startswith(prefix)
         }
 
-    model.load_state_dict(part("model/"), strict=False)
+    load_parameters(model, part("model/"))
     optimizer.load_state_tensors(part("optimizer/"))
     optimizer.load_scaler_state(state.values["scaler"])
-    torch.set_rng_state(state.tensors["rng/cpu"])
-    if run.device.type == "cuda" and "rng/cuda" in state.tensors:
-        torch.cuda.set_rng_state(state.tensors["rng/cuda"])
+    rank = run.processes.rank
+    if rank < len(state.tensors["rng/cpu"]):
+        torch.set_rng_state(state.tensors["rng/cpu"][rank])
+        if run.device.type == "cuda" and "rng/cuda" in state.tensors:
+            torch.cuda.set_rng_state(state.tensors["rng/cuda"][rank])
     history = History(**state.values["history"])
     history.resumes += 1
     run.say(f"going on from step {history.step}")
@@ -342,5 +369,9 @@ def _restore(model: nn.Module, optimizer: Optimizer, run: Run) -> tuple[History,
     if before != now:
         changed = ", ".join(f"{k} {before[k]} -> {now[k]}" for k in now if before[k] != now[k])
         run.say(f"computed otherwise than before ({changed}): the last bits may differ")
-    best = {name: tensor.to(run.device) for name, tensor in part("best/").items()}
+    parameters = dict(model.named_parameters())
+    best = {
+        name: part_like(tensor.to(run.device), parameters[name])
+        for name, tensor in part("best/").items()
+    }
     return history, best

@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minimind.runtime.parallel import part_like, whole
+
 
 class Muon(torch.optim.Muon):
     """The same update as :class:`torch.optim.Muon`, a product for all matrices of a shape at once.
 
     One after the other, the matrices of a small model take hundreds of products too small to keep
     two cores busy: a fifth of a training step at the built-in size.
+
+    Where processes hold parts of each matrix, all of them orthogonalize the whole of it.
     """
 
     @torch.no_grad()
@@ -39,6 +43,7 @@ class Muon(torch.optim.Muon):
             assert gradient is not None
             buffer.lerp_(gradient, 1 - group["momentum"])
             update = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+            update = whole(update)
             updates.append(update.T if _is_tall(parameter) else update)
         stacked = torch.stack(updates).bfloat16()
         orthogonal = orthogonalize(
@@ -49,7 +54,7 @@ class Muon(torch.optim.Muon):
         for parameter, update in zip(parameters, orthogonal.unbind(), strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             update = update.T if _is_tall(parameter) else update
-            parameter.add_(update, alpha=-group["lr"] * scale)
+            parameter.add_(part_like(update, parameter), alpha=-group["lr"] * scale)
 
 
 def orthogonalize(

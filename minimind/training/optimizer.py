@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from minimind.params import Section
+from minimind.runtime.parallel import part_like, whole
 from minimind.training.muon import Muon
 from minimind.training.precision import DType
 
@@ -54,12 +55,12 @@ class Optimizer:
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        return float(norm)
+        return float(whole(norm))
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Every moment and counter by name: ``<optimizer>.<parameter>.<key>``."""
+        """Every moment and counter, whole, by name: ``<optimizer>.<parameter>.<key>``."""
         tensors = {
-            f"{index}.{parameter}.{key}": value
+            f"{index}.{parameter}.{key}": whole(value).cpu()
             for index, optimizer in enumerate(self.optimizers)
             for parameter, state in optimizer.state_dict()["state"].items()
             for key, value in state.items()
@@ -69,11 +70,13 @@ class Optimizer:
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         for index, optimizer in enumerate(self.optimizers):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             state: dict[int, dict[str, Tensor]] = {}
             for name, tensor in tensors.items():
-                which, parameter, key = name.split(".")
+                which, number, key = name.split(".")
                 if int(which) == index:
-                    state.setdefault(int(parameter), {})[key] = tensor
+                    part = part_like(tensor, parameters[int(number)])
+                    state.setdefault(int(number), {})[key] = part
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
 

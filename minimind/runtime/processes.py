@@ -1,0 +1,138 @@
+"""Many processes that train one model: who one of them is, and what they know together.
+
+All processes call the same functions in the same order; where there is one, each function gives
+back what it is given. No number that is tracked depends on how many there are, rounding aside.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minimind.training.resume import ResumeStore, TrainingState
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """One process's place among all that train the same model."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this is the process that speaks, and writes states and outputs."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part of some items: every world-th."""
+        return items[self.rank :: self.world]
+
+    def in_order(self, mine: Sequence[T]) -> list[T]:
+        """From what each process made of its share, what was made of all items, in their order."""
+        shares = self.gather(list(mine))
+        merged: list[T | None] = [None] * sum(map(len, shares))
+        for rank, share in enumerate(shares):
+            merged[rank :: self.world] = share
+        return merged  # type: ignore[return-value]  # no None is left
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over processes; the same bits on each."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def largest(self, *values: int) -> list[int]:
+        """The largest over processes of each value."""
+        if self.world == 1:
+            return list(values)
+        tensor = torch.tensor(values)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        self.largest(0)
+
+
+def join_processes(device: torch.device) -> Processes:
+    """Meet the processes that torchrun has started beside this one, if it has."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes()
+    # What is not on a GPU goes through gloo there too: flags, texts, states.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Processes(dist.get_rank(), dist.get_world_size())
+
+
+def leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class SharedStore(ResumeStore):
+    """The states of many processes: one writes them, all of them read."""
+
+    def __init__(self, directory: Path, processes: Processes) -> None:
+        self.processes = processes
+        if processes.is_writer:
+            super().__init__(directory)
+
+    def save(self, state: TrainingState) -> None:
+        """As for one process, with tensors that are whole; returns when the state is there."""
+        if self.processes.is_writer:
+            super().save(state)
+        self.processes.wait()
+
+    def load(self) -> tuple[TrainingState | None, list[str]]:
+        """What the writer reads, sent to all: they need not have its disk."""
+        state, damaged = super().load() if self.processes.is_writer else (None, [])
+        return _send(state), damaged
+
+    def finish(self, record: dict[str, Any]) -> None:
+        if self.processes.is_writer:
+            super().finish(record)
+
+    def remove(self) -> None:
+        if self.processes.is_writer:
+            super().remove()
+
+    def close(self) -> None:
+        if self.processes.is_writer:
+            super().close()
+
+
+def _send(state: TrainingState | None) -> TrainingState | None:
+    """The first process's state, on all of them."""
+    header: list[Any] = [None]
+    if state is not None:
+        header = [(state.step, state.values, _shapes(state))]
+    dist.broadcast_object_list(header)
+    if header[0] is None:
+        return None
+    step, values, shapes = header[0]
+    tensors = {}
+    for name, (shape, dtype) in shapes.items():
+        tensor = state.tensors[name] if state else torch.empty(shape, dtype=dtype)
+        if tensor.numel():
+            dist.broadcast(tensor, src=0)
+        tensors[name] = tensor
+    return TrainingState(step, tensors, values)
+
+
+def _shapes(state: TrainingState) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in state.tensors.items()}
