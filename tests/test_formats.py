@@ -190,6 +190,7 @@ def test_bad_records_name_file_line_and_reason(
     ("line", "reason"),
     [
         (b'{"text": "a"', "broken JSON at column 13"),
+        (b'{"text": "a"\r\n', "broken JSON at column 13"),
         (b"{'text': 'a'}", "broken JSON at column 2"),
         (b'[{"text": "a"}]', "the row is a list; it must be a JSON object"),
         (b'"a"', "the row is the string 'a'"),

@@ -216,7 +216,7 @@ def _read_lines(source: Path) -> Iterator[tuple[Place, bytes]]:
 
 def _parse_json(line: bytes) -> Record:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         byte = f"0x{line[error.start]:02x} at byte {error.start + 1}"
         raise FaultError("encoding", f"not UTF-8 ({byte}); save the file as UTF-8") from None
