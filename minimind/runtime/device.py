@@ -1,10 +1,8 @@
-"""Where tensors live, how many threads work on them, and whether the model is compiled."""
+"""Where tensors live, and how many threads work on them."""
 
 import os
-from typing import cast
 
 import torch
-from torch import nn
 
 from minimind.errors import UserError
 from minimind.runtime.launch import is_worker
@@ -42,14 +40,6 @@ def _own_gpu(local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def compiled(model: nn.Module, settings: RuntimeSettings) -> nn.Module:
-    """The model, or a compiled form of it that shares its parameters."""
-    if not settings.compile:
-        return model
-    # Every batch has another number of tokens: one dynamic graph, not one for each.
-    return cast(nn.Module, torch.compile(model, dynamic=True))
 
 
 def _be_deterministic() -> None:

@@ -41,6 +41,11 @@ def is_worker() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def other_machines() -> bool:
+    """Whether torchrun's own variable says that there are more machines than this one."""
+    return os.environ.get("PET_NNODES", "1") not in ("1", "1:1")
+
+
 def launch(stage: str, num_processes: int) -> int:
     """Run this process's own command `num_processes` times, and return the exit code.
 
@@ -58,6 +63,7 @@ def launch(stage: str, num_processes: int) -> int:
 
     logging.disable(logging.CRITICAL)  # torchrun tells at length what we tell in a line
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of what we want of it
     threads = max(1, (os.cpu_count() or 1) // num_processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     with tempfile.TemporaryDirectory(prefix="minimind-") as last_words:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from minimind.runtime.device import compiled
+from minimind.runtime.compiling import compiled
 from minimind.runtime.run import Run
 
 
@@ -32,12 +32,13 @@ def spread(model: nn.Module, layer_type: type[nn.Module], run: Run) -> tuple[nn.
     forward = compiled(model, run.settings)
     if run.processes.world == 1:
         return model, forward
-    # Unless it looks for unused weights, DDP arranges gradients anew after its first step. A
-    # resumed run would then add them up in another order, and end with other bits.
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-    return model, DistributedDataParallel(
-        forward, broadcast_buffers=False, find_unused_parameters=True
-    )
+    with warnings.catch_warnings():  # of an option's new name, which older versions do not know
+        warnings.simplefilter("ignore", FutureWarning)
+        # Unless it looks for unused weights, DDP arranges gradients anew after its first step. A
+        # resumed run would then add them up in another order, and end with other bits.
+        return model, DistributedDataParallel(
+            forward, broadcast_buffers=False, find_unused_parameters=True
+        )
 
 
 def _sharded(model: nn.Module, layer_type: type[nn.Module], run: Run) -> nn.Module:

@@ -18,7 +18,7 @@ import torch
 from minimind.errors import Stopped, UserError
 from minimind.params import Section, load_section
 from minimind.runtime.device import prepare_device
-from minimind.runtime.launch import is_worker, launch
+from minimind.runtime.launch import is_worker, launch, other_machines
 from minimind.runtime.processes import (
     Processes,
     SharedStore,
@@ -55,6 +55,9 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
+    def __post_init__(self) -> None:
+        self.is_compiled = self.settings.compile is True  # auto: see runtime/compiling.py
+
     def progress(self, num_steps: int, first_step: int) -> Progress:
         silent = not self.processes.is_writer
         return Progress(self.stage, num_steps, first_step, self.settings.log_seconds, silent)
@@ -75,7 +78,7 @@ class Run:
             "processes": self.processes.world,
             "shard": self.settings.shard and self.processes.world > 1,
             "threads": torch.get_num_threads(),
-            "compile": self.settings.compile,
+            "compile": self.is_compiled,
             "matmul_precision": torch.get_float32_matmul_precision(),
             "torch": torch.__version__,
             "processor": torch.backends.cpu.get_cpu_capability(),
@@ -212,7 +215,7 @@ def start_training(
     The first one then only starts the others under torchrun, waits for them, and exits.
     """
     num_processes = load_settings().processes
-    if num_processes > 1 and not is_worker():
+    if (num_processes > 1 or other_machines()) and not is_worker():
         raise SystemExit(launch(stage, num_processes))
     return start_run(stage, params, sections, inputs, many_processes=True)
 

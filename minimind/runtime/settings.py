@@ -20,7 +20,9 @@ class RuntimeSettings(BaseSettings):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves PyTorch's choice")
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    compile: bool = Field(default=False, description="torch.compile; costs 10-60 s at the start")
+    compile: bool | Literal["auto"] = Field(
+        default=False, description="torch.compile; costs 10-60 s at the start; auto: if it pays"
+    )
     processes: int = Field(default=1, ge=1, description="of this machine, that train one model")
     shard: bool = Field(default=False, description="divide the weights among the processes")
     wandb: Literal["off", "offline", "online"] = "off"
