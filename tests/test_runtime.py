@@ -1,11 +1,15 @@
 """How things are computed changes no result, and what is asked for wrongly is said in one line."""
 
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import pytest
+import torch
 
 from minimind.errors import UserError
-from minimind.runtime.settings import load_settings
+from minimind.runtime import compiling
+from minimind.runtime.processes import Processes
+from minimind.runtime.settings import RuntimeSettings, load_settings
 from tests.test_fit import data, quiet_surroundings, train  # noqa: F401
 
 
@@ -23,6 +27,42 @@ def test_compiled_training_has_the_losses_of_eager_training(
     monkeypatch.setenv("MINIMIND_COMPILE", "1")
     compiled, _ = train(tmp_path, data, **changes)
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
+
+
+def test_compiling_is_tried_where_it_may_pay_and_leaves_no_trace(
+    tmp_path: Path,
+    data,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changes = {"max_steps": 6, "curve_interval": 1}
+    eager, _ = train(tmp_path, data, **changes)
+    monkeypatch.setenv("MINIMIND_COMPILE", "auto")
+    short, _ = train(tmp_path, data, **changes)
+    assert short.curve == eager.curve
+    monkeypatch.setattr(compiling, "LIKELY_COMPILE_SECONDS", 0.0)
+    # Whichever is faster here: the same mathematics from the same weights and random numbers.
+    tried, _ = train(tmp_path, data, **changes)
+    assert losses(tried) == pytest.approx(losses(eager), rel=1e-5)
+
+
+def test_the_faster_form_is_chosen_and_recorded() -> None:
+    eager, slow, fast = torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity()
+    seconds = {eager: 2.0, slow: 3.0, fast: 1.0}
+    now = [0.0]
+
+    def attempt(form: torch.nn.Module) -> None:
+        now[0] += seconds[form]
+
+    for candidate, chosen in ((slow, eager), (fast, fast)):
+        run = Mock(settings=RuntimeSettings(compile="auto"), processes=Processes(), record={})
+        with (
+            patch.object(compiling, "_compiled", return_value=candidate),
+            patch.object(compiling.time, "monotonic", lambda: now[0]),
+        ):
+            assert compiling.choose_form(eager, attempt, 1000, run) is chosen
+            assert run.record["compile_trial"]["compiled_seconds_a_step"] == seconds[candidate]
+            assert run.is_compiled == (chosen is fast)
+            assert compiling.choose_form(eager, attempt, 3, run) is eager  # too short
 
 
 def test_gradient_checkpointing_leaves_the_curve_as_it_is(tmp_path: Path, data) -> None:  # noqa: F811

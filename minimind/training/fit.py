@@ -25,6 +25,7 @@ from minimind.errors import UserError
 from minimind.metrics import Number
 from minimind.model.transformer import Decoder, Layer
 from minimind.objectives.loss import Loss, Objective, Term
+from minimind.runtime.compiling import choose_form
 from minimind.runtime.parallel import (
     collect,
     load_parameters,
@@ -125,6 +126,16 @@ def fit(
         if isinstance(module, Decoder):
             module.recompute_layers = config.gradient_checkpointing
     trained, forward = spread(model, Layer, run)
+
+    def attempt(form: nn.Module) -> None:
+        """The first step without its update."""
+        for batch in batches.step(0, rank=0, world=1).micro_batches:
+            with autocast(run.device, config.dtype):
+                terms = objective(form, batch.to(run.device), progress=0.0).terms.values()
+            torch.stack([term.total for term in terms]).sum().backward()
+        trained.zero_grad()
+
+    forward = choose_form(forward, attempt, num_steps, run)
     if run.processes.rank:
         torch.manual_seed(config.seed + run.processes.rank)  # a dropout of its own
     optimizer = Optimizer(trained, config, run.device)
