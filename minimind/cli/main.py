@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from minimind.cli.lint import lint
 from minimind.presets import apply_preset, read_preset
 from minimind.runtime.command import stage_app
 
@@ -27,6 +28,9 @@ def preset(
     for line in changes:
         typer.echo(line)
     typer.echo(f"{params}: {len(changes)} values changed. `dvc repro` runs what depends on them.")
+
+
+app.command()(lint)
 
 
 def main() -> None:

@@ -1,0 +1,217 @@
+"""Everything that can be said about the rows of a data set before anything is trained on them.
+
+Errors are what stage encode refuses. Warnings are what it accepts and counts
+(:mod:`minimind.datasets.row_checks`), and what only this module looks for.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from minimind.datasets.encode import Format, encode_rows, row_batches
+from minimind.datasets.formats import (
+    BadRowError,
+    Fault,
+    Place,
+    Preference,
+    Record,
+    Row,
+    parse_chat,
+    parse_preference,
+    parse_prompt,
+    parse_reasoning,
+    parse_text,
+    read_rows_and_bad_rows,
+)
+from minimind.datasets.near_duplicates import NearDuplicates
+from minimind.datasets.row_checks import (
+    Doubt,
+    EvaluationQuestions,
+    RowChecks,
+    Warned,
+    shown_characters,
+    texts,
+)
+from minimind.errors import UserError
+from minimind.tokenizer import CONTROL_TOKENS, TAGS, ChatTokenizer, Message
+
+LintFormat = Literal["text", "chat", "reason", "preference", "prompts"]
+Level = Literal["error", "warning"]
+
+# Which roles may follow one; None is before the first turn. System stands first or nowhere.
+_MAY_FOLLOW: Mapping[str | None, Sequence[str]] = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+_MAY_BE_TAGS: Sequence[Sequence[str]] = ([], list(TAGS), list(TAGS[:2]), list(TAGS[2:]))
+_TAG_PATTERN = re.compile("|".join(TAGS))
+_CONTROL_PATTERN = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
+# What text shows that was once decoded as something it is not: the sign for undecodable bytes,
+# control characters, and UTF-8 read as Latin-1 or Windows-1252 ("Ã©" for "é").
+_DAMAGED_PATTERN = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]|[ÂÃ][\x80-\xbf]|â€")
+_ROWS_TO_DETECT = 100
+
+
+class Finding(NamedTuple):
+    """Something wrong, or to look at, in one row."""
+
+    place: Place
+    level: Level
+    kind: Fault | Doubt
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.level}: {self.kind}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Against:
+    """Evaluation data that training data must not hold, and how similar is too similar."""
+
+    exact: EvaluationQuestions
+    near: NearDuplicates | None
+
+    @classmethod
+    def read(cls, sources: Sequence[Path], similarity: float) -> "Against":
+        near = NearDuplicates(sources, similarity) if sources else None
+        return cls(EvaluationQuestions(sources), near)
+
+
+def detect_format(source: Path) -> LintFormat:
+    """The format whose keys the first rows have.
+
+    Raises:
+        UserError: none of the first rows has the keys of a format.
+    """
+    for row in islice(read_rows_and_bad_rows(source, lambda record: record), _ROWS_TO_DETECT):
+        match row.value if isinstance(row, Row) else {}:
+            case {"text": _}:
+                return "text"
+            case {"conversations": messages}:
+                return "reason" if _TAG_PATTERN.search(str(messages)) else "chat"
+            case {"chosen": _} | {"rejected": _}:
+                return "preference"
+            case {"prompt": _}:
+                return "prompts"
+    names = ", ".join(get_args(LintFormat))
+    raise UserError(f"{source}: its format cannot be told from its keys; give --format: {names}.")
+
+
+def lint(
+    source: Path,
+    data_format: LintFormat,
+    against: Against,
+    tokenizer: ChatTokenizer | None,
+    max_length: int | None,
+) -> Iterator[list[Finding]]:
+    """What is found in each row of a source, as a stream; for most rows nothing.
+
+    Args:
+        tokenizer: to look for characters it does not give back; None looks for none.
+        max_length: tokens a row may have, as in ``encode.<name>.max_length``; None is any number.
+
+    Raises:
+        UserError: the source is missing, has no rows, or a line without end.
+    """
+    assert max_length is None or tokenizer, "lengths are counted in tokens"
+    checks = RowChecks(tokenizer, against.exact)
+    for batch in row_batches(read_rows_and_bad_rows(source, _PARSERS[data_format]), 1):
+        too_long: dict[Place, Finding] = {}
+        if tokenizer and max_length and data_format != "prompts":
+            good = [row for row in batch if isinstance(row, Row)]
+            too_long = _too_long(good, tokenizer, data_format, max_length)
+        for row in batch:
+            if isinstance(row, BadRowError):
+                yield [_error(row)]
+                continue
+            place, value, _ = row
+            warned = [*checks.warnings(place, value), *_doubts(value, data_format)]
+            if not any(one.doubt == "overlap" for one in warned):
+                warned += _near_overlap(value, against)
+            findings = [Finding(place, "warning", *one) for one in warned]
+            yield [too_long[place], *findings] if place in too_long else findings
+
+
+def _too_long(
+    rows: Sequence[Row[Any]], tokenizer: ChatTokenizer, data_format: Format, max_length: int
+) -> dict[Place, Finding]:
+    found = {}
+    encoded = encode_rows(rows, tokenizer, data_format, max_length)
+    for row, sample in zip(rows, encoded, strict=True):
+        if isinstance(sample, BadRowError):
+            found[row.place] = _error(sample)
+        elif sample.is_truncated:
+            message = f"longer than {max_length} tokens; its end will be cut off"
+            found[row.place] = Finding(row.place, "warning", "truncated", message)
+    return found
+
+
+def _near_overlap(value: Any, against: Against) -> list[Warned]:
+    near = against.near and against.near.find(value)
+    if not near:
+        return []
+    message = f"asks nearly what {near.place} asks ({near.similarity:.0%} the same)"
+    return [Warned("near_overlap", f"{message}, which is for evaluation")]
+
+
+def _error(row: BadRowError) -> Finding:
+    return Finding(row.place, "error", row.fault, row.reason)
+
+
+def _doubts(value: Any, data_format: LintFormat) -> Iterator[Warned]:
+    """What can be doubted of a row without knowing any other."""
+    if isinstance(value, Preference):
+        yield from _turn_doubts([*value.prompt, *value.chosen], "chosen, ")
+        # A rejected side may well have the tags wrong: that can be why.
+        yield from _order_doubts([*value.prompt, *value.rejected], "rejected, ")
+    elif data_format == "chat":
+        yield from _turn_doubts(value, "")
+    elif data_format == "reason":
+        yield from _order_doubts(value, "")
+    for text in texts(value):
+        if damage := _DAMAGED_PATTERN.search(text):
+            where = f"at character {damage.start() + 1}"
+            shown = shown_characters(damage.group())
+            yield Warned("damaged", f"{shown} {where} of a text looks like a wrong decoding")
+        if control := _CONTROL_PATTERN.search(text):
+            yield Warned("control", f"{control.group()} is no token there, but trained on as text")
+
+
+def _turn_doubts(messages: Sequence[Message], side: str) -> Iterator[Warned]:
+    yield from _order_doubts(messages, side)
+    for number, message in enumerate(messages, 1):
+        if message["role"] == "assistant":
+            tags = _TAG_PATTERN.findall(message["content"])
+            if tags not in _MAY_BE_TAGS:
+                yield Warned(
+                    "tags", f"{side}turn {number} has the tags {' '.join(tags)}; some lack a pair"
+                )
+
+
+def _order_doubts(messages: Sequence[Message], side: str) -> Iterator[Warned]:
+    before = None
+    for number, message in enumerate(messages, 1):
+        role = message["role"]
+        if role not in _MAY_FOLLOW[before]:
+            allowed = " or ".join(_MAY_FOLLOW[before])
+            where = f"after {before}" if before else "first"
+            yield Warned("order", f"{side}turn {number} is {role}; {where} comes {allowed}")
+            return
+        before = role
+    if before != "assistant":
+        yield Warned("order", f"{side}the last turn is {before}; it is not trained on")
+
+
+_PARSERS: dict[LintFormat, Callable[[Record], Any]] = {
+    "text": parse_text,
+    "chat": parse_chat,
+    "reason": parse_reasoning,
+    "preference": parse_preference,
+    "prompts": parse_prompt,
+}

@@ -1,0 +1,111 @@
+"""Evaluation questions that training data asks in nearly the same words.
+
+Two texts are near-duplicates if their sets of five-character shingles, without case, punctuation
+and white space, have at least a given Jaccard similarity (Broder 1997), and their numbers are the
+same: a problem with other numbers is another problem, though all other words may be the same.
+MinHash and LSH propose candidates, whose similarity is then computed exactly. Only the evaluation
+questions are kept.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
+
+from minimind.datasets.formats import Place, read_rows
+from minimind.datasets.row_checks import parse_question, questions
+
+SHINGLE = 5  # characters
+_NUM_PERM = 128
+# Of false candidates and missed ones: the former cost a comparison each, the latter are lost.
+_WEIGHTS = (0.1, 0.9)
+_STEP = 4096
+
+_NOT_IN_WORDS = re.compile(r"[\W_]+")
+_NUMBER = re.compile(r"\d+")
+
+
+class Near(NamedTuple):
+    """An evaluation question, and how similar something is to it."""
+
+    place: Place
+    similarity: float
+
+
+class NearDuplicates:
+    """Evaluation questions to which those of training rows are compared."""
+
+    def __init__(self, sources: Sequence[Path], similarity: float) -> None:
+        # Slow to import, and of no use to those who compare with nothing.
+        from datasketch import MinHash, MinHashLSH
+
+        self._similarity = similarity
+        self._hasher = MinHash(num_perm=_NUM_PERM, hashfunc=crc32)
+        self._index = MinHashLSH(threshold=similarity, num_perm=_NUM_PERM, weights=_WEIGHTS)
+        self._questions: list[tuple[Place, str]] = []
+        self._most_shingles = 0
+        for source in sources:
+            for place, question, _ in read_rows(source, parse_question):
+                if found := shingles(question):
+                    self._index.insert(len(self._questions), self._minhash(found))
+                    self._questions.append((place, question))
+                    self._most_shingles = max(self._most_shingles, len(found))
+
+    def find(self, value: Any) -> Near | None:
+        """The evaluation question most similar to one of the row's, if similar enough."""
+        nearest = None
+        for question in questions(value):
+            # No set with more is similar enough to any of those in the index.
+            found = shingles(question, int(self._most_shingles / self._similarity))
+            if not found:
+                continue
+            for index in sorted(self._index.query(self._minhash(found))):
+                place, other = self._questions[index]
+                if numbers(other) != numbers(question):
+                    continue
+                similarity = jaccard(found, shingles(other) or set())
+                if similarity >= max(self._similarity, nearest.similarity if nearest else 0):
+                    nearest = Near(place, similarity)
+        return nearest
+
+    def _minhash(self, found: set[str]) -> Any:
+        minhash = self._hasher.copy()
+        ordered = [shingle.encode() for shingle in found]
+        # Each step makes a table of all permutations of so many shingles.
+        for start in range(0, len(ordered), _STEP):
+            minhash.update_batch(ordered[start : start + _STEP])
+        return minhash
+
+
+def shingles(text: str, most: int | None = None) -> set[str] | None:
+    """All runs of five characters of a text, or a shorter text as a whole.
+
+    None if there are more than ``most``, which is noticed without making them all.
+    """
+    text = words(text)
+    if len(text) <= SHINGLE:
+        return {text} if text else set()
+    found: set[str] = set()
+    num_shingles = len(text) - SHINGLE + 1
+    for start in range(0, num_shingles, _STEP):
+        end = min(start + _STEP, num_shingles)
+        found.update(text[i : i + SHINGLE] for i in range(start, end))
+        if most is not None and len(found) > most:
+            return None
+    return found
+
+
+def words(text: str) -> str:
+    """A text without case, punctuation and white space."""
+    return _NOT_IN_WORDS.sub("", text.casefold())
+
+
+def numbers(text: str) -> list[str]:
+    """Runs of digits, as if there were no punctuation and white space: 1,000 is 1000."""
+    return _NUMBER.findall(words(text))
+
+
+def jaccard(one: set[str], other: set[str]) -> float:
+    """Share of the elements of either that are in both."""
+    return len(one & other) / len(one | other)
