@@ -23,6 +23,7 @@ WEIGHTS = "model.safetensors"
 MODEL_FILES = ("config.json", "generation_config.json", WEIGHTS)
 # model_type in config.json, without and with experts.
 DENSE, MIXTURE = "llama", "ernie4_5_moe"
+EMBEDDING = "model.embed_tokens.weight"
 SELECTION_BIAS = "moe_statics.e_score_correction_bias"
 
 
@@ -69,7 +70,12 @@ def load_model(directory: Path) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    weights.pop("lm_head.weight", None)  # some writers store the tied head a second time
+    head = weights.pop("lm_head.weight", None)  # some writers store the tied head a second time
+    if head is not None and not torch.equal(head, weights.get(EMBEDDING, head.new_empty(0))):
+        raise UserError(
+            f"{directory / WEIGHTS}: lm_head.weight is not {EMBEDDING}; "
+            "a head with weights of its own is not supported."
+        )
     _drop_selection_biases(weights, directory / WEIGHTS)
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
@@ -102,6 +108,7 @@ def load_config(directory: Path) -> ModelConfig:
                 f"{path}: model_type is {config['model_type']!r}; "
                 f"allowed is {DENSE!r} or {MIXTURE!r}."
             )
+        _require_our_arithmetic(config, path)
         mixture = config["model_type"] == MIXTURE
         loaded = ModelConfig(
             vocab_size=config["vocab_size"],
@@ -132,6 +139,18 @@ def load_config(directory: Path) -> ModelConfig:
             f"for hidden_size {loaded.hidden_size} only {loaded.intermediate_size} is supported."
         )
     return loaded
+
+
+def _require_our_arithmetic(config: dict[str, Any], path: Path) -> None:
+    """Raises UserError where a model of our shape would compute something else with its weights."""
+    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = {
+        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
+        "rope_type": (rotary.get("rope_type", rotary.get("type", "default")), "default"),
+    }
+    for key, (value, supported) in found.items():
+        if value != supported:
+            raise UserError(f"{path}: {key} is {value!r}; only {supported!r} is supported.")
 
 
 def require_same_tokenizer(checkpoint: Path, dataset: EncodedDataset) -> None:

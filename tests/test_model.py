@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from minimind.checkpoint import load_model, save_checkpoint
@@ -162,22 +163,29 @@ def _cut_short(directory: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
 
 
-def _another_shape(directory: Path) -> None:
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+def _set_config(**changes):  # type: ignore[no-untyped-def]
+    def change(directory: Path) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | changes))
+
+    return change
 
 
-def _another_model(directory: Path) -> None:
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+def _own_head(directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, directory / "model.safetensors")
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (_own_head, "a head with weights of its own is not supported"),
+        (_set_config(hidden_act="gelu"), "hidden_act is 'gelu'; only 'silu'"),
+        (_set_config(rope_parameters={"rope_theta": 1e4, "rope_type": "yarn"}), "'yarn'; only"),
         (_cut_short, "cannot be read"),
-        (_another_shape, "model.layers.2.*missing"),
-        (_another_model, "'gpt2'; allowed is"),
+        (_set_config(num_hidden_layers=3), "model.layers.2.*missing"),
+        (_set_config(model_type="gpt2"), "'gpt2'; allowed is"),
         (lambda d: (d / "config.json").unlink(), "is not a checkpoint"),
         (lambda d: (d / "model.safetensors").unlink(), "cannot be read"),
         (lambda d: (d / "config.json").write_text("{"), "is not valid"),
