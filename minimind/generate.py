@@ -100,12 +100,13 @@ def generate(
             logits = model.logits(hidden)
             if sampling is None or uniforms is None:
                 tokens = logits.argmax(-1)
+                probabilities = logits.softmax(-1) if with_logprobs else logits
             else:
-                tokens = _draw(logits, uniforms[rows, step], sampling)
+                probabilities = (logits / sampling.temperature).softmax(-1)
+                tokens = _draw(probabilities, uniforms[rows, step], sampling.top_p)
             ids[rows, step] = tokens
             if with_logprobs:
-                temperature = sampling.temperature if sampling else 1.0
-                logprobs[rows, step] = _logprobs(logits, tokens, temperature)
+                logprobs[rows, step] = probabilities.gather(-1, tokens[:, None])[:, 0].log()
 
             running &= (tokens != end_id) & (step + 1 < limits[rows])
             num_running = int(running.sum())
@@ -135,44 +136,41 @@ class _Cache:
         mask = torch.zeros_like(self.in_prompt, dtype=torch.float32)
         mask.masked_fill_(~self.in_prompt, float("-inf"))
         self.mask = mask.repeat_interleave(num_samples_per_prompt, 0)[:, None, None]  # [B, 1, 1, L]
-        self.keys: list[Tensor] = []  # [B, K, E, L] a layer: rows of E by L make products fastest
-        self.values: list[Tensor] = []  # [B, K, L, E] a layer
+        self.keys: list[Tensor] = []  # [B, K, L, E] a layer
+        self.values: list[Tensor] = []
 
     def attend_prompts(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, packed: PackedTokens
     ) -> Tensor:
         """Attention inside prompts laid end to end [T, .., E], whose keys and values are kept."""
         assert layer == len(self.keys)
-        self.keys.append(self._rows(key).permute(0, 2, 3, 1).contiguous())
-        self.values.append(self._rows(value).transpose(1, 2).contiguous())
+        self.keys.append(self._rows(key))
+        self.values.append(self._rows(value))
         return packed_attention(query, key, value, packed.boundaries, packed.longest)
 
     def _rows(self, packed: Tensor) -> Tensor:
-        """[T, K, E] -> [B, L, K, E], each prompt from the left."""
+        """[T, K, E] -> [B, K, L, E], each prompt from the left."""
         padded = packed.new_zeros(*self.in_prompt.shape, *packed.shape[1:])
         padded[self.in_prompt] = packed
-        return padded.repeat_interleave(self.num_samples_per_prompt, 0)
+        return padded.transpose(1, 2).repeat_interleave(self.num_samples_per_prompt, 0)
 
     def add_column(self) -> None:
         """Open the next column, in which `attend` then puts the new tokens' keys and values."""
         if self.num_columns == self.mask.shape[-1]:
             more = COLUMNS_AT_A_TIME
             self.mask = F.pad(self.mask, (0, more), value=float("-inf"))
-            for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-                self.keys[layer] = F.pad(key, (0, more))
-                self.values[layer] = F.pad(value, (0, 0, 0, more))
+            self.keys = [F.pad(key, (0, 0, 0, more)) for key in self.keys]
+            self.values = [F.pad(value, (0, 0, 0, more)) for value in self.values]
         self.mask[..., self.num_columns] = 0
         self.num_columns += 1
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of one new token a row [B, .., E] to what is in the cache and to itself."""
         keys, values = self.keys[layer], self.values[layer]
-        keys[..., self.num_columns - 1] = key
+        keys[:, :, self.num_columns - 1] = key
         values[:, :, self.num_columns - 1] = value
-        grouped = query.unflatten(
-            1, (keys.shape[1], -1)
-        )  # heads that share keys are multiplied at once
-        scores = torch.matmul(grouped, keys)
+        grouped = query.unflatten(1, (keys.shape[1], -1))  # heads that share keys, at once
+        scores = torch.matmul(grouped, keys.transpose(-1, -2))
         scores = torch.add(self.mask, scores, alpha=query.shape[-1] ** -0.5)  # float32
         weights = scores.softmax(-1).to(query.dtype)
         return torch.matmul(weights, values).flatten(1, 2)
@@ -208,11 +206,10 @@ def _uniforms(sampling: Sampling, num_tokens: int) -> Tensor:
     return torch.from_numpy(np.stack([1 - stream.random(num_tokens) for stream in streams]))
 
 
-def _draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+def _draw(probabilities: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
     """A token a row, [B, V] -> [B], by inverting the cumulative distribution."""
-    probabilities = (logits / sampling.temperature).softmax(-1)
-    if sampling.top_p < 1:
-        threshold = _nucleus_threshold(probabilities, sampling.top_p)
+    if top_p < 1:
+        threshold = _nucleus_threshold(probabilities, top_p)
         probabilities = probabilities.where(probabilities >= threshold, 0)
     cumulative = probabilities.cumsum(-1, dtype=uniforms.dtype)
     # The first token at which the sum reaches a number above 0: never one of probability 0.
@@ -234,11 +231,6 @@ def _nucleus_threshold(probabilities: Tensor, top_p: float) -> Tensor:
         num_largest = min(8 * num_largest, probabilities.shape[-1])
     last = (before < top_p).sum(-1, keepdim=True) - 1
     return largest.gather(-1, last)
-
-
-def _logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """Log-probability of each row's token: [B, V], [B] -> [B]."""
-    return -F.cross_entropy(logits / temperature, tokens, reduction="none")
 
 
 def _completions(ids: Tensor, logprobs: Tensor | None, limits: Tensor, end_id: int) -> Completions:
