@@ -181,9 +181,17 @@ def test_processes_divide_a_step_and_agree_on_its_size(tmp_path: Path, world: in
 
 
 def test_validation_is_apart_from_training() -> None:
-    train, held_out = split_samples(100, 0.13, seed=4)
+    train, held_out = split_samples(100, 0.13, seed=4, copies=0)
     assert len(held_out) == 13
     assert sorted([*train, *held_out]) == list(range(100))
+
+
+def test_no_variation_of_a_held_out_sample_is_trained_on() -> None:
+    train, held_out = split_samples(90, 0.2, seed=4, copies=2)
+    assert len(held_out) == 6
+    assert set(held_out % 3) == {0}
+    assert len(train) == 90 - 3 * 6
+    assert not set(train // 3) & set(held_out // 3)
 
 
 def test_muon_in_batches_is_pytorchs_muon() -> None:

@@ -81,11 +81,19 @@ class Extra:
     per: Literal["rows", "tokens"]
 
 
-def split_samples(num_samples: int, validation_share: float, seed: int) -> tuple[Rows, Rows]:
-    """Numbers of the samples to train on and to validate on, each in ascending order."""
-    num_validation = math.floor(num_samples * validation_share)
-    shuffled = np.random.default_rng([seed, 0]).permutation(num_samples)
-    return np.sort(shuffled[num_validation:]), np.sort(shuffled[:num_validation])
+def split_samples(
+    num_samples: int, validation_share: float, seed: int, copies: int
+) -> tuple[Rows, Rows]:
+    """Numbers of the samples to train on and to validate on, each in ascending order.
+
+    With variations (`copies` after each original) only originals are validated on, and nothing
+    is trained on that varies one of them.
+    """
+    num_originals = num_samples // (1 + copies)
+    num_validation = math.floor(num_originals * validation_share)
+    shuffled = np.random.default_rng([seed, 0]).permutation(num_originals) * (1 + copies)
+    train = shuffled[num_validation:, None] + np.arange(1 + copies)
+    return np.sort(train.ravel()), np.sort(shuffled[:num_validation])
 
 
 def pack(

@@ -152,6 +152,8 @@ def encode_dataset(
             "tokenizer": tokenizer.fingerprint,
             "max_length": max_length,
         }
+        if augmentation:
+            meta["copies"] = augmentation.config.augment_copies
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(output, ignore_errors=True)
         partial.rename(output)

@@ -27,6 +27,7 @@ class EncodedDataset:
     rows: int
     rows_per_sample: int  # 2 for preference pairs: chosen, rejected, chosen, ...
     max_length: int
+    copies: int  # variations that follow each original sample
     tokenizer: str  # fingerprint of the tokenizer that encoded it
     tokens: NDArray[np.uint16] | NDArray[np.uint32]
     classes: NDArray[np.uint8]
@@ -48,6 +49,7 @@ class EncodedDataset:
             rows=rows,
             rows_per_sample=meta["rows_per_sample"],
             max_length=meta["max_length"],
+            copies=meta.get("copies", 0),
             tokenizer=meta["tokenizer"],
             tokens=_map(directory / "tokens.bin", np.dtype(meta["token_dtype"]), num_tokens),
             classes=_map(directory / "classes.bin", np.dtype(np.uint8), num_tokens),

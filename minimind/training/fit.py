@@ -98,7 +98,9 @@ def fit(
         UserError: no sample to train on, or the loss is not finite.
     """
     extras = dict(extras or {})
-    train, held_out = split_samples(dataset.num_samples, config.validation_share, config.seed)
+    train, held_out = split_samples(
+        dataset.num_samples, config.validation_share, config.seed, dataset.copies
+    )
     if not len(train):
         raise UserError(
             f"{dataset.directory} has {dataset.num_samples} samples and validation_share "
