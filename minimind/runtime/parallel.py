@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from minimind.errors import UserError
 from minimind.runtime.compiling import compiled
 from minimind.runtime.run import Run
 
@@ -26,8 +27,10 @@ def spread(model: nn.Module, layer_type: type[nn.Module], run: Run) -> tuple[nn.
     is, divided layer by layer, and `model` is left as it is: see :func:`collect`.
     """
     if run.processes.world > 1 and run.settings.shard:
+        if run.settings.compile is True:
+            raise UserError("MINIMIND_COMPILE and MINIMIND_SHARD do not go together; unset one.")
         sharded = _sharded(model, layer_type, run)
-        return sharded, compiled(sharded, run.settings)
+        return sharded, sharded
     model.to(run.device).train()
     forward = compiled(model, run.settings)
     if run.processes.world == 1:
