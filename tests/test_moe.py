@@ -254,6 +254,19 @@ def test_four_micro_batches_are_one_big_batch(tmp_path: Path, kind: str) -> None
     torch.testing.assert_close(small[1], big[1], rtol=1e-4, atol=1e-5)
 
 
+def test_compiled_experts_learn_as_eager_ones_do(tmp_path: Path) -> None:
+    batch = random_batch(tmp_path)
+    eager, model = moe_model(), moe_model()
+    compiled = torch.compile(model, dynamic=True)
+    for form in (eager, compiled):
+        terms = NextToken()(form, batch, 0.0).terms
+        (terms["next_token"].total + terms["balance"].total).backward()
+    for (name, expected), (_, found) in zip(
+        eager.named_parameters(), model.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("kind", ["next_token", "dpo"])
 def test_the_balance_loss_is_in_every_loss_and_the_load_in_the_curve(
     tmp_path: Path, kind: str
