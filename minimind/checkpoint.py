@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import UserError
+from minimind.files import replacing
 from minimind.model.transformer import ModelConfig, Transformer
 from minimind.tokenizer import ChatTokenizer
 
@@ -32,27 +33,24 @@ def save_checkpoint(directory: Path, model: Transformer, tokenizer_directory: Pa
 
     The directory appears whole or not at all.
     """
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for source in sorted(tokenizer_directory.iterdir()):
-        if source.is_file() and source.name not in MODEL_FILES:
-            # copyfile, not copy: files that DVC links into the workspace are read-only,
-            # and their mode must not come along.
-            shutil.copyfile(source, partial / source.name)
     control_ids = _control_ids(tokenizer_directory)
-    _write_json(partial / "config.json", config_json(model.config) | control_ids)
-    _write_json(partial / "generation_config.json", control_ids)
     weights = {
         name: tensor.detach().to("cpu", torch.float32).contiguous()
         for name, tensor in model.state_dict().items()
     }
     if model.config.num_experts:
         weights |= _no_selection_biases(model.config)
-    # More metadata than this would change the file's bytes from run to run.
-    save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    with replacing(directory) as partial:
+        partial.mkdir()
+        for source in sorted(tokenizer_directory.iterdir()):
+            if source.is_file() and source.name not in MODEL_FILES:
+                # copyfile, not copy: files that DVC links into the workspace are read-only,
+                # and their mode must not come along.
+                shutil.copyfile(source, partial / source.name)
+        _write_json(partial / "config.json", config_json(model.config) | control_ids)
+        _write_json(partial / "generation_config.json", control_ids)
+        # More metadata than this would change the file's bytes from run to run.
+        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
 
 
 def load_model(directory: Path) -> Transformer:
@@ -60,13 +58,15 @@ def load_model(directory: Path) -> Transformer:
 
     Raises:
         UserError: a file is missing, cut short or of another architecture; weights are missing,
-            of other shapes or not finite.
+            of other shapes or not finite; the tokenizer has more tokens than the model.
     """
     config = load_config(directory)
     try:
         weights = load_file(directory / WEIGHTS)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{directory / WEIGHTS} cannot be read: {error}") from None
+        raise UserError(
+            f"{directory / WEIGHTS} cannot be read: {error}; run its stage again."
+        ) from None
     with torch.device("meta"):
         model = Transformer(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -82,11 +82,15 @@ def load_model(directory: Path) -> Transformer:
         name = sorted(expected.items() ^ found.items())[0][0]
         raise UserError(
             f"{directory / WEIGHTS}: {name} is {found.get(name, 'missing')}, but config.json "
-            f"calls for {expected.get(name, 'no such weight')}."
+            f"calls for {expected.get(name, 'no such weight')}; these are not of one checkpoint."
         )
     for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{directory / WEIGHTS}: {name} holds NaN or infinite values.")
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{directory / WEIGHTS}: {name} holds NaN, infinite or whole values; take a "
+                "checkpoint from before they came in."
+            )
+    _require_room(directory, config)
     model = Transformer(config)
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return model
@@ -124,12 +128,16 @@ def load_config(directory: Path) -> ModelConfig:
             num_shared_experts=config["moe_num_shared_experts"] if mixture else 0,
             balance_alpha=config["router_aux_loss_coef"] if mixture else 0.0,
         )
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise UserError(f"{path} is not valid: {error}.") from None
     except KeyError as error:
         raise UserError(f"{path}: the key {error} is missing.") from None
     except ValidationError as error:
-        raise UserError(f"{path}: {error.errors()[0]['msg']}.") from None
+        detail = error.errors()[0]
+        where = f"{detail['loc'][0]} is {detail['input']!r}; " if detail["loc"] else ""
+        raise UserError(f"{path}: {where}{detail['msg']}.") from None
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid: {error}.") from None
     if mixture and not loaded.num_experts:
         raise UserError(f"{path}: moe_num_experts is 0; {MIXTURE!r} needs at least one.")
     width = "moe_intermediate_size" if mixture else "intermediate_size"
@@ -153,9 +161,20 @@ def _require_our_arithmetic(config: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path}: {key} is {value!r}; only {supported!r} is supported.")
 
 
+def _require_room(directory: Path, config: ModelConfig) -> None:
+    if (directory / "tokenizer.json").is_file():
+        num_tokens = ChatTokenizer.load(directory).vocab_size
+        if num_tokens > config.vocab_size:
+            raise UserError(
+                f"{directory}: its tokenizer has {num_tokens} tokens, its model only "
+                f"{config.vocab_size}; they do not belong together."
+            )
+
+
 def require_same_tokenizer(checkpoint: Path, dataset: EncodedDataset) -> None:
     """Raises UserError unless `dataset` was encoded with the tokenizer in `checkpoint`."""
-    dataset.check_tokenizer(ChatTokenizer.load(checkpoint).fingerprint, checkpoint)
+    tokenizer = ChatTokenizer.load(checkpoint)
+    dataset.check_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size, checkpoint)
 
 
 def _no_selection_biases(config: ModelConfig) -> dict[str, torch.Tensor]:

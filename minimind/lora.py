@@ -5,7 +5,6 @@ Importing this module is slow: peft imports transformers.
 """
 
 import json
-import shutil
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +18,10 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 from pydantic import Field
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minimind.errors import UserError
+from minimind.files import replacing
 from minimind.model.transformer import Transformer
 from minimind.params import Section
 
@@ -34,7 +33,7 @@ Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 class AdapterShape(Section):
     """Keys of the `lora` section that make an adapter."""
 
-    rank: int = Field(gt=0)
+    rank: int = Field(gt=0, le=2**14)
     alpha: float = Field(gt=0)  # the product of the two matrices is scaled by alpha / rank
     dropout: float = Field(ge=0, lt=1)  # of the adapter's input
     projections: list[Projection] = Field(min_length=1)
@@ -71,16 +70,13 @@ def save_adapter(directory: Path, model: PeftModel) -> None:
 
     The directory appears whole or not at all.
     """
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     config = model.peft_config["default"].to_dict() | {"inference_mode": True}
     text = json.dumps(config, default=_as_json, indent=2, sort_keys=True)
-    (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
     weights = {name: tensor.cpu().contiguous() for name, tensor in _adapter_weights(model).items()}
-    save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    with replacing(directory) as partial:
+        partial.mkdir()
+        (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
+        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
 
 
 def merge_adapter(base: Transformer, directory: Path) -> Transformer:
@@ -95,8 +91,10 @@ def merge_adapter(base: Transformer, directory: Path) -> Transformer:
     try:
         model = PeftModel(base, LoraConfig.from_pretrained(str(directory)))
         weights = load_file(directory / WEIGHTS)
-    except (SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"the adapter {directory} cannot be read: {error}") from None
+    except Exception as error:  # peft raises whatever its parts raise
+        raise UserError(
+            f"the adapter {directory} cannot be read: {error!r}; run its stage again."
+        ) from None
     expected = {name: tuple(tensor.shape) for name, tensor in _adapter_weights(model).items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
@@ -105,6 +103,9 @@ def merge_adapter(base: Transformer, directory: Path) -> Transformer:
             f"the adapter {directory} does not fit its base: {name} is "
             f"{found.get(name, 'missing')}, but the base calls for {expected.get(name, 'none')}."
         )
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{directory / WEIGHTS}: {name} holds NaN or infinite values.")
     set_peft_model_state_dict(model, weights)
     for layer in model.modules():  # what peft's merge_and_unload does, but for Hugging Face models
         if isinstance(layer, LoraLayer):

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from minimind.files import replacing
+
 SIGNIFICANT_DIGITS = 6
 Number = int | float
 
@@ -20,16 +22,15 @@ def rounded(value: Number) -> Number:
 
 def write_metrics(path: Path, stage: str, metrics: Mapping[str, Number]) -> None:
     """Write {stage: metrics}: nested, so that `dvc metrics diff` has short columns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     values = {stage: {name: rounded(value) for name, value in metrics.items()}}
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def write_curve(path: Path, rows: Sequence[Mapping[str, Number]]) -> None:
     """Write rows as CSV, `step` first; a value that a row lacks is left empty."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: rounded(v) for k, v in row.items()} for row in rows)

@@ -5,10 +5,10 @@ defaults: what is not in params.yaml does not exist, so what DVC tracks is all t
 """
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from minimind.errors import UserError
@@ -24,6 +24,22 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=Section)
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what every random generator takes
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key stands twice: SafeLoader would silently take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value} stands there twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return node
 
 
 def load_section(path: Path, name: str, section: type[S]) -> S:
@@ -57,12 +73,14 @@ def _read(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from None
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise UserError(f"{where}: not valid YAML: {problem}.") from None
+        raise UserError(f"{where}: not valid YAML: {problem}; correct it.") from None
+    except (ValueError, RecursionError) as error:  # the 99th of a month, 20,000 brackets
+        raise UserError(f"{path}: not valid YAML: {error}; correct it.") from None
 
 
 def _describe(name: str, detail: ErrorDetails, section: type[Section]) -> str:
@@ -76,4 +94,7 @@ def _describe(name: str, detail: ErrorDetails, section: type[Section]) -> str:
         case _:
             # "Input should be greater than 0" -> "it should be greater than 0"
             reason = detail["msg"].removeprefix("Value error, ").replace("Input", "it", 1)
-            return f"{key} is {detail['input']!r}; {reason}"
+            found = detail["input"]
+            return (
+                f"{key}: {reason}" if isinstance(found, dict) else f"{key} is {found!r}; {reason}"
+            )

@@ -3,23 +3,31 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from minimind.errors import UserError
+from minimind.files import replacing
 
 Values = dict[str, Any]
 
 
-def read_preset(directory: Path, name: str) -> Values:
+def read_preset(directory: Path, name: str, extended_by: tuple[str, ...] = ()) -> Values:
     """The preset's values, those of the preset that it extends beneath them."""
     path = directory / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in directory.glob("*.yaml"))) or "none"
         raise UserError(f"there is no preset {name!r} in {directory}/; there are: {known}.")
-    values: Values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        values = YAML(typ="safe").load(path)
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}; correct it.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold sections with keys, as params.yaml does.")
     if (base := values.pop("extends", None)) is not None:
-        return merge(read_preset(directory, base), values)
+        if base in (*extended_by, name):
+            raise UserError(f"{path}: extends leads back to {base}; name another preset.")
+        return merge(read_preset(directory, base, (*extended_by, name)), values)
     return values
 
 
@@ -41,12 +49,13 @@ def apply_preset(params: Path, preset: Values) -> list[str]:
     parser = YAML()
     parser.preserve_quotes = True
     parser.width = 100
-    document = parser.load(params)
+    try:
+        document = parser.load(params)
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{params} is not valid YAML: {error}; correct it.") from None
     changes = list(_update(document, preset, ""))
-    partial = params.with_name(params.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with replacing(params) as partial, partial.open("w", encoding="utf-8") as file:
         parser.dump(document, file)
-    partial.rename(params)
     return changes
 
 
@@ -54,8 +63,10 @@ def _update(section: Any, values: Values, prefix: str) -> list[str]:
     changes = []
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if key not in section:
+        if not isinstance(section, dict) or key not in section:
             raise UserError(f"the preset sets {name}, which params.yaml does not have.")
+        if isinstance(value, dict) != isinstance(section[key], dict):
+            raise UserError(f"the preset sets {name} to {value!r}; in params.yaml it is otherwise.")
         if isinstance(value, dict):
             changes += _update(section[key], value, f"{name}.")
         elif section[key] != value:

@@ -1,13 +1,13 @@
 """Saving a reward model as a directory that stock transformers loads."""
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from minimind.checkpoint import WEIGHTS, save_checkpoint
+from minimind.files import replacing
 from minimind.model.reward import RewardModel
 
 
@@ -17,20 +17,18 @@ def save_reward_model(directory: Path, model: RewardModel, tokenizer_directory: 
     Stock transformers reads the score at the last token that is not padding, as training does.
     The directory appears whole or not at all.
     """
-    partial = directory.with_name(directory.name + ".unscored")
-    save_checkpoint(partial, model.transformer, tokenizer_directory)
-    (partial / "generation_config.json").unlink()
-    config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
-    config |= {
-        "architectures": ["LlamaForSequenceClassification"],
-        "id2label": {"0": "reward"},  # transformers takes the number of labels from here
-        "label2id": {"reward": 0},
-        "tie_word_embeddings": False,
-    }
-    text = json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True)
-    (partial / "config.json").write_text(text + "\n", encoding="utf-8")
-    weights = load_file(partial / WEIGHTS)
-    weights["score.weight"] = model.score.weight.detach().to("cpu", torch.float32).contiguous()
-    save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    with replacing(directory) as partial:
+        save_checkpoint(partial, model.transformer, tokenizer_directory)
+        (partial / "generation_config.json").unlink()
+        config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
+        config |= {
+            "architectures": ["LlamaForSequenceClassification"],
+            "id2label": {"0": "reward"},  # transformers takes the number of labels from here
+            "label2id": {"reward": 0},
+            "tie_word_embeddings": False,
+        }
+        text = json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True)
+        (partial / "config.json").write_text(text + "\n", encoding="utf-8")
+        weights = load_file(partial / WEIGHTS)
+        weights["score.weight"] = model.score.weight.detach().to("cpu", torch.float32).contiguous()
+        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})

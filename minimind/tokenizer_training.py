@@ -18,6 +18,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from minimind.datasets.formats import parse_chat, parse_text, read_rows
 from minimind.errors import UserError
+from minimind.files import replacing
 from minimind.params import Section
 from minimind.tokenizer import CONTROL_TOKENS, END, PAD, START, TAGS, ChatTokenizer
 
@@ -52,7 +53,7 @@ SMALLEST_VOCAB = 256 + len(CONTROL_TOKENS) + len(TAGS)
 class TokenizerConfig(Section):
     """The section ``tokenizer``; without effect on a tokenizer that is adopted."""
 
-    vocab_size: int = Field(ge=SMALLEST_VOCAB)
+    vocab_size: int = Field(ge=SMALLEST_VOCAB, le=2**24)
 
 
 _ADDED_PATTERN = re.compile("|".join(map(re.escape, CONTROL_TOKENS + TAGS)))
@@ -113,14 +114,15 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, directory: Path) -> None:
 
     Written by hand: transformers 5 writes a class name that transformers 4 refuses.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "bos_token": START,
     }
-    _write_config(directory, config)
+    with replacing(directory) as partial:
+        partial.mkdir()
+        tokenizer.save(str(partial / "tokenizer.json"))
+        _write_config(partial, config)
 
 
 def adopt_tokenizer(source: Path, directory: Path) -> None:
@@ -132,24 +134,25 @@ def adopt_tokenizer(source: Path, directory: Path) -> None:
         UserError: it lacks a control token, or one of its files is broken.
     """
     ChatTokenizer.load(source)
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            # Contents only: DVC makes files of its cache read-only.
-            shutil.copyfile(source / name, directory / name)
     config_file = source / "tokenizer_config.json"
     config: Any = {}
     if config_file.exists():
         try:
             config = json.loads(config_file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{config_file} is not JSON: {error}.") from None
         if not isinstance(config, dict):
             raise UserError(f"{config_file} must hold a JSON object.")
     # transformers 5 writes TokenizersBackend, which transformers 4 refuses.
     if config.get("tokenizer_class") in (None, "TokenizersBackend"):
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    _write_config(directory, config)
+    with replacing(directory) as partial:
+        partial.mkdir()
+        for name in TOKENIZER_FILES:
+            if (source / name).exists():
+                # Contents only: DVC makes files of its cache read-only.
+                shutil.copyfile(source / name, partial / name)
+        _write_config(partial, config)
 
 
 def measure_tokenizer(tokenizer: ChatTokenizer, texts: Iterable[str]) -> dict[str, int | float]:

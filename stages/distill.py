@@ -61,10 +61,11 @@ def main(
     inputs = [init, conversations, teacher, teacher_outputs]
     with start_training(stage, params, {"distill": config}, inputs) as run:
         dataset = EncodedDataset.open(conversations)
+        dataset.check_format("chat", "text")
         require_same_tokenizer(init, dataset)
         student = _student(init, config, params)
         run.say(f"{student.num_parameters:,} parameters")
-        outputs = TeacherOutputs.open(teacher_outputs, dataset)
+        outputs = TeacherOutputs.open(teacher_outputs, dataset, student.config.vocab_size)
         beside = None
         if outputs.meta.mode == "online":
             beside = load_teacher(teacher, dataset, outputs.meta.dtype).to(run.device)

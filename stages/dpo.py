@@ -5,6 +5,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 from pydantic import Field
 
 from minimind.checkpoint import load_model, require_same_tokenizer, save_checkpoint
@@ -46,14 +47,9 @@ def main(
     with start_training("dpo", params, {"dpo": config}, inputs) as run:
         model = load_model(checkpoint)
         dataset = EncodedDataset.open(preferences)
+        dataset.check_format("preference")
         require_same_tokenizer(checkpoint, dataset)
-        logprobs = np.load(reference, mmap_mode="r", allow_pickle=False)
-        if logprobs.shape != (dataset.rows,):
-            raise UserError(
-                f"{reference} holds {logprobs.shape} values for {dataset.rows} rows; "
-                "run the reference stage again."
-            )
-        extras = {"reference": Extra(logprobs, per="rows")}
+        extras = {"reference": Extra(load_reference(reference, dataset), per="rows")}
         objective = Dpo(config.beta, config.reduction, config.nll_weight)
         history = fit(model, objective, dataset, config, run, extras)
         results = summary(history)
@@ -63,6 +59,23 @@ def main(
             save_checkpoint(output, model, checkpoint)
             write_curve(curve, history.curve)
             write_metrics(metrics, "dpo", results)
+
+
+def load_reference(file: Path, dataset: EncodedDataset) -> NDArray[np.float32]:
+    """Log-probabilities of the rows of a data set, as stage reference writes them: [rows]."""
+    try:
+        logprobs = np.load(file, mmap_mode="r", allow_pickle=False)
+        found = f"{logprobs.dtype} {list(logprobs.shape)}"
+    except (ValueError, EOFError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read: {error}; run stage reference again.") from None
+    if logprobs.shape != (dataset.rows,) or logprobs.dtype != np.float32:
+        raise UserError(
+            f"{file} holds {found}, but {dataset.directory} calls for float32 [{dataset.rows}]; "
+            "run stage reference again."
+        )
+    if not np.isfinite(logprobs).all():
+        raise UserError(f"{file} holds NaN or infinite values; run stage reference again.")
+    return logprobs
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from minimind.datasets.encode import (
     Format,
     encode_dataset,
 )
+from minimind.files import replacing
 from minimind.params import load_section
 from minimind.runtime.command import stage_app
 from minimind.tokenizer import ChatTokenizer
@@ -54,9 +55,9 @@ def main(
         typer.echo(
             f"encode: left out {counts.skipped_rows} rows: {output / 'skipped.jsonl'}", err=True
         )
-    metrics.parent.mkdir(parents=True, exist_ok=True)
     values = {"encode": {name: counts.metrics()}}
-    metrics.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    with replacing(metrics) as partial:
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

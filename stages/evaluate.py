@@ -9,9 +9,9 @@ import typer
 
 from minimind.checkpoint import load_model
 from minimind.datasets.formats import parse_text, read_rows
-from minimind.errors import UserError
 from minimind.evaluation.evaluate import EvaluateConfig, evaluate
 from minimind.evaluation.problems import read_problems
+from minimind.files import replacing
 from minimind.metrics import write_metrics
 from minimind.params import load_section
 from minimind.runtime.command import stage_app
@@ -38,11 +38,6 @@ def main(
     with start_run(f"evaluate-{name}", params, sections, inputs, saves_states=False) as run:
         model = load_model(checkpoint).to(run.device).eval()
         tokenizer = ChatTokenizer.load(checkpoint)
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise UserError(
-                f"{checkpoint}: its tokenizer has {tokenizer.vocab_size} tokens, its model only "
-                f"{model.config.vocab_size}; they do not belong together."
-            )
         values, answered = evaluate(
             model,
             tokenizer,
@@ -52,8 +47,7 @@ def main(
             as_text=name in config.text_checkpoints,
         )
         with run.saving(metrics):
-            predictions.parent.mkdir(parents=True, exist_ok=True)
-            with predictions.open("w", encoding="utf-8", newline="\n") as file:
+            with replacing(predictions) as partial, partial.open("w", encoding="utf-8") as file:
                 for prediction in answered:
                     file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
             write_metrics(metrics, name, values)

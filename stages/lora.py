@@ -38,6 +38,7 @@ def main(
     config = load_section(params, "lora", LoraStageConfig)
     with start_training("lora", params, {"lora": config}, [checkpoint, conversations]) as run:
         dataset = EncodedDataset.open(conversations)
+        dataset.check_format("chat", "text")
         require_same_tokenizer(checkpoint, dataset)
         model = add_adapter(load_model(checkpoint), config, config.seed)
         num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -40,6 +40,7 @@ def main(
     with start_training("reason", params, {"reason": config}, [checkpoint, conversations]) as run:
         model = load_model(checkpoint)
         dataset = EncodedDataset.open(conversations)
+        dataset.check_format("chat", "text")
         require_same_tokenizer(checkpoint, dataset)
         objective = NextToken(config.tag_weight, config.final_tag_weight)
         history = fit(model, objective, dataset, config, run)

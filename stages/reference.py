@@ -11,6 +11,8 @@ from pydantic import ConfigDict, Field
 from minimind.checkpoint import load_model, require_same_tokenizer
 from minimind.datasets.batches import in_order
 from minimind.datasets.encoded import EncodedDataset
+from minimind.errors import UserError
+from minimind.files import replacing
 from minimind.objectives.dpo import Reduction, row_logprobs
 from minimind.params import Section, load_section
 from minimind.runtime.command import stage_app
@@ -44,6 +46,7 @@ def main(
     with start_run("reference", params, {"dpo": config}, inputs, saves_states=False) as run:
         model = load_model(checkpoint).to(run.device).eval()
         dataset = EncodedDataset.open(preferences)
+        dataset.check_format("preference")
         require_same_tokenizer(checkpoint, dataset)
         pairs = np.arange(dataset.num_samples)
         with torch.inference_mode(), autocast(run.device, config.dtype):
@@ -51,9 +54,14 @@ def main(
                 row_logprobs(model, batch.to(run.device), config.reduction).cpu()
                 for batch in in_order(dataset, pairs, config.batch_size, extras={})
             ]
-        with run.saving(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            np.save(output, torch.cat(scores).numpy(), allow_pickle=False)
+        logprobs = torch.cat(scores)
+        if not torch.isfinite(logprobs).all():
+            raise UserError(
+                f"{checkpoint} gives log-probabilities that are not finite; "
+                "take another, or dpo.dtype float32."
+            )
+        with run.saving(output), replacing(output) as partial, partial.open("wb") as file:
+            np.save(file, logprobs.numpy(), allow_pickle=False)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from minimind.files import replacing
 from minimind.report.report import checkpoint_section, examples_section, training_section
 from minimind.report.results import read_evaluations, read_metrics
 from minimind.runtime.command import stage_app
@@ -26,8 +27,8 @@ def main(
     if training:
         sections.append(training_section(read_metrics(training)))
     sections.append(examples_section(evaluations))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    with replacing(output) as partial:
+        partial.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     typer.echo(checkpoints)
 
 

@@ -46,6 +46,7 @@ def main(
             )
         model = RewardModel(base)
         dataset = EncodedDataset.open(preferences)
+        dataset.check_format("preference")
         require_same_tokenizer(checkpoint, dataset)
         history = fit(model, PairwiseReward(), dataset, config, run)
         results = summary(history)

@@ -37,6 +37,7 @@ def main(
     with start_training("sft", params, {"sft": config}, [checkpoint, conversations]) as run:
         model = load_model(checkpoint)
         dataset = EncodedDataset.open(conversations)
+        dataset.check_format("chat", "text")
         require_same_tokenizer(checkpoint, dataset)
         history = fit(model, NextToken(), dataset, config, run)
         with run.saving(metrics):

@@ -34,6 +34,7 @@ def main(
     inputs = [teacher, conversations]
     with start_run("teacher_outputs", params, {"teacher_outputs": config}, inputs) as run:
         dataset = EncodedDataset.open(conversations)
+        dataset.check_format("chat", "text")
         model = load_teacher(teacher, dataset, config.dtype).to(run.device)
         measured: dict[str, Number]
         if config.mode == "online":

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import Field
 
 from minimind.errors import UserError
-from minimind.params import Section
+from minimind.params import Section, Seed
 from minimind.tokenizer import Message
 
 SHORT_TURN = 5  # words; of so few, each is needed
@@ -43,7 +43,7 @@ class AugmentConfig(Section):
     """The keys of an `encode.<name>` section that are about variations."""
 
     augment_copies: int = Field(ge=0, le=100)  # of each chat, beside the original
-    augment_seed: int = Field(ge=0)
+    augment_seed: Seed
     word_dropout: float = Field(ge=0, lt=1)  # share of the words left out
     synonym_share: float = Field(ge=0, le=1)  # of the words that have synonyms, replaced
 
@@ -111,7 +111,7 @@ def load_synonyms(file: Path) -> list[list[str]]:
         groups = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file} is missing; correct data.synonyms.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {error}; it must be JSON in UTF-8.") from None
     if not isinstance(groups, list):
         raise UserError(f"{file} must be a list of groups of words: [[word, word], ...].")

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 from minimind.errors import UserError
 
+LARGEST_CLASS = 2
+ROWS_AT_A_TIME = 2**16  # of a check: bounds its memory
+
 
 @dataclass(frozen=True)
 class EncodedDataset:
@@ -39,7 +42,8 @@ class EncodedDataset:
         """Map the arrays of a data set.
 
         Raises:
-            UserError: a file is missing, or its size is not what meta.json says.
+            UserError: a file is missing, its size is not what meta.json says, or the arrays
+                contradict one another.
         """
         meta = _read_meta(directory / "meta.json")
         rows, num_tokens = meta["rows"], meta["tokens"]
@@ -59,6 +63,7 @@ class EncodedDataset:
         ends = [int(dataset.offsets[-1]), int(dataset.trained_offsets[-1])]
         if ends != [num_tokens, meta["trained_tokens"]]:
             raise UserError(f"{directory} does not agree with its meta.json; encode it again.")
+        dataset._check_rows()
         return dataset
 
     @property
@@ -71,13 +76,46 @@ class EncodedDataset:
         span = slice(self.offsets[index], self.offsets[index + 1])
         return self.tokens[span], self.classes[span]
 
-    def check_tokenizer(self, fingerprint: str, checkpoint: Path) -> None:
+    def check_tokenizer(self, fingerprint: str, vocab_size: int, checkpoint: Path) -> None:
         """Raise UserError unless the tokenizer of ``checkpoint`` is the one that encoded this."""
         if fingerprint != self.tokenizer:
             raise UserError(
                 f"{self.directory} was encoded with another tokenizer than that of {checkpoint}; "
                 "encode it with the tokenizer of the checkpoint."
             )
+        if (largest := int(self.tokens.max())) >= vocab_size:
+            raise UserError(
+                f"{self.directory / 'tokens.bin'} has the token {largest}, but the tokenizer only "
+                f"{vocab_size} of them; encode the data set again."
+            )
+
+    def check_format(self, *allowed: str) -> None:
+        """Raise UserError unless the rows are of one of these formats."""
+        if self.format not in allowed:
+            raise UserError(
+                f"{self.directory} has rows of format {self.format}, but this stage learns from "
+                f"{' or '.join(allowed)}; give it another data set."
+            )
+
+    def _check_rows(self) -> None:
+        """Each row has a token or more, and as many trained ones as the index says."""
+        damaged = UserError(f"{self.directory} contradicts itself; encode it again.")
+        if (
+            self.offsets[0]
+            or self.trained_offsets[0]
+            or (self.offsets[1:] <= self.offsets[:-1]).any()
+        ):
+            raise damaged
+        if self.rows % self.rows_per_sample or self.classes.max() > LARGEST_CLASS:
+            raise damaged
+        for start in range(0, self.rows, ROWS_AT_A_TIME):
+            bounds = self.offsets[start : start + ROWS_AT_A_TIME + 1]
+            trained = self.classes[bounds[0] : bounds[-1]] > 0
+            starts = bounds[:-1] - bounds[0]
+            counts = np.add.reduceat(trained, starts, dtype=np.int64)
+            index = self.trained_offsets[start : start + ROWS_AT_A_TIME + 1]
+            if trained[starts].any() or (counts != np.diff(index)).any():
+                raise damaged  # a row's first token has nothing to be predicted from
 
 
 def _read_meta(file: Path) -> dict[str, Any]:
@@ -98,7 +136,7 @@ def _read_meta(file: Path) -> dict[str, Any]:
         valid = all(type(meta[key]) is expected for key, expected in types.items())
         valid = valid and meta["token_dtype"] in ("uint16", "uint32")
         valid = valid and meta["rows_per_sample"] in (1, 2) and 0 < meta["rows"] <= meta["tokens"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         valid = False
     if not valid:
         raise UserError(f"{file} is damaged; encode the data set again.")

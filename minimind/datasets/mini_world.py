@@ -24,6 +24,7 @@ from minimind.datasets.mini_world_stories import (
     tell_without_events,
 )
 from minimind.errors import UserError
+from minimind.files import replacing
 from minimind.params import Section
 
 LEVELS = (1, 2, 3, 4)
@@ -83,16 +84,17 @@ def write_mini_world(directory: Path, config: MiniWorldConfig) -> dict[str, int]
     Raises:
         UserError: there are too few held-out problems for ``num_eval_per_level``.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     space = ProblemSpace(config.max_value, config.held_out_percent)
     num_rows = {}
-    for name, rows_of_file in ROWS_OF_FILE.items():
-        rng = random.Random(f"{config.seed}/{name}")
-        num_rows[name] = 0
-        with open(directory / f"{name}.jsonl", "w", encoding="utf-8", newline="\n") as file:
-            for row in rows_of_file(config, space, rng):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                num_rows[name] += 1
+    with replacing(directory) as partial:
+        partial.mkdir()
+        for name, rows_of_file in ROWS_OF_FILE.items():
+            rng = random.Random(f"{config.seed}/{name}")
+            num_rows[name] = 0
+            with open(partial / f"{name}.jsonl", "w", encoding="utf-8", newline="\n") as file:
+                for row in rows_of_file(config, space, rng):
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    num_rows[name] += 1
     return num_rows
 
 

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from minimind.datasets.batches import Extra, in_order
 from minimind.datasets.encoded import EncodedDataset
@@ -37,6 +37,7 @@ from minimind.training.resume import TrainingState
 # 16 bits are enough: what they change is far below what the K tokens leave out
 # (docs/deviations.md has the figures), and float32 would take half as much space again.
 LOGPROB_DTYPE = np.dtype(np.float16)
+ROWS_AT_A_TIME = 2**16  # of a check: bounds its memory
 IDS, LOGPROBS, META = "ids.bin", "logprobs.bin", "meta.json"
 
 
@@ -54,12 +55,18 @@ class TeacherMeta(Section):
     """meta.json: all that the distill stage has to know."""
 
     mode: Literal["cached", "online"]
-    temperature: float
+    temperature: float = Field(gt=0)
     dtype: DType
     tokens: int  # trained tokens of the data set
-    num_ids: int  # K; 0 in online mode, as the next
-    num_buckets: int
+    num_ids: int = Field(ge=0)  # K; 0 in online mode, as the next
+    num_buckets: int = Field(ge=0)
     id_dtype: Literal["uint16", "uint32"]
+
+    @model_validator(mode="after")
+    def _buckets_fit_ids(self) -> "TeacherMeta":
+        if self.mode == "cached" and not 0 < self.num_ids <= self.num_buckets <= self.num_ids + 1:
+            raise ValueError("num_ids and num_buckets do not belong together")
+        return self
 
 
 @dataclass(frozen=True)
@@ -70,11 +77,12 @@ class TeacherOutputs:
     extras: Mapping[str, Extra]  # what the distillation objective finds in its batches
 
     @classmethod
-    def open(cls, directory: Path, dataset: EncodedDataset) -> "TeacherOutputs":
-        """Map the teacher outputs of a data set.
+    def open(cls, directory: Path, dataset: EncodedDataset, vocab_size: int) -> "TeacherOutputs":
+        """Map the teacher outputs of a data set, for a student of that many tokens.
 
         Raises:
-            UserError: a file is missing or of another size, or it is about other data.
+            UserError: a file is missing or of another size, it is about other data, or it holds
+                what no teacher says.
         """
         try:
             meta = TeacherMeta.model_validate_json((directory / META).read_bytes())
@@ -95,6 +103,13 @@ class TeacherOutputs:
                 directory / LOGPROBS, LOGPROB_DTYPE, meta.tokens, meta.num_buckets
             ),
         }
+        for start in range(0, meta.tokens, ROWS_AT_A_TIME):
+            rows = slice(start, start + ROWS_AT_A_TIME)
+            largest = arrays[TEACHER_IDS][rows].max()
+            if largest >= vocab_size or not np.isfinite(arrays[TEACHER_LOGPROBS][rows]).all():
+                raise UserError(
+                    f"{directory} holds tokens or values that cannot be; run teacher_outputs again."
+                )
         return cls(meta, {name: Extra(array, per="tokens") for name, array in arrays.items()})
 
 
@@ -141,6 +156,12 @@ def compute_teacher_outputs(
             logits = teacher(batch.tokens, batch.predict_at).logits
             ids = logits.topk(num_ids).indices
             logprobs = bucket_logprobs(logits, ids, config.temperature)
+            if not torch.isfinite(logprobs).all():
+                shown = ", ".join(map(str, batch.rows[:16]))
+                raise UserError(
+                    f"the teacher gives values that are not finite on rows {shown}, ... of "
+                    f"{dataset.directory}; take another teacher, or dtype float32."
+                )
             ids_file.write(ids.cpu().numpy().astype(meta.id_dtype).tobytes())
             logprobs_file.write(logprobs.cpu().numpy().astype(LOGPROB_DTYPE).tobytes())
             cross_entropy = -token_logprobs(logits, batch.targets)

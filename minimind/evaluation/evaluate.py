@@ -26,6 +26,8 @@ from minimind.params import Section
 from minimind.tokenizer import CONTEXT, ChatTokenizer
 from minimind.training.precision import DType
 
+LARGEST_LOSS = 700.0  # whose exponential is a number; guessing gives the logarithm of V
+
 
 class EvaluateConfig(Section):
     """The `evaluate` section, for all checkpoints."""
@@ -75,7 +77,7 @@ def evaluate(
         thinking_tokens: mean length of the complete thoughts, 0 if there are none
 
     Raises:
-        UserError: a problem is too long for the model.
+        UserError: a problem is too long for the model, or the model's loss is out of bounds.
     """
     predictions = _answer(model, tokenizer, problems, config, as_text)
     predictions = _choose(model, tokenizer, problems, predictions, config, as_text)
@@ -106,7 +108,13 @@ def perplexity(
     rows = [row.ids[: model.config.max_positions] for row in tokenizer.encode_documents(texts)]
     logprobs = branch_logprobs(model, [Fork(row[:1], [row[1:]]) for row in rows], dtype)
     num_scored = sum(len(row) - 1 for row in rows)
-    return math.exp(-sum(text for (text,) in logprobs) / num_scored)
+    mean = -sum(text for (text,) in logprobs) / num_scored
+    if not mean < LARGEST_LOSS:  # also if it is NaN
+        raise UserError(
+            f"the loss of the held-out text is {mean:g}; the checkpoint's weights are out of "
+            "bounds: take one from before they became so."
+        )
+    return math.exp(mean)
 
 
 def _answer(

@@ -9,6 +9,7 @@
 {"conversations"}         the chat format: the last turn's answer is the expected one
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def read_problems(source: Path) -> list[Problem]:
         BadRowError: a row cannot be used; it says where and why.
     """
     problems = []
-    for place, record, _ in read_rows(source, lambda record: record):
+    for place, record, _ in read_rows(source, _in_whole_characters):
         try:
             problems.append(_parse(place, record))
         except BadRowError:
@@ -87,6 +88,14 @@ def read_problems(source: Path) -> list[Problem]:
         except UserError as error:
             raise BadRowError(place, str(error)) from None
     return problems
+
+
+def _in_whole_characters(record: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError("it has half a character (as \\ud800); write both halves") from None
+    return record
 
 
 def _parse(place: Place, record: dict[str, Any]) -> Problem:

@@ -28,8 +28,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class ModelShape(Section):
     """The `model` section: chosen once, in pretraining, and carried inside the checkpoint."""
 
-    hidden_size: int = Field(gt=0)
-    num_layers: int = Field(gt=0)
+    hidden_size: int = Field(gt=0, le=2**16)
+    num_layers: int = Field(gt=0, le=2**10)
     num_heads: int = Field(gt=0)
     num_kv_heads: int = Field(gt=0)
     max_positions: int = Field(gt=0)
@@ -88,7 +88,7 @@ class ModelShape(Section):
 class ModelConfig(ModelShape):
     """A whole model's shape: the vocabulary's size is the tokenizer's."""
 
-    vocab_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=0, le=2**24)
 
 
 class PackedTokens(NamedTuple):

@@ -16,6 +16,7 @@ from minimind.errors import UserError
 from minimind.metrics import Number
 from minimind.model.transformer import Layer, Transformer
 from minimind.objectives.policy import LossType, PolicyGradient, k3
+from minimind.params import Seed
 from minimind.reinforcement.advantages import Values
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.prompts import Draws, Indices
@@ -34,8 +35,8 @@ class ReinforcementConfig(OptimizerConfig):
     """Keys that the sections of grpo and spo share."""
 
     init: str  # the checkpoint to start from, and the reference: models/<init>
-    seed: int = Field(ge=0)
-    epochs: float = Field(gt=0)  # over the prompts
+    seed: Seed
+    epochs: float = Field(gt=0, le=1e6)  # over the prompts
     max_steps: int = Field(ge=0)  # rollouts, each with its updates; 0: as the epochs say
     batch_size: int = Field(gt=0)  # prompts whose completions are one micro-batch
     accumulation_steps: int = Field(gt=0)  # micro-batches of a step

@@ -71,6 +71,7 @@ def load_reward_model(
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # what matters is checked below
     source, options = _source(directory, hub_id)
     options |= {"trust_remote_code": trust_remote_code}
     try:
@@ -78,12 +79,18 @@ def load_reward_model(
         config = transformers.AutoConfig.from_pretrained(source, **options)
         # Weights as safetensors alone: nothing is unpickled.
         options |= {"use_safetensors": True, "dtype": torch.float32}
-        model = _auto_class(transformers, config).from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
+        model, loaded = _auto_class(transformers, config).from_pretrained(
+            source, output_loading_info=True, **options
+        )
+    except Exception as error:  # transformers raises whatever its parts raise
         raise UserError(
-            f"the reward model {hub_id or directory} cannot be loaded: {reason}"
+            f"the reward model {hub_id or directory} cannot be loaded: {error!r}"
         ) from None
+    if missing := sorted(loaded["missing_keys"]):  # they would be random
+        raise UserError(
+            f"the reward model {hub_id or directory} has no weights {', '.join(missing[:4])}; "
+            "it is not whole, or not a reward model."
+        )
     if not hasattr(model, "get_scores"):
         if model.config.num_labels != 1:
             raise UserError(

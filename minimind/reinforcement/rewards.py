@@ -209,7 +209,7 @@ def load_custom_reward(file: Path) -> CustomReward:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise UserError(f"{file} cannot be imported: {type(error).__name__}: {error}.") from error
     score = getattr(module, "score", None)
     if not callable(score):
@@ -221,7 +221,7 @@ def _checked(score: CustomReward, file: Path) -> CustomReward:
     def checked(prompt: str, completion: str, answer: str | None) -> float:
         try:
             return score(prompt, completion, answer)
-        except Exception as error:  # the user's own code may raise anything
+        except (Exception, SystemExit) as error:  # the user's own code may raise anything
             raise UserError(
                 f"{file}: score failed on the prompt {prompt[:60]!r}: "
                 f"{type(error).__name__}: {error}."

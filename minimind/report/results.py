@@ -4,13 +4,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from minimind.errors import UserError
 from minimind.metrics import Number
 
 Record = dict[str, Any]
-PREDICTION_KEYS = ("id", "level", "prompt", "output", "answer", "correct", "choice_correct")
+PREDICTION_TYPES: dict[str, tuple[type, ...]] = {
+    "id": (str,),
+    "level": (int, NoneType),
+    "prompt": (str,),
+    "output": (str,),
+    "answer": (str,),
+    "correct": (bool,),
+    "choice_correct": (bool, NoneType),
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ def read_evaluations(metrics: Sequence[Path], predictions: Path) -> list[Evaluat
         ((name, values),) = contents.items()
         if any(name == evaluation.name for evaluation in evaluations):
             raise UserError(f"{path}: {name} comes twice; name each checkpoint once.")
+        _require_numbers(path, values)
         rows = _read_predictions(predictions / f"{name}.jsonl")
         evaluations.append(Evaluation(name, values, rows))
     return evaluations
@@ -48,11 +58,13 @@ def _read_predictions(path: Path) -> list[Record]:
     rows = []
     for number, line in enumerate(_read(path).rstrip("\n").split("\n"), 1):
         row = _parse(line, f"{path}:{number}")
-        if missing := [key for key in PREDICTION_KEYS if key not in row]:
-            raise UserError(
-                f"{path}:{number}: {missing[0]} is missing; it must be a prediction: run the "
-                "evaluate stage."
-            )
+        for key, types in PREDICTION_TYPES.items():
+            if type(row.get(key, ...)) not in types:
+                found = repr(row[key]) if key in row else "missing"
+                raise UserError(
+                    f"{path}:{number}: {key} is {found}; it must be a prediction: run the "
+                    "evaluate stage."
+                )
         rows.append(row)
     return rows
 
@@ -66,8 +78,18 @@ def read_metrics(paths: Sequence[Path]) -> dict[str, dict[str, Number]]:
     stages: dict[str, dict[str, Number]] = {}
     for path in paths:
         for stage, values in _read_json(path).items():
-            stages.setdefault(stage, {}).update(_flat(values))
+            flat = _flat(values)
+            _require_numbers(path, flat)
+            stages.setdefault(stage, {}).update(flat)
     return stages
+
+
+def _require_numbers(path: Path, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if type(value) not in (int, float):
+            raise UserError(
+                f"{path}: {name} is {value!r}; it must be a number: run the stage that wrote it."
+            )
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Number]:
@@ -86,10 +108,8 @@ def _read_json(path: Path) -> Record:
 def _parse(text: str, where: str) -> Record:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: broken JSON: {error.msg}; run the stage that wrote it."
-        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: broken JSON: {error}; run the stage that wrote it.") from None
     if not isinstance(value, dict):
         raise UserError(f"{where}: not a JSON object; run the stage that wrote it.")
     return value

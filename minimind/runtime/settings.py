@@ -18,7 +18,9 @@ class RuntimeSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="MINIMIND_", frozen=True, env_ignore_empty=True)
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves PyTorch's choice")
+    threads: int = Field(
+        default=0, ge=0, le=1024, description="CPU threads; 0 leaves PyTorch's choice"
+    )
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     compile: bool | Literal["auto"] = Field(
         default=False, description="torch.compile; costs 10-60 s at the start; auto: if it pays"

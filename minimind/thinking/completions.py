@@ -12,9 +12,10 @@ from pydantic import Field, PositiveInt
 
 from minimind.datasets.formats import Place, parse_prompt, read_rows
 from minimind.errors import UserError
+from minimind.files import replacing
 from minimind.generate import Sampling, generate
 from minimind.model.transformer import Transformer
-from minimind.params import Section
+from minimind.params import Section, Seed
 from minimind.runtime.run import Run
 from minimind.tokenizer import ChatTokenizer
 from minimind.training.precision import DType
@@ -29,7 +30,7 @@ class CompletionConfig(Section):
     top_p: float = Field(gt=0, le=1)
     max_new_tokens: PositiveInt
     batch_size: PositiveInt  # completions at a time
-    seed: int = Field(ge=0)
+    seed: Seed
     dtype: DType
 
 
@@ -127,8 +128,7 @@ def read_prompts(source: Path, num_prompts: int, needs_answers: bool) -> list[Pr
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write JSONL."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="\n") as file:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

@@ -25,6 +25,7 @@ from minimind.errors import UserError
 from minimind.metrics import Number
 from minimind.model.transformer import Decoder, Layer
 from minimind.objectives.loss import Loss, Objective, Term
+from minimind.params import Seed
 from minimind.runtime.compiling import choose_form
 from minimind.runtime.parallel import (
     collect,
@@ -48,8 +49,8 @@ HIDDEN = ("step", "lr", "grad_norm")  # of a curve's row, in the metrics
 class FitConfig(OptimizerConfig):
     """Keys of every supervised stage's section."""
 
-    seed: int = Field(ge=0)
-    epochs: float = Field(gt=0)
+    seed: Seed
+    epochs: float = Field(gt=0, le=1e6)
     max_steps: int = Field(ge=0)  # 0: as the epochs say
     batch_size: int = Field(gt=0)  # samples of a micro-batch
     accumulation_steps: int = Field(gt=0)  # micro-batches of an optimizer step
@@ -148,6 +149,12 @@ def fit(
     def validate() -> None:
         nonlocal best
         history.validation = mean_loss(forward, objective, dataset, held_out, extras, config, run)
+        if not math.isfinite(history.validation["loss"]):
+            raise UserError(
+                f"the validation loss is {history.validation['loss']} after {history.step} steps "
+                f"on held-out rows of {dataset.directory}; lower lr, or look at these rows. "
+                "The last good state is kept."
+            )
         if config.patience and history.validation["loss"] < history.best_loss - config.min_delta:
             history.best_loss, history.best_step = history.validation["loss"], history.step
             history.evaluations_without_gain = 0
@@ -179,7 +186,7 @@ def fit(
         values = take_step(
             forward, objective, optimizer, step, history.step / num_steps, scheduled, run
         )
-        _require_finite(values["loss"], history.step, scheduled * config.lr, samples, dataset)
+        _require_finite(values, history.step, scheduled * config.lr, samples, dataset, config)
         tokens = _num_tokens(dataset, samples)
         progress.update(history.step, values["loss"], tokens)
         history.step += 1
@@ -320,14 +327,21 @@ def _prefixed(validation: dict[str, float]) -> dict[str, float]:
 
 
 def _require_finite(
-    loss: float, step: int, rate: float, samples: Rows, dataset: EncodedDataset
+    values: Mapping[str, float],
+    step: int,
+    rate: float,
+    samples: Rows,
+    dataset: EncodedDataset,
+    config: FitConfig,
 ) -> None:
-    if not math.isfinite(loss):
+    # In float16 an infinite gradient is normal: the scaler skips the step and scales down.
+    names = ["loss"] if config.dtype == "float16" else ["loss", "grad_norm"]
+    for name in [name for name in names if not math.isfinite(values[name])]:
         per_sample = dataset.rows_per_sample
         rows = sorted(int(s) * per_sample + k for s in samples for k in range(per_sample))
         shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
         raise UserError(
-            f"the loss is {loss} at step {step} (learning rate {rate:g}) on rows {shown} of "
+            f"{name} is {values[name]} at step {step} (learning rate {rate:g}) on rows {shown} of "
             f"{dataset.directory}; lower lr, or look at these rows. The last good state is kept."
         )
 
