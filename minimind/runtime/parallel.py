@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from minimind.errors import UserError
 from minimind.runtime.compiling import compiled
 from minimind.runtime.run import Run
 
@@ -27,10 +26,8 @@ def spread(model: nn.Module, layer_type: type[nn.Module], run: Run) -> tuple[nn.
     is, divided layer by layer, and `model` is left as it is: see :func:`collect`.
     """
     if run.processes.world > 1 and run.settings.shard:
-        if run.settings.compile is True:
-            raise UserError("MINIMIND_COMPILE and MINIMIND_SHARD do not go together; unset one.")
         sharded = _sharded(model, layer_type, run)
-        return sharded, sharded
+        return sharded, compiled(sharded, run.settings)
     model.to(run.device).train()
     forward = compiled(model, run.settings)
     if run.processes.world == 1:
@@ -54,7 +51,9 @@ def _sharded(model: nn.Module, layer_type: type[nn.Module], run: Run) -> nn.Modu
     for module in list(sharded.modules()):
         if isinstance(module, layer_type):
             fully_shard(module, mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
+    # In parts again after a forward pass: after one without a backward pass, as in validation,
+    # the weights outside of layers would else stay whole, and not be those that are trained.
+    fully_shard(sharded, mesh=mesh, reshard_after_forward=True)
     return sharded
 
 
