@@ -90,7 +90,7 @@ def test_where_a_stage_starts_from_rewires_the_graph(project: Path) -> None:
     printed = dvc(project, "exp", "run", "-S", "reason.init=sft")
     assert stages_run(printed) == AFTER_REASON
     lock = yaml.safe_load((project / "dvc.lock").read_text(encoding="utf-8"))
-    assert "--checkpoint models/sft " in lock["stages"]["reason"]["cmd"]
+    assert "--checkpoint 'models/sft' " in lock["stages"]["reason"]["cmd"][-1]
     git(project, "checkout", "-q", ".")
     dvc(project, "checkout")
 
