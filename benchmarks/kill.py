@@ -1,0 +1,211 @@
+"""Kill every kind of stage at random moments, run it again, compare with a run left in peace.
+
+    python -m benchmarks.kill                 # 400 kills of commands, 60 under DVC: 10 minutes
+    python -m benchmarks.kill --kills 20 --dvc-kills 0 --stages sft,grpo
+
+Kills are drawn by phase (start, step, state write, final save, DVC's commit) and by means
+(SIGKILL, SIGTERM, SIGINT, a full disk); each is counted by the phase that it really hit, which
+is read from what lies on disk. A run is killed several times before it may end. Its outputs must
+then have the bytes of an uninterrupted run, and each run must have gone on from the newest state
+that the one before it had completed; all else is a loss.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.under_dvc import (
+    become_reaper,
+    kill_under_dvc,
+    kill_under_experiments,
+    note_resumed,
+    record_all,
+)
+from benchmarks.victims import (
+    STATELESS,
+    Stage,
+    Tally,
+    build_project,
+    digests,
+    newest_state,
+    phase_on_disk,
+    start,
+)
+from benchmarks.warm import StageProcess
+
+PHASES = ("start", "step", "state write", "final save")  # and, under DVC, its commit
+MEANS = {"SIGKILL": 5, "SIGTERM": 2, "SIGINT": 2, "full disk": 2}  # weights in the draw
+MAX_KILLS_PER_RUN = 6
+RUN_AGAIN = "same command again"  # said by whatever stops in good order
+
+
+def draw_moment(
+    project: Path, stage: Stage, phase: str, phase_now: Callable[[], str], rng: random.Random
+) -> Callable[[], bool]:
+    """When to kill: a test of what lies on disk, and a while after it has become true."""
+    before = newest_state(project) or 0
+    wanted = before + rng.randint(1, 4)
+    delay = {"start": 0.7 * stage.seconds, "step": 0.01, "state write": 0.006, "final save": 0.02}
+    wait = rng.uniform(0, delay.get(phase, 0.0))
+
+    def has_come() -> bool:
+        if phase == "start":
+            return True
+        if phase == "step":
+            return (newest_state(project) or 0) >= wanted or phase_now() == "final save"
+        if phase == "state write":
+            return phase_now() in ("state write", "final save")
+        return phase_now() == "final save"
+
+    since: list[float] = []
+
+    def is_now() -> bool:
+        if not since and has_come():
+            since.append(time.monotonic())
+        return bool(since) and time.monotonic() - since[0] >= wait
+
+    return is_now
+
+
+def kill_commands(
+    project: Path, stage: Stage, num_kills: int, rng: random.Random, tally: Tally
+) -> None:
+    """Kill a stage's command over and over in one run, then let it end."""
+    tally.runs += 1
+    shutil.rmtree(project / ".resume", ignore_errors=True)
+    under_dvc = rng.random() < 0.8
+    history: list[str] = []
+    for _ in range(num_kills):
+        before = newest_state(project)
+        means = rng.choices(list(MEANS), list(MEANS.values()))[0]
+        planned = rng.choice(PHASES)
+        full = rng.randint(0, 60) if means == "full disk" else None
+        process = start(project, stage, full, under_dvc)
+
+        def phase_now(process: StageProcess = process) -> str:
+            return phase_on_disk(project, stage, process.pid, process.started)
+
+        moment = draw_moment(project, stage, planned, phase_now, rng)
+        hit = ""
+        while process.is_running():
+            if full is None and not hit and moment():
+                hit = phase_now()
+                process.send(getattr(signal, means))
+            time.sleep(0.0005)
+        code, printed = process.finish(), process.printed()
+        if code == 0:
+            continue  # it was faster
+        if means in ("SIGKILL", "full disk"):
+            hit = phase_now()
+        history.append(f"{means} in {hit}, exit {code}")
+        tally.kills += 1
+        tally.means[means] += 1
+        tally.phases[hit] += 1
+        if means != "SIGKILL":
+            check_farewell(stage, means, hit, code, printed, tally)
+        note_resumed(stage, before, printed, False, tally)
+    before = newest_state(project)
+    process = start(project, stage, under_dvc=under_dvc)
+    code, printed = process.finish(), process.printed()
+    note_resumed(stage, before, printed, True, tally)
+    if code == 0 and digests(project, stage) == stage.whole:
+        tally.equal += 1
+    else:
+        tally.lose(f"{stage.name} ended with {code} and other bytes after {history}: {printed}")
+
+
+def check_farewell(
+    stage: Stage, means: str, hit: str, code: int, printed: str, tally: Tally
+) -> None:
+    """A stage that can still speak says in one line how to go on, and does not exit with 0."""
+    import_time = hit == "start"  # Python's own answer to the signal
+    in_order = RUN_AGAIN in printed or "run the same command" in printed
+    if code == 0 or not (in_order or import_time or stage.kind in STATELESS):
+        tally.lose(f"{stage.name}: {means} in {hit} gave exit {code} and: {printed}")
+    if "Traceback" in printed and not ("KeyboardInterrupt" in printed and import_time):
+        tally.lose(f"{stage.name}: {means} in {hit} gave a traceback: {printed}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=400, help="of commands")
+    parser.add_argument("--dvc-kills", type=int, default=60, help="of `dvc repro` and its stages")
+    parser.add_argument("--experiments", action="store_true", help="`--temp` and the queue too")
+    parser.add_argument("--stages", default="", help="kinds, with commas; all if left out")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="JSON of what happened")
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    started = time.monotonic()
+    tallies: dict[str, Tally] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        project = Path(folder).resolve() / "tiny project"
+        kinds = [kind for kind in arguments.stages.split(",") if kind]
+        stages = build_project(project, kinds)
+        chosen = [s for s in stages.values() if not kinds or s.kind in kinds]
+        tallies = {stage.kind: Tally() for stage in chosen}
+        print(f"built in {time.monotonic() - started:.0f} s", flush=True)
+
+        def total() -> int:
+            return sum(tally.kills for tally in tallies.values())
+
+        def report(stage: Stage) -> None:
+            print(f"{time.monotonic() - started:.0f} s: {total()} kills, {stage.name}", flush=True)
+            if arguments.output:  # now and not at the end: someone may kill us, too
+                arguments.output.parent.mkdir(parents=True, exist_ok=True)
+                text = json.dumps(summarize(tallies), indent=2) + "\n"
+                arguments.output.write_text(text, encoding="utf-8")
+
+        while total() < arguments.kills:
+            stage = min(chosen, key=lambda stage: (tallies[stage.kind].runs, rng.random()))
+            wanted = min(rng.randint(3, MAX_KILLS_PER_RUN), arguments.kills - total())
+            kill_commands(project, stage, wanted, rng, tallies[stage.kind])
+            report(stage)
+        shutil.rmtree(project / ".resume", ignore_errors=True)
+        enough = total() + arguments.dvc_kills
+        if arguments.dvc_kills or arguments.experiments:
+            become_reaper()
+            record_all(project)
+        while total() < enough:
+            stage = rng.choice(chosen)
+            wanted = min(rng.randint(1, 4), enough - total())
+            kill_under_dvc(project, stage, wanted, rng, tallies[stage.kind])
+            report(stage)
+        if arguments.experiments:
+            kill_under_experiments(project, stages["sft"], tallies["sft"])
+            report(stages["sft"])
+    results = summarize(tallies)
+    print(json.dumps(results, indent=2))
+    sys.exit(results["losses"] > 0)
+
+
+def summarize(tallies: dict[str, Tally]) -> dict[str, Any]:
+    numbers = ("kills", "resumes", "equal", "losses")
+
+    def counted(name: str) -> dict[str, int]:
+        sums = sum((getattr(tally, name) for tally in tallies.values()), Counter[str]())
+        return dict(sorted(sums.items()))
+
+    return {
+        **{name: sum(getattr(tally, name) for tally in tallies.values()) for name in numbers},
+        "phases": counted("phases"),
+        "means": counted("means"),
+        "stages": {
+            kind: {name: getattr(tally, name) for name in numbers}
+            | {"phases": dict(sorted(tally.phases.items()))}
+            for kind, tally in tallies.items()
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()

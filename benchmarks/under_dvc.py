@@ -1,0 +1,263 @@
+"""Kills of `dvc repro`, of its stages and of experiments: whole processes, none of them warm."""
+
+import ctypes
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import yaml
+
+from benchmarks.victims import Stage, Tally, digests, newest_state, phase_on_disk
+from tests.project import dvc, git
+
+# Who is struck, by what. With dvc alone, the stage has to notice it and to end by itself.
+BLOWS = {
+    "dvc and stage, SIGKILL": signal.SIGKILL,
+    "dvc, SIGKILL": signal.SIGKILL,
+    "dvc, SIGTERM": signal.SIGTERM,
+    "dvc and stage, SIGINT": signal.SIGINT,  # what Ctrl-C does
+    "stage, SIGKILL": signal.SIGKILL,
+    "stage, SIGTERM": signal.SIGTERM,
+}
+ORPHAN_SECONDS = 60  # to save and to end, on a busy machine
+PR_SET_CHILD_SUBREAPER = 36
+SETTINGS = {"MINIMIND_SAVE_SECONDS": "0", "MINIMIND_THREADS": "1"}
+
+
+def become_reaper() -> None:
+    """Orphans of a killed dvc become children of this process, on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def record_all(project: Path) -> None:
+    """Let DVC record the outputs that lie there, and git what DVC has recorded."""
+    dvc(project, "commit", "-f", "-q")
+    git(project, "add", "-A")
+    git(project, "commit", "-qm", "run")
+
+
+def kill_under_dvc(
+    project: Path, stage: Stage, num_kills: int, rng: random.Random, tally: Tally
+) -> None:
+    """Kill `dvc repro` of one stage over and over, then let it end."""
+    shutil.rmtree(project / ".resume", ignore_errors=True)
+    forget_recorded(project, stage)
+    command = ("repro", "-s", stage.name)
+    history = []
+    for _ in range(num_kills):
+        before = newest_state(project)
+        blow, moment = rng.choice(list(BLOWS)), rng.choice(["start", "step", "commit"])
+        process, log = start_dvc(project, *command)
+        hit = strike(project, stage, process, blow, moment, rng, tally)
+        note_resumed(stage, before, log.read_text(encoding="utf-8"), False, tally)
+        if not hit or process.returncode == 0:
+            forget_recorded(project, stage)  # it was faster
+            continue
+        history.append(f"{blow} in {hit}")
+        tally.kills += 1
+        tally.phases[hit] += 1
+        tally.means[f"under DVC: {blow}"] += 1
+        remove_torn_locks(project)
+    before = newest_state(project)
+    process, log = start_dvc(project, *command)
+    code, printed = process.wait(), log.read_text(encoding="utf-8")
+    note_resumed(stage, before, printed, True, tally)
+    status = dvc(project, "status", stage.name)
+    if code == 0 and "up to date" in status and digests(project, stage) == stage.whole:
+        tally.equal += 1
+    else:
+        tally.lose(f"{stage.name} under DVC: exit {code} after {history}:\n{printed}\n{status}")
+
+
+def forget_recorded(project: Path, stage: Stage) -> None:
+    """Have DVC run the stage again, its inputs being what they were."""
+    shutil.rmtree(project / ".dvc" / "cache" / "runs", ignore_errors=True)
+    path = project / "dvc.lock"
+    lock = yaml.safe_load(path.read_text(encoding="utf-8"))
+    lock["stages"].pop(stage.name, None)
+    path.write_text(yaml.safe_dump(lock, sort_keys=False))
+
+
+def start_dvc(project: Path, *arguments: str) -> tuple[subprocess.Popen[bytes], Path]:
+    """Start dvc as the leader of a process group; returns it and the file that it prints to."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    log = project.parent / "dvc.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dvc", *arguments],
+            cwd=project,
+            env=os.environ | SETTINGS | {"PATH": path, "OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return process, log
+
+
+def stage_below(process: subprocess.Popen[bytes]) -> psutil.Process | None:
+    """The process of the stage that dvc is running."""
+    try:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            if any(part.startswith("stages.") for part in child.cmdline()):
+                return child
+    except psutil.Error:
+        pass
+    return None
+
+
+def strike(
+    project: Path,
+    stage: Stage,
+    process: subprocess.Popen[bytes],
+    blow: str,
+    moment: str,
+    rng: random.Random,
+    tally: Tally,
+) -> str:
+    """Wait for the moment and kill; returns the phase that was hit, or nothing if all was over."""
+    running, phase = None, "start"
+    wait, since = rng.uniform(0, {"start": 2.5, "step": 0.2, "commit": 0.3}[moment]), 0.0
+    while process.poll() is None:
+        running = running or stage_below(process)
+        is_over = running is not None and not is_alive(running)
+        if running is None:
+            phase = "start"
+        elif is_over:
+            phase = "commit"
+        else:
+            phase = phase_on_disk(project, stage, running.pid, running.create_time())
+        has_come = {
+            "start": running is not None,
+            "step": is_over or phase != "start",
+            "commit": is_over,
+        }[moment]
+        since = since or (time.monotonic() if has_come else 0.0)
+        if since and time.monotonic() - since >= wait:
+            break
+        time.sleep(0.01)
+    else:
+        return ""
+    if "stage" in blow.split(",")[0] and "dvc" not in blow:
+        if running is None or is_over:
+            process.wait()
+            return ""
+        running.send_signal(BLOWS[blow])
+    elif "stage" in blow.split(",")[0]:
+        os.killpg(process.pid, BLOWS[blow])
+    else:
+        process.send_signal(BLOWS[blow])
+    process.wait()
+    if running is not None and not has_ended(running):
+        running.kill()
+        tally.lose(f"{stage.name}: an orphan after {blow} in {phase}")
+    return phase
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Wait for a process that may have become ours to end, and reap it if so."""
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    try:
+        while is_alive(process) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if is_alive(process):
+            return False
+        os.waitpid(process.pid, os.WNOHANG)
+    except (psutil.NoSuchProcess, ChildProcessError):
+        pass
+    return True
+
+
+def note_resumed(
+    stage: Stage, before: int | None, printed: str, has_ended: bool, tally: Tally
+) -> None:
+    """A run goes on from the newest state there was."""
+    said = [line for line in printed.splitlines() if "going on " in line]
+    if said:
+        tally.resumes += 1
+        number = next(word for word in said[0].split() if word.isdigit())
+        if before is None or int(number) != before:
+            tally.lose(f"{stage.name} went on from {number}, but there was state {before}")
+    elif before is not None and has_ended:
+        tally.lose(f"{stage.name} did not go on from state {before}: {printed}")
+
+
+def remove_torn_locks(project: Path) -> None:
+    """DVC's own list of users of paths, which it does not write atomically."""
+    path = project / ".dvc" / "tmp" / "rwlock"
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        print(f"DVC left {path.name} torn; removed, as DVC asks for", flush=True)
+        path.unlink()
+
+
+def kill_under_experiments(project: Path, stage: Stage, tally: Tally) -> None:
+    """Kill an experiment in a temporary copy of the project, and one in the queue; run it again."""
+    change = ("-S", "sft.lr=0.002", "sft")
+
+    def start_again() -> None:
+        git(project, "checkout", "-q", ".")
+        dvc(project, "checkout", "-q")
+        shutil.rmtree(project / ".dvc" / "cache" / "runs", ignore_errors=True)
+        shutil.rmtree(project / ".resume", ignore_errors=True)
+
+    def compare(name: str, printed: str, how: str) -> None:
+        dvc(project, "exp", "apply", name)
+        if "going on from" not in printed:
+            tally.lose(f"{how} did not go on: {printed}")
+        tally.resumes += "going on from" in printed
+        if digests(project, stage) == whole:
+            tally.equal += 1
+        else:
+            tally.lose(f"{how} ended with other bytes: {printed}")
+        start_again()
+
+    start_again()
+    dvc(project, "exp", "run", *change, **SETTINGS)
+    whole = digests(project, stage)
+    assert whole != stage.whole
+    start_again()
+
+    for moment in ("step", "commit"):
+        process, _ = start_dvc(project, "exp", "run", "--temp", "-n", f"temp-{moment}", *change)
+        blow = "dvc and stage, SIGKILL"
+        phase = strike(project, stage, process, blow, moment, random.Random(1), tally)
+        tally.kills += 1
+        tally.phases[phase] += 1
+        tally.means["dvc exp run --temp: SIGKILL"] += 1
+        remove_torn_locks(project)
+        process, log = start_dvc(project, "exp", "run", "--temp", "-n", f"temp-{moment}", *change)
+        process.wait()
+        compare(f"temp-{moment}", log.read_text(encoding="utf-8"), "dvc exp run --temp")
+
+    dvc(project, "exp", "run", "--queue", "-n", "killed", *change, **SETTINGS)
+    dvc(project, "queue", "start", **SETTINGS)
+    while newest_state(project) is None:
+        time.sleep(0.005)
+    (lock,) = project.glob(".resume/sft/*/lock")
+    pid = int(lock.read_text(encoding="utf-8").split()[1])
+    phase = phase_on_disk(project, stage, pid, psutil.Process(pid).create_time())
+    os.kill(pid, signal.SIGKILL)
+    tally.kills += 1
+    tally.phases[phase] += 1
+    tally.means["queue: stage, SIGKILL"] += 1
+    dvc(project, "queue", "logs", "killed", "--follow")
+    dvc(project, "exp", "run", "--queue", "-n", "again", *change, **SETTINGS)
+    dvc(project, "queue", "start", **SETTINGS)
+    printed = dvc(project, "queue", "logs", "again", "--follow")
+    compare("again", printed, "the queue")
+    dvc(project, "queue", "stop", "--kill")
