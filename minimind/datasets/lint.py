@@ -91,12 +91,12 @@ def detect_format(source: Path) -> LintFormat:
     """
     for row in islice(read_rows_and_bad_rows(source, lambda record: record), _ROWS_TO_DETECT):
         match row.value if isinstance(row, Row) else {}:
-            case {"text": _}:
-                return "text"
             case {"conversations": messages}:
                 return "reason" if _TAG_PATTERN.search(str(messages)) else "chat"
             case {"chosen": _} | {"rejected": _}:
                 return "preference"
+            case {"text": _}:
+                return "text"
             case {"prompt": _}:
                 return "prompts"
     names = ", ".join(get_args(LintFormat))
