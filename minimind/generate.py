@@ -81,6 +81,7 @@ def generate(
             "for prompt and answer: shorten the prompt, or train with larger max_positions."
         )
 
+    max_new_tokens = min(max_new_tokens, max_positions)
     device = model.model.embed_tokens.weight.device
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     cache = _Cache(prompt_lengths, num_samples_per_prompt)

@@ -129,7 +129,7 @@ def forget_recorded(resume_root: Path, wanted: Path) -> None:
                 )
             else:
                 has_served = marker.parent != wanted
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue
         if has_served:
             recorded.append(marker.parent)
