@@ -89,6 +89,8 @@ def merge_adapter(base: Transformer, directory: Path) -> Transformer:
         if not (directory / name).is_file():
             raise UserError(f"{directory / name} is missing; {directory} is not an adapter.")
     try:
+        if json.loads((directory / CONFIG).read_text(encoding="utf-8"))["peft_type"] != "LORA":
+            raise ValueError("its peft_type is not LORA")
         model = PeftModel(base, LoraConfig.from_pretrained(str(directory)))
         weights = load_file(directory / WEIGHTS)
     except Exception as error:  # peft raises whatever its parts raise

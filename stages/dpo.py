@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Annotated
+from zipfile import BadZipFile
 
 import numpy as np
 import typer
@@ -66,7 +67,7 @@ def load_reference(file: Path, dataset: EncodedDataset) -> NDArray[np.float32]:
     try:
         logprobs = np.load(file, mmap_mode="r", allow_pickle=False)
         found = f"{logprobs.dtype} {list(logprobs.shape)}"
-    except (ValueError, EOFError, AttributeError) as error:
+    except (ValueError, EOFError, AttributeError, BadZipFile) as error:
         raise UserError(f"{file} cannot be read: {error}; run stage reference again.") from None
     if logprobs.shape != (dataset.rows,) or logprobs.dtype != np.float32:
         raise UserError(

@@ -62,6 +62,7 @@ def load_teacher(directory: Path, dataset: EncodedDataset, dtype: DType) -> Teac
             f"the teacher {directory} has another tokenizer than {dataset.directory}; student and "
             "teacher must share one: take another teacher, or adopt its by data.tokenizer."
         )
+    dataset.check_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size, directory)
     model = load_model(directory) if _is_ours(directory) else _load_foreign(directory)
     return Teacher(model, tokenizer.vocab_size, dtype)
 
@@ -80,7 +81,10 @@ def _is_ours(directory: Path) -> bool:
 def _load_foreign(directory: Path) -> PaddedModel:
     # Imported here: it takes seconds, and only foreign architectures need it.
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what is wrong is said in one line
     try:
         model = AutoModelForCausalLM.from_pretrained(
             directory,
