@@ -110,7 +110,7 @@ def reinforce(
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     # Where weights are divided, `model` is the whole policy, brought up to date to sample from.
     trained, forward = spread(model, Layer, run)
-    optimizer = Optimizer(trained, config, run.device)
+    optimizer = Optimizer(trained, config, run.device, run.processes.world)
     history = _restore(trained, optimizer, method, run)
     collect(trained, model)
     if history.step == 0:

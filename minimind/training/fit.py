@@ -141,7 +141,7 @@ def fit(
     forward = choose_form(forward, attempt, num_steps, run)
     if run.processes.rank:
         torch.manual_seed(config.seed + run.processes.rank)  # a dropout of its own
-    optimizer = Optimizer(trained, config, run.device)
+    optimizer = Optimizer(trained, config, run.device, run.processes.world)
     history, best = _restore(trained, optimizer, run)
     progress = run.progress(num_steps, history.step)
     last_save, save_seconds = time.monotonic(), 0.0
@@ -260,8 +260,7 @@ def take_step(
                 for name, term in loss.terms.items()
             }
             total = torch.stack(list(shares.values())).sum() * batch.weight
-            # Gradients become their mean over processes; what is wanted is their sum.
-            optimizer.backward(total * run.processes.world)
+            optimizer.backward(total)
         _add(means, {"loss": total.detach()})
         for name, term in _reported(loss).items():
             mean = term.total.detach() / getattr(step.totals, term.per)
@@ -386,9 +385,10 @@ def _restore(model: nn.Module, optimizer: Optimizer, run: Run) -> tuple[History,
     optimizer.load_scaler_state(state.values["scaler"])
     rank = run.processes.rank
     if rank < len(state.tensors["rng/cpu"]):
-        torch.set_rng_state(state.tensors["rng/cpu"][rank])
+        # Cloned: PyTorch reads a generator's state from where the whole tensor begins.
+        torch.set_rng_state(state.tensors["rng/cpu"][rank].clone())
         if run.device.type == "cuda" and "rng/cuda" in state.tensors:
-            torch.cuda.set_rng_state(state.tensors["rng/cuda"][rank])
+            torch.cuda.set_rng_state(state.tensors["rng/cuda"][rank].clone())
     history = History(**state.values["history"])
     history.resumes += 1
     run.say(f"going on from step {history.step}")

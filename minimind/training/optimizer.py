@@ -12,6 +12,8 @@ from minimind.runtime.parallel import part_like, whole
 from minimind.training.muon import Muon
 from minimind.training.precision import DType
 
+FIRST_SCALE = 2.0**16  # of a loss in float16; halved whenever a gradient overflows
+
 
 class OptimizerConfig(Section):
     """Keys of every trained stage's section that decide a single update."""
@@ -31,15 +33,30 @@ class Optimizer:
     one learning rate serves both.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, device: torch.device) -> None:
-        self.config = config
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        device: torch.device,
+        num_processes: int = 1,
+    ) -> None:
+        self.config, self.num_processes = config, num_processes
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizers = list(_build(model, config))
-        # Only float16's range calls for loss scaling.
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+        # Only float16's range calls for loss scaling. What `backward` multiplies by is taken from
+        # it, so that no process overflows where one alone would not.
+        self.scaler = torch.amp.GradScaler(
+            device.type,
+            init_scale=FIRST_SCALE / num_processes,
+            enabled=config.dtype == "float16",
+        )
 
     def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
+        """Add the gradients of this process's part of a loss.
+
+        They become their mean over processes; what is wanted is their sum.
+        """
+        self.scaler.scale(loss * self.num_processes).backward()
 
     def step(self, rate: float) -> float:
         """Clip, update and clear the gradients; returns their norm before clipping.
@@ -81,11 +98,13 @@ class Optimizer:
             optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def scaler_state(self) -> dict[str, Any]:
-        return self.scaler.state_dict()
+        """As that of one process."""
+        state = self.scaler.state_dict()
+        return state and state | {"scale": state["scale"] * self.num_processes}
 
     def load_scaler_state(self, state: dict[str, Any]) -> None:
         if state:
-            self.scaler.load_state_dict(state)
+            self.scaler.load_state_dict(state | {"scale": state["scale"] / self.num_processes})
 
 
 def _build(model: nn.Module, config: OptimizerConfig) -> Iterable[torch.optim.Optimizer]:
