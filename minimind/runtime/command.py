@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -13,6 +14,8 @@ from safetensors import SafetensorError
 
 from minimind.errors import Stopped, UserError
 from minimind.runtime.launch import Kind, is_worker, say_last_words
+
+OUTPUTS = ("output", "metrics", "curve", "predictions", "rejected")  # options that are written to
 
 
 def stage_app(name: str) -> StageApp:
@@ -36,6 +39,7 @@ class StageApp(typer.Typer):
             @functools.wraps(function)
             def guarded(*call_args: Any, **call_kwargs: Any) -> None:
                 try:
+                    _require_room(call_kwargs)
                     function(*call_args, **call_kwargs)
                 except UserError as error:
                     self._complain(str(error))
@@ -68,3 +72,14 @@ class StageApp(typer.Typer):
         """What concerns all processes alike is said by one."""
         if os.environ.get("RANK", "0") == "0" or not is_worker():
             self._complain(message)
+
+
+def _require_room(options: Mapping[str, Any]) -> None:
+    """Raises UserError where an output could not be written: better now than after the work."""
+    for path in [options[name] for name in OUTPUTS if isinstance(options.get(name), Path)]:
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise UserError(
+                f"{path} cannot be written: {there} is not a folder that may be written to; "
+                "move it out of the way, or change its mode."
+            )
