@@ -17,6 +17,7 @@ from minimind.datasets.encode import (
 from minimind.files import replacing
 from minimind.params import load_section
 from minimind.runtime.command import stage_app
+from minimind.runtime.provenance import unchanged
 from minimind.tokenizer import ChatTokenizer
 
 app = stage_app("encode")
@@ -38,26 +39,28 @@ def main(
     data = load_section(params, "data", DataConfig)
     section = ChatEncodeConfig if data_format in ("chat", "reason") else EncodeConfig
     config = load_section(params, f"encode.{name}", section)
-    augmentation = None
-    if isinstance(config, ChatEncodeConfig) and config.augment_copies:
-        augmentation = Augmentation(config, load_synonyms(synonyms))
-    counts = encode_dataset(
-        source,
-        output,
-        ChatTokenizer.load(tokenizer),
-        data_format,
-        config.max_length,
-        data.on_bad_row,
-        augmentation,
-        evaluation=against or [],
-    )
-    if counts.skipped_rows:
-        typer.echo(
-            f"encode: left out {counts.skipped_rows} rows: {output / 'skipped.jsonl'}", err=True
+    sections = {"data": data, f"encode.{name}": config}
+    with unchanged(params, sections, [source, tokenizer, synonyms, *(against or [])]):
+        augmentation = None
+        if isinstance(config, ChatEncodeConfig) and config.augment_copies:
+            augmentation = Augmentation(config, load_synonyms(synonyms))
+        counts = encode_dataset(
+            source,
+            output,
+            ChatTokenizer.load(tokenizer),
+            data_format,
+            config.max_length,
+            data.on_bad_row,
+            augmentation,
+            evaluation=against or [],
         )
-    values = {"encode": {name: counts.metrics()}}
-    with replacing(metrics) as partial:
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        if counts.skipped_rows:
+            typer.echo(
+                f"encode: left out {counts.skipped_rows} rows: {output / 'skipped.jsonl'}", err=True
+            )
+        values = {"encode": {name: counts.metrics()}}
+        with replacing(metrics) as partial:
+            partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

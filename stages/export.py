@@ -8,6 +8,7 @@ import typer
 from minimind.checkpoint import load_model, save_checkpoint
 from minimind.lora import merge_adapter
 from minimind.runtime.command import stage_app
+from minimind.runtime.provenance import unchanged
 
 app = stage_app("export")
 
@@ -19,10 +20,12 @@ def main(
     adapter: Annotated[Path | None, typer.Option(help="merged into the checkpoint")] = None,
 ) -> None:
     """Write a Hugging Face directory that needs neither adapter nor this project."""
-    model = load_model(checkpoint)
-    if adapter is not None:
-        model = merge_adapter(model, adapter)
-    save_checkpoint(output, model, checkpoint)
+    inputs = [checkpoint] if adapter is None else [checkpoint, adapter]
+    with unchanged(Path("params.yaml"), {}, inputs):
+        model = load_model(checkpoint)
+        if adapter is not None:
+            model = merge_adapter(model, adapter)
+        save_checkpoint(output, model, checkpoint)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from minimind.datasets.mini_world import MiniWorldConfig, write_mini_world
 from minimind.metrics import write_metrics
 from minimind.params import load_section
 from minimind.runtime.command import stage_app
+from minimind.runtime.provenance import unchanged
 
 app = stage_app("mini_world")
 
@@ -21,8 +22,9 @@ def main(
 ) -> None:
     """Write short bilingual counting stories for every later stage, the same for equal seeds."""
     config = load_section(params, "mini_world", MiniWorldConfig)
-    num_rows = write_mini_world(output, config)
-    write_metrics(metrics, "mini_world", num_rows)
+    with unchanged(params, {"mini_world": config}, inputs=[]):
+        num_rows = write_mini_world(output, config)
+        write_metrics(metrics, "mini_world", num_rows)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import typer
 from minimind.metrics import write_metrics
 from minimind.params import load_section
 from minimind.runtime.command import stage_app
+from minimind.runtime.provenance import unchanged
 from minimind.tokenizer import ChatTokenizer
 from minimind.tokenizer_training import (
     TokenizerConfig,
@@ -30,19 +31,20 @@ def main(
 ) -> None:
     """Train a byte-level BPE on a JSONL source, or adopt the directory of a foreign tokenizer."""
     config = load_section(params, "tokenizer", TokenizerConfig)
-    if (source / "tokenizer.json").is_file():
-        adopt_tokenizer(source, output)
-        measured = measure_tokenizer(ChatTokenizer.load(output), [])
-    else:
-        save_tokenizer(train_tokenizer(read_texts(source), config.vocab_size), output)
-        measured = measure_tokenizer(ChatTokenizer.load(output), read_texts(source))
-        if measured["vocab_size"] < config.vocab_size:
-            typer.echo(
-                f"tokenizer: {source} gives {measured['vocab_size']} pieces, "
-                f"fewer than tokenizer.vocab_size {config.vocab_size}.",
-                err=True,
-            )
-    write_metrics(metrics, "tokenizer", measured)
+    with unchanged(params, {"tokenizer": config}, [source]):
+        if (source / "tokenizer.json").is_file():
+            adopt_tokenizer(source, output)
+            measured = measure_tokenizer(ChatTokenizer.load(output), [])
+        else:
+            save_tokenizer(train_tokenizer(read_texts(source), config.vocab_size), output)
+            measured = measure_tokenizer(ChatTokenizer.load(output), read_texts(source))
+            if measured["vocab_size"] < config.vocab_size:
+                typer.echo(
+                    f"tokenizer: {source} gives {measured['vocab_size']} pieces, "
+                    f"fewer than tokenizer.vocab_size {config.vocab_size}.",
+                    err=True,
+                )
+        write_metrics(metrics, "tokenizer", measured)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ run would be recorded as if it had made the weights.
 import hashlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from minimind.errors import UserError
+from minimind.params import Section, load_section
 
 RUNTIME_PACKAGE = "minimind.runtime"  # decides how, not what; see its modules
 # Where modules that decide a result are found; a stage that runs is called by the last of these.
@@ -73,6 +75,31 @@ class Provenance:
         if changed:
             raise UserError(
                 f"{', '.join(changed)} changed while the stage was running; "
+                "nothing was saved under false colours: run `dvc repro` again."
+            )
+
+
+@contextmanager
+def unchanged(
+    params: Path, sections: Mapping[str, Section], inputs: Iterable[Path]
+) -> Iterator[None]:
+    """Around the work of a stage that is too short for :func:`minimind.runtime.run.start_run`.
+
+    Raises:
+        UserError: code, inputs or sections of the params file were edited meanwhile.
+    """
+    provenance = Provenance(path for path in inputs if path.exists())  # the stage misses others
+    yield
+    provenance.check()
+    check_sections(params, sections)
+
+
+def check_sections(params: Path, sections: Mapping[str, Section]) -> None:
+    """Raises UserError when a section of the params file is not what it was at the start."""
+    for name, section in sections.items():
+        if load_section(params, name, type(section)) != section:
+            raise UserError(
+                f"{params}: {name} changed while the stage was running; "
                 "nothing was saved under false colours: run `dvc repro` again."
             )
 

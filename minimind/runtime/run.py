@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from minimind.errors import Stopped, UserError
-from minimind.params import Section, load_section
+from minimind.params import Section
 from minimind.runtime.device import prepare_device
 from minimind.runtime.launch import is_worker, launch, other_machines
 from minimind.runtime.processes import (
@@ -26,7 +26,7 @@ from minimind.runtime.processes import (
     leave_processes,
 )
 from minimind.runtime.progress import Progress
-from minimind.runtime.provenance import Provenance
+from minimind.runtime.provenance import Provenance, check_sections
 from minimind.runtime.settings import RuntimeSettings, load_settings
 from minimind.runtime.stop import StopRequest
 from minimind.runtime.tracker import start_tracker
@@ -131,12 +131,7 @@ class Run:
 
     def _check_unchanged(self) -> None:
         self.provenance.check()
-        for name, section in self.sections.items():
-            if load_section(self.params, name, type(section)) != section:
-                raise UserError(
-                    f"{self.params}: {name} changed while the stage was running; "
-                    "nothing was saved under false colours: run `dvc repro` again."
-                )
+        check_sections(self.params, self.sections)
 
     def _write_record(self) -> None:
         """runs/<stage>.json: how the stage was computed. Not an output: it differs every time."""
