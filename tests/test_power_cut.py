@@ -214,12 +214,14 @@ def several_saves(root: Path, recorder: Recorder) -> None:
 def saving_over_a_damaged_state(root: Path, recorder: Recorder) -> None:
     store = ResumeStore(root / ".resume" / "sft" / "0123")
     store.save(a_state(1))
-    store.save(a_state(3))
-    (store.directory / "state-000000003" / "values.json").write_bytes(b"")
+    store.save(a_state(4))
+    (store.directory / "state-000000004" / "values.json").write_bytes(b"")
     recorder.mark = 1
     for step in (2, 3, 4):
         store.save(a_state(step))
         recorder.mark = step
+        kept = sorted(path.name[-1] for path in store.directory.glob("state-*"))
+        assert kept == [str(step - 1), str(step)]
     store.close()
 
 

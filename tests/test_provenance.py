@@ -1,0 +1,94 @@
+"""A dependency that is edited during a run: nothing is recorded, even if the edit is undone."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import minimind.datasets.mini_world
+from minimind.errors import UserError
+from minimind.runtime.provenance import Provenance
+from minimind.training.fit import FitConfig
+from stages import mini_world
+from tests.graph import ROOT
+from tests.test_fit import CONFIG, a_run, data, quiet_surroundings  # noqa: F401
+
+CHANGED = "changed while the stage was running"
+
+
+def edit_and_undo(path: Path) -> None:
+    before = path.read_bytes()
+    path.write_bytes(before + b"\n")
+    path.write_bytes(before)
+
+
+def change_section(path: Path) -> None:
+    params = json.loads(path.read_text())
+    params["sft"]["lr"] *= 2
+    path.write_text(json.dumps(params))
+
+
+@pytest.mark.parametrize("where", ["before the outputs", "while they are written"])
+@pytest.mark.parametrize(
+    ("file", "edit"), [("data/tokens.bin", edit_and_undo), ("params.yaml", change_section)]
+)
+def test_a_run_whose_dependency_was_edited_does_not_finish(
+    tmp_path: Path,
+    data,  # noqa: F811
+    where: str,
+    file: str,
+    edit: Callable[[Path], None],
+) -> None:
+    metrics = tmp_path / "metrics.json"
+
+    def edited_run() -> None:
+        with a_run(tmp_path, FitConfig.model_validate(CONFIG)) as run:
+            if where == "before the outputs":
+                edit(tmp_path / file)
+            with run.saving(metrics):
+                metrics.write_text("{}")
+                edit(tmp_path / file)
+
+    with pytest.raises(UserError, match=CHANGED):
+        edited_run()
+    assert not list(tmp_path.glob(".resume/*/*/finished.json"))
+
+
+def test_a_parameter_of_another_stage_may_be_edited(
+    tmp_path: Path,
+    data,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DVC_STAGE", "sft")
+    metrics = tmp_path / "metrics.json"
+    with a_run(tmp_path, FitConfig.model_validate(CONFIG)) as run, run.saving(metrics):
+        metrics.write_text("{}")
+        params = json.loads((tmp_path / "params.yaml").read_text())
+        (tmp_path / "params.yaml").write_text(json.dumps(params | {"dpo": {}}))
+    assert list(tmp_path.glob(".resume/*/*/finished.json"))
+
+
+def test_code_that_was_imported_is_a_dependency() -> None:
+    pinned = {path.resolve() for path in Provenance([]).files}
+    assert ROOT / "minimind/training/fit.py" in pinned
+    assert not any("runtime" in path.parts for path in pinned)
+
+
+def test_a_short_stage_notices_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["mini_world"] |= {name: 2 for name in params["mini_world"] if name.startswith("num_")}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+
+    def write(output: Path, config: minimind.datasets.mini_world.MiniWorldConfig) -> dict[str, int]:
+        params["mini_world"]["seed"] += 1
+        Path("params.yaml").write_text(yaml.safe_dump(params))
+        return {}
+
+    monkeypatch.setattr(mini_world, "write_mini_world", write)
+    result = CliRunner().invoke(mini_world.app, ["--output", "out", "--metrics", "metrics.json"])
+    assert result.exit_code == 1
+    assert CHANGED in result.stderr
