@@ -401,9 +401,9 @@ def test_offsets_of_other_arrays_are_noticed(stage: Stage) -> None:
 
 def test_another_tokenizer_is_noticed(stage: Stage, tokenizer: ChatTokenizer) -> None:
     dataset, _ = stage.encode(chat_rows(CHATS), "chat")
-    dataset.check_tokenizer(tokenizer.fingerprint, Path("models/sft"))
+    dataset.check_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size, Path("models/sft"))
     with pytest.raises(UserError, match="another tokenizer than that of models/sft"):
-        dataset.check_tokenizer("0" * 32, Path("models/sft"))
+        dataset.check_tokenizer("0" * 32, tokenizer.vocab_size, Path("models/sft"))
 
 
 def test_encoding_starts_without_torch_and_transformers() -> None:
