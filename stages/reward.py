@@ -7,9 +7,8 @@ import typer
 
 from minimind.checkpoint import load_model, require_same_tokenizer
 from minimind.datasets.encoded import EncodedDataset
-from minimind.errors import UserError
 from minimind.metrics import write_curve, write_metrics
-from minimind.model.reward import RewardModel
+from minimind.model.reward import RewardModel, dense_part
 from minimind.objectives.reward_model import PairwiseReward
 from minimind.params import load_section
 from minimind.reward_checkpoint import save_reward_model
@@ -23,7 +22,7 @@ app = stage_app("reward")
 class RewardConfig(FitConfig):
     """The `reward` section."""
 
-    init: str  # the checkpoint to start from: models/<init>
+    init: str  # the checkpoint to start from: models/<init>; of a mixture, its dense part
 
 
 @app.command()
@@ -39,12 +38,7 @@ def main(
     config = load_section(params, "reward", RewardConfig)
     with start_training("reward", params, {"reward": config}, [checkpoint, preferences]) as run:
         base = load_model(checkpoint)
-        if base.config.num_experts:
-            raise UserError(
-                f"{checkpoint} is a mixture of experts; a reward model starts from a dense one: "
-                "set reward.init to the name of a dense checkpoint."
-            )
-        model = RewardModel(base)
+        model = RewardModel(dense_part(base, config.seed) if base.config.num_experts else base)
         dataset = EncodedDataset.open(preferences)
         dataset.check_format("preference")
         require_same_tokenizer(checkpoint, dataset)

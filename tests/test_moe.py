@@ -17,6 +17,7 @@ from minimind.datasets.batches import PackedBatch, count, pack
 from minimind.errors import UserError
 from minimind.generate import generate
 from minimind.model.moe import FeedForward, MixtureOfExperts, Routing, balance_and_load
+from minimind.model.reward import dense_part
 from minimind.model.transformer import ModelConfig, ModelShape, PackedTokens, Transformer
 from minimind.objectives.dpo import Dpo
 from minimind.objectives.loss import Loss, Term
@@ -252,6 +253,26 @@ def test_four_micro_batches_are_one_big_batch(tmp_path: Path, kind: str) -> None
     small = loss_and_gradient(small_model, objective, parts, totals)
     assert small[0] == pytest.approx(big[0], rel=1e-6)
     torch.testing.assert_close(small[1], big[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_shared_experts", [0, 1, 2])
+def test_the_dense_part_of_a_mixture_computes_what_all_tokens_see(
+    tmp_path: Path, num_shared_experts: int
+) -> None:
+    mixture = moe_model(num_shared_experts=num_shared_experts)
+    dense = dense_part(mixture, seed=1)
+    with torch.no_grad():
+        for layer in mixture.model.layers:
+            for expert in layer.mlp.experts:
+                expert.down_proj.weight.zero_()
+            if num_shared_experts == 2:
+                layer.mlp.shared_experts.down_proj.weight.zero_()
+        if num_shared_experts != 1:  # then feed-forward networks are new: leave them out too
+            for layer in dense.model.layers:
+                layer.mlp.down_proj.weight.zero_()
+    batch = random_batch(tmp_path)
+    expected = mixture(batch.tokens, batch.predict_at).logits
+    torch.testing.assert_close(dense(batch.tokens, batch.predict_at).logits, expected)
 
 
 def test_compiled_experts_learn_as_eager_ones_do(tmp_path: Path) -> None:
