@@ -1,12 +1,13 @@
 # make repro: from clone to trained, evaluated checkpoints    make test: the tests
 # make check: format, lint, types                             make table: what each stage taught
+# make bench: how fast, beside others that do the same work
 
 SHELL := /bin/sh
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-.PHONY: repro test check table install clean
+.PHONY: repro test check table bench install clean
 
 repro: install
 	dvc repro
@@ -14,6 +15,11 @@ repro: install
 
 table:
 	@python -m minimind.cli.table
+
+# MINIMIND=<folder of a clone of MiniMind> adds its scripts; BENCH=--short takes minutes, not an hour
+bench: install
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	python -m benchmarks.bench $(if $(MINIMIND),--minimind $(MINIMIND)) $(BENCH)
 
 test: install
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadgroup

@@ -1,0 +1,221 @@
+"""How fast this is, beside others that do the same work: `make bench`.
+
+    python -m benchmarks.bench --minimind ../minimind     # all works; an hour on two cores
+    python -m benchmarks.bench --short --works sft,rollouts
+    python -m benchmarks.bench --works sft --profile      # where our own time goes
+
+Every round lets each peer do one step of the same work, one after the other, in one process with
+the same number of threads; a ratio is taken within a round. Peers: `trl` and `hf` (TRL's trainers
+and Hugging Face's generate, in the best settings found), `padded` (a plain float32 loop), and
+`minimind` (MiniMind's own scripts, given the folder of a clone). Ours runs in bfloat16; `--compile`
+measures it compiled, too. Writes benchmarks/results/bench.json.
+"""
+
+import argparse
+import gc
+import platform
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.limit import matmul_rate, training_operations
+from benchmarks.material import SUPERVISED, Material, Sizes
+from benchmarks.peers import Step, ours
+from benchmarks.processes import memory_rows, start_rows
+from benchmarks.table import as_text, quartiles, ratio_rows, save
+
+ROOT = Path(__file__).parents[1]
+WORKS = (*SUPERVISED, "grpo step", "rollouts", "rollouts that end", "memory", "start")
+PEERS = ("ours", "ours compiled", "trl", "hf", "padded", "minimind")
+# The processor's time says more than the wall's where others use the same cores; but only of one
+# thread, since those that wait for each other count as working.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+WARM_UP = 1  # steps of each peer before the first round
+
+FULL = Sizes(
+    samples={"pretrain": 32, "sft": 32, "dpo": 4, "reason": 8, "distill": 16},
+    num_prompts=16,
+    num_samples=8,
+    new_tokens=128,
+    grpo_prompts=2,
+    grpo_tokens=128,
+    num_steps=16,
+)
+SHORT = Sizes(
+    samples={"pretrain": 8, "sft": 8, "dpo": 4, "reason": 8, "distill": 4},
+    num_prompts=16,
+    num_samples=8,
+    new_tokens=32,
+    grpo_prompts=2,
+    grpo_tokens=32,
+    num_steps=8,
+)
+
+
+def main() -> None:
+    arguments = _parse()
+    sizes = SHORT if arguments.short else FULL
+    torch.set_num_threads(arguments.threads)
+    works = arguments.works.split(",")
+    with tempfile.TemporaryDirectory() as folder:
+        material = Material(ROOT, Path(folder), sizes)
+        if arguments.profile:
+            for work in works:
+                _profile(ours.prepare(material, work), work)
+            return
+        rows: list[dict[str, Any]] = []
+        limit: dict[str, Any] = {}
+        for work in works:
+            rows += _measure(material, work, arguments, limit)
+            save(arguments.output, rows, _setting(arguments, limit))  # what there is, so far
+    print("\n" + as_text(rows))
+    for name, value in limit.items():
+        print(f"{name}: {value}")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--short", action="store_true", help="small steps, few rounds: minutes")
+    parser.add_argument("--works", default=",".join(WORKS), help="of: %(default)s")
+    parser.add_argument("--peers", default="ours,trl,hf,padded,minimind")
+    parser.add_argument("--minimind", type=Path, help="the folder of a clone of MiniMind")
+    parser.add_argument("--compile", action="store_true", help="ours compiled, too")
+    parser.add_argument("--rounds", type=int, help="default: 7, short: 3")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: with one thread")
+    parser.add_argument("--profile", action="store_true", help="only show where our time goes")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/bench.json")
+    arguments = parser.parse_args()
+    arguments.rounds = arguments.rounds or (3 if arguments.short else 7)
+    if arguments.clock == "cpu" and arguments.threads > 1:
+        parser.error("--clock cpu is for --threads 1: waiting threads would count as working.")
+    if unknown := set(arguments.works.split(",")) - set(WORKS):
+        parser.error(f"unknown works {sorted(unknown)}; there are: {', '.join(WORKS)}.")
+    return arguments
+
+
+def prepare(peer: str, material: Material, work: str, clone: Path | None) -> Step | None:
+    """A peer's step of a work, or None where it does not do it or is not there."""
+    # Imported here: they are extras, and take seconds.
+    if peer == "ours":
+        return ours.prepare(material, work)
+    if peer == "ours compiled":
+        return ours.prepare(material, work, compile=True) if work in SUPERVISED else None
+    if peer == "padded":
+        from benchmarks.peers import padded
+
+        return padded.prepare(material, work)
+    if peer == "hf":
+        from benchmarks.peers import hf
+
+        return hf.prepare(material, work)
+    if peer == "trl":
+        from benchmarks.peers import trl_peer
+
+        return trl_peer.prepare(material, work)
+    if clone is None:
+        return None
+    from benchmarks.peers import minimind_clone
+
+    return minimind_clone.prepare(material, work, clone)
+
+
+def _measure(
+    material: Material, work: str, arguments: argparse.Namespace, limit: dict[str, Any]
+) -> list[dict[str, Any]]:
+    peers = arguments.peers.split(",") + ["ours compiled"] * arguments.compile
+    if work == "memory":
+        return memory_rows(peers, arguments)
+    if work == "start":
+        return start_rows(ROOT, arguments)
+    steps = {}
+    for peer in peers:
+        step = prepare(peer, material, work, arguments.minimind)
+        if step is not None:
+            _say(f"{work}: {peer} warms up")
+            for _ in range(WARM_UP):
+                step()
+            steps[peer] = step
+    rates: dict[str, list[float]] = {peer: [] for peer in steps}
+    shares: list[float] = []
+    for number in range(arguments.rounds):
+        for peer, step in steps.items():
+            gc.collect()
+            started = CLOCKS[arguments.clock]()
+            tokens = step()
+            rates[peer].append(tokens / (CLOCKS[arguments.clock]() - started))
+        if work == "pretrain":
+            rate = matmul_rate(torch.bfloat16, CLOCKS[arguments.clock])
+            operations = training_operations(material.config, 1, 1)
+            shares.append(rates["ours"][-1] * operations / rate)
+            limit["matmul_gflops_bfloat16"] = round(rate / 1e9)
+        shown = ", ".join(f"{peer} {peer_rates[-1]:,.0f}" for peer, peer_rates in rates.items())
+        _say(f"{work}: round {number + 1} of {arguments.rounds}, tokens/s: {shown}")
+    if shares:
+        low, high = quartiles(shares)
+        limit["share_of_matmul_limit"] = [round(low, 3), round(high, 3)]
+    rows = ratio_rows(work, rates)
+    # Ours compiled is also compared with ours: a row of its own, more than 1 where it pays.
+    return [{**row, "unit": "tokens/s"} for row in rows]
+
+
+def _profile(step: Step, work: str) -> None:
+    from torch.profiler import profile
+
+    step()
+    with profile() as profiled:
+        step()
+    print(work)
+    print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
+
+
+def _setting(arguments: argparse.Namespace, limit: dict[str, Any]) -> dict[str, Any]:
+    """What the numbers hold for."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "short": arguments.short,
+        "rounds": arguments.rounds,
+        "threads": arguments.threads,
+        "clock": arguments.clock,
+        "processor": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("torch", "transformers", "trl", "numpy")},
+        "limit": limit,
+    }
+
+
+def _processor() -> str:
+    """The processor's name; Linux has it in a file."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        fields = dict(
+            line.split(":", 1) for line in info.read_text().splitlines() if line.count(":")
+        )
+        values = {key.strip(): value.strip() for key, value in fields.items()}
+        if "model name" in values:
+            family, model = values.get("cpu family", "?"), values.get("model", "?")
+            return f"{values['model name']} (family {family}, model {model})"
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""The project's own code, as its stages call it, in bfloat16."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.material import END, Material
+from benchmarks.paced import Paced
+from benchmarks.peers import Step
+from minimind.datasets.batches import Extra, in_order
+from minimind.generate import Sampling, generate
+from minimind.model.transformer import Layer, Transformer
+from minimind.objectives.distill import TEACHER_IDS, TEACHER_LOGPROBS, Distill, bucket_logprobs
+from minimind.objectives.dpo import Dpo, row_logprobs
+from minimind.objectives.loss import Objective
+from minimind.objectives.next_token import NextToken
+from minimind.reinforcement.environment import Environment
+from minimind.reinforcement.group_relative import GroupRelative
+from minimind.reinforcement.loop import ReinforcementConfig, reinforce
+from minimind.reinforcement.prompts import Draws, Indices, Prompt
+from minimind.reinforcement.rewards import Rewards
+from minimind.reinforcement.rollout import SamplingConfig
+from minimind.runtime.parallel import spread
+from minimind.runtime.processes import Processes
+from minimind.runtime.settings import RuntimeSettings
+from minimind.training.fit import take_step
+from minimind.training.optimizer import Optimizer, OptimizerConfig
+from minimind.training.precision import autocast
+
+CPU = torch.device("cpu")
+
+
+def prepare(material: Material, work: str, compile: bool = False) -> Step:
+    if work == "rollouts":
+        return _rollouts(material, material.model())
+    if work == "rollouts that end":
+        return _rollouts(material, material.ending_model(material.sizes.new_tokens // 3))
+    if work == "grpo step":
+        return _grpo(material, compile)
+    return _supervised(material, work, compile)
+
+
+@dataclass
+class BareRun:
+    """What the loops ask of a run, without signals, states and provenance."""
+
+    settings: RuntimeSettings
+    device: torch.device = CPU
+    processes: Processes = field(default_factory=Processes)
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def store(self) -> "BareRun":
+        return self
+
+    def load(self) -> tuple[None, list[str]]:
+        return None, []
+
+    def save(self, _state: object) -> None: ...
+
+    def say(self, _line: str) -> None: ...
+
+    def log(self, _row: object) -> None: ...
+
+    def update(self, *_values: object) -> None: ...
+
+    def close(self) -> None: ...
+
+    def progress(self, *_values: object) -> "BareRun":
+        return self
+
+    def computed_with(self) -> dict[str, Any]:
+        return {}
+
+    def is_save_due(self, *_values: object) -> bool:
+        return False
+
+    def agree(self, _due: bool) -> tuple[bool, bool]:
+        return False, False
+
+
+def bare_run(compile: bool) -> Any:
+    return BareRun(RuntimeSettings(compile=compile))
+
+
+def _supervised(material: Material, work: str, compile: bool) -> Step:
+    objective, extras = _objective(material, work)
+    section = material.params[work]
+    config = OptimizerConfig(**{key: section[key] for key in OptimizerConfig.model_fields})
+    run = bare_run(compile)
+    trained, forward = spread(material.model(), Layer, run)
+    optimizer = Optimizer(trained, config, CPU)
+    batches = replace(material.batches(work), extras=extras)
+    numbers = count()
+
+    def step() -> int:
+        batch = batches.step(next(numbers) % batches.num_steps, rank=0, world=1)
+        take_step(forward, objective, optimizer, batch, 0.0, 1.0, run)
+        return batch.totals.tokens
+
+    return step
+
+
+def _objective(material: Material, work: str) -> tuple[Objective, dict[str, Extra]]:
+    section = material.params[work]
+    if work == "dpo":
+        objective = Dpo(section["beta"], section["reduction"], section["nll_weight"])
+        return objective, _reference(material, section)
+    if work == "distill":
+        temperature = material.params["teacher_outputs"]["temperature"]
+        return Distill(section["alpha"], temperature, None), _teacher_outputs(material, temperature)
+    return NextToken(section.get("tag_weight", 1.0), section.get("final_tag_weight", 1.0)), {}
+
+
+def _reference(material: Material, section: dict[str, Any]) -> dict[str, Extra]:
+    """What the reference stage writes: of each row, once."""
+    model, data = material.model().eval(), material.dataset("dpo")
+    with torch.no_grad(), autocast(CPU, "bfloat16"):
+        parts = [
+            row_logprobs(model, batch, section["reduction"])
+            for batch in in_order(data, np.arange(data.num_samples), 8, {})
+        ]
+    return {"reference": Extra(torch.cat(parts).numpy(), per="rows")}
+
+
+def _teacher_outputs(material: Material, temperature: float) -> dict[str, Extra]:
+    """What the teacher_outputs stage writes: the likeliest tokens at each trained one."""
+    teacher, data = material.teacher().eval(), material.dataset("distill")
+    top_k = material.params["teacher_outputs"]["top_k"]
+    ids, logprobs = [], []
+    with torch.no_grad(), autocast(CPU, "bfloat16"):
+        for batch in in_order(data, np.arange(data.num_samples), 16, {}):
+            logits = teacher(batch.tokens, batch.predict_at).logits
+            ids.append(logits.topk(top_k).indices)
+            logprobs.append(bucket_logprobs(logits, ids[-1], temperature))
+    return {
+        TEACHER_IDS: Extra(torch.cat(ids).numpy().astype(np.uint16), per="tokens"),
+        TEACHER_LOGPROBS: Extra(torch.cat(logprobs).numpy().astype(np.float16), per="tokens"),
+    }
+
+
+def _rollouts(material: Material, model: Transformer) -> Step:
+    model.eval()
+    sizes, seeds = material.sizes, count()
+
+    def step() -> int:
+        num_rows = sizes.num_prompts * sizes.num_samples
+        completions = generate(
+            model,
+            material.prompts,
+            max_new_tokens=sizes.new_tokens,
+            end_id=END,
+            dtype="bfloat16",
+            sampling=Sampling(temperature=1.0, top_p=1.0, seed=next(seeds), rows=range(num_rows)),
+            num_samples_per_prompt=sizes.num_samples,
+        )
+        return sum(map(len, completions.ids))
+
+    return step
+
+
+class _Words:
+    """In place of a tokenizer, for rewards: a token's text is its number."""
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+class _PacedMethod(GroupRelative):
+    """GRPO that waits before it draws a step's prompts."""
+
+    wait: Callable[[], None]
+
+    def draw(self, step: int) -> Indices:
+        self.wait()
+        return super().draw(step)
+
+
+def _grpo(material: Material, compile: bool) -> Step:
+    sizes = material.sizes
+    section = dict(material.params["grpo"])
+    del section["num_generations"]
+    rewards = dict.fromkeys(("format", "answer", "length", "repetition", "reward_model"), 0.0)
+    config = ReinforcementConfig(
+        **section
+        | {
+            "batch_size": sizes.grpo_prompts,
+            "accumulation_steps": 1,
+            "max_steps": 10**6,
+            "epochs": 1e6,
+            "max_new_tokens": sizes.grpo_tokens,
+            "curve_interval": 10**6,
+            "rewards": section["rewards"] | rewards | {"custom": 1.0},
+        }
+    )
+    prompts = [Prompt(_Words().decode(ids), None, ids, "") for ids in material.prompts]
+    sampling = SamplingConfig(1.0, 1.0, sizes.grpo_tokens, "bfloat16", material.seed, END)
+    drawn = [0]
+
+    def reward(_prompt: str, completion: str, _answer: str | None) -> float:
+        drawn[0] += len(completion.split())
+        return text_reward(completion)
+
+    judge = Rewards(config.rewards, sizes.grpo_tokens, None, reward)
+    environment = Environment(prompts, _Words(), sampling, judge)  # type: ignore[arg-type]
+    draws = Draws(len(prompts), sizes.grpo_prompts, material.seed)
+    method = _PacedMethod(draws, sizes.num_samples, divide_by_std=True)
+
+    def loop(wait: Callable[[], None]) -> None:
+        method.wait = wait
+        reinforce(material.model(), environment, method, config, bare_run(compile))
+
+    paced = Paced(loop)
+
+    def step() -> int:
+        drawn[0] = 0
+        paced.step()
+        return drawn[0]
+
+    return step
+
+
+def text_reward(text: str) -> float:
+    """A reward that completions of random tokens differ in, from -1 to 1."""
+    return sum(map(ord, text)) % 101 / 50 - 1
