@@ -1,13 +1,15 @@
 """The stages, one command a file.
 
 This is imported before all that is slow, so that a stage notices even in its first second when the
-DVC or the torchrun that started it is gone.
+DVC or the torchrun that started it is gone, or that its code is being edited.
 """
 
 import os
 
+from minimind.runtime.code import note_code
 from minimind.runtime.launch import is_worker
 from minimind.runtime.stop import watch_parents
 
 if os.environ.get("DVC_STAGE") or is_worker():
     watch_parents()
+    note_code()

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import minimind.datasets.mini_world
 from minimind.errors import UserError
+from minimind.runtime import code
 from minimind.runtime.provenance import Provenance
 from minimind.training.fit import FitConfig
 from stages import mini_world
@@ -92,3 +93,16 @@ def test_a_short_stage_notices_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     result = CliRunner().invoke(mini_world.app, ["--output", "out", "--metrics", "metrics.json"])
     assert result.exit_code == 1
     assert CHANGED in result.stderr
+
+
+def test_code_that_is_edited_while_it_is_imported_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(code, "_at_start", {})
+    code.note_code()
+    Provenance([])
+    edited = ROOT / "minimind/training/fit.py"
+    size, inode, changed = code._at_start[edited]
+    code._at_start[edited] = (size, inode, changed - 1)  # as if it was older when imports began
+    with pytest.raises(UserError, match=r"fit\.py changed while the stage was starting"):
+        Provenance([])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from minimind.errors import UserError
 from minimind.params import Section, load_section
+from minimind.runtime.code import was_edited
 
 RUNTIME_PACKAGE = "minimind.runtime"  # decides how, not what; see its modules
 # Where modules that decide a result are found; a stage that runs is called by the last of these.
@@ -63,6 +64,10 @@ class Provenance:
     """Files a result depends on: inputs, and the project's own code that has been imported."""
 
     def __init__(self, inputs: Iterable[Path]) -> None:
+        if edited := [str(path) for path in code_files() if was_edited(path)]:
+            raise UserError(
+                f"{', '.join(edited)} changed while the stage was starting: run `dvc repro` again."
+            )
         self.files = {path: Pinned.of(path) for path in sorted({*code_files(), *_files(inputs)})}
 
     def digests(self) -> dict[str, str]:
