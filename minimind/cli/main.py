@@ -6,8 +6,10 @@ from typing import Annotated
 import typer
 
 from minimind.cli.lint import lint
+from minimind.errors import UserError
 from minimind.presets import apply_preset, read_preset
 from minimind.runtime.command import stage_app
+from minimind.verify import Project
 
 app = stage_app("minimind")
 
@@ -31,6 +33,18 @@ def preset(
 
 
 app.command()(lint)
+
+
+@app.command()
+def verify(
+    root: Annotated[Path, typer.Argument(help="the project's root folder")] = Path("."),
+) -> None:
+    """Check checkpoints against dvc.lock, and what they come of, back to the data."""
+    findings = list(Project(root).findings())
+    for finding in findings:
+        typer.echo(f"{finding.subject}: {'BROKEN: ' if finding.broken else ''}{finding.text}")
+    if broken := [finding for finding in findings if finding.broken]:
+        raise UserError(f"{len(broken)} of {len(findings)} broken; the first: {broken[0].text}.")
 
 
 def main() -> None:

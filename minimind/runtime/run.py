@@ -124,8 +124,8 @@ class Run:
         yield
         self._check_unchanged()
         self.raise_if_stopped("at the last step")
-        self._write_record()
         digest = hashlib.md5(metrics.read_bytes(), usedforsecurity=False).hexdigest()
+        self._write_record(digest)
         self.store.finish({"folder": str(Path.cwd()), "metrics_md5": digest})
         self.processes.wait()
 
@@ -133,8 +133,11 @@ class Run:
         self.provenance.check()
         check_sections(self.params, self.sections)
 
-    def _write_record(self) -> None:
-        """runs/<stage>.json: how the stage was computed. Not an output: it differs every time."""
+    def _write_record(self, metrics_md5: str) -> None:
+        """runs/<stage>.json: how the stage was computed. Not an output: it differs every time.
+
+        metrics_md5: by which `minimind verify` knows whether dvc.lock is of this run.
+        """
         peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         record = {
             "stage": self.stage,
@@ -146,6 +149,7 @@ class Run:
             "host": platform.node(),
             "python": platform.python_version(),
             "versions": {name: version(name) for name in RECORDED_PACKAGES},
+            "metrics_md5": metrics_md5,
             "inputs": self.provenance.digests(),
         }
         path = self.settings.root / "runs" / f"{self.stage}.json"

@@ -1,0 +1,278 @@
+"""`minimind verify` on a small graph that DVC has run: every kind of break is found and named."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from minimind.cli.main import app
+from tests.project import dvc
+
+STEP = """
+import hashlib, pathlib, sys
+*sources, target, metrics = map(pathlib.Path, sys.argv[1:])
+texts = [file.read_text() for s in sources for file in sorted([s, *s.rglob("*")]) if file.is_file()]
+target.mkdir(parents=True)
+for name in ("config.json", "model.safetensors", "部/分.txt"):
+    (target / name).parent.mkdir(exist_ok=True)
+    (target / name).write_text(hashlib.sha256("".join([name, *texts]).encode()).hexdigest())
+metrics.parent.mkdir(exist_ok=True)
+metrics.write_text(str(len(texts)))
+"""
+GRAPH = """
+stages:
+  world:
+    cmd: python step.py seed.txt data/world metrics/world.json
+    params: [world]
+    deps: [step.py, seed.txt]
+    outs: [data/world]
+    metrics: [metrics/world.json: {cache: false}]
+  pretrain:
+    cmd: python step.py data/world/config.json models/pretrain metrics/pretrain.json
+    params: [pretrain.lr]
+    deps: [step.py, data/world/config.json]
+    outs: [models/pretrain]
+    metrics: [metrics/pretrain.json: {cache: false}]
+  sft:
+    cmd: python step.py 'models/${sft.init}' data/world models/sft metrics/sft.json
+    params: [sft]
+    deps: [step.py, 'models/${sft.init}', data/world]
+    outs: [models/sft]
+    metrics: [metrics/sft.json: {cache: false}]
+  export:
+    foreach: [sft]
+    do:
+      cmd: python step.py models/${item} exports/${item} metrics/export-${item}.json
+      deps: [other.py, 'models/${item}']
+      outs: ['exports/${item}']
+      metrics: ['metrics/export-${item}.json': {cache: false}]
+"""
+PARAMS = "world: {seed: 1}\npretrain: {lr: 1e-06}\nsft: {init: pretrain, lr: 5.0e-4, n: [1, 2]}\n"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    project = tmp_path_factory.mktemp("verify") / "whole"
+    project.mkdir()
+    for name, text in {
+        "step.py": STEP,
+        "other.py": "# not run\n",
+        "seed.txt": "1",
+        "dvc.yaml": GRAPH,
+        "params.yaml": PARAMS,
+    }.items():
+        (project / name).write_text(text, encoding="utf-8")
+    dvc(project, "init", "--no-scm", "-q")
+    dvc(project, "repro", "-q")
+    return project
+
+
+@pytest.fixture
+def project(whole: Path, tmp_path: Path) -> Path:
+    shutil.copytree(whole, tmp_path / "project")
+    return tmp_path / "project"
+
+
+def verify(project: Path) -> tuple[int, dict[str, str], str]:
+    """Exit code, what is said of each checkpoint, and the line of the first break."""
+    result = CliRunner().invoke(app, ["verify", str(project)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    lines = dict(line.split(": ", 1) for line in result.stdout.splitlines())
+    assert result.stderr.count("\n") == (result.exit_code != 0)
+    return result.exit_code, lines, result.stderr
+
+
+def test_a_whole_project_is_traced_back_to_its_data(project: Path) -> None:
+    code, lines, _ = verify(project)
+    assert code == 0
+    world = "data/world/config.json"
+    assert lines == {
+        "models/pretrain": f"as dvc.lock says; from {world} ← seed.txt",
+        "models/sft": f"as dvc.lock says; from data/world, models/pretrain ← seed.txt, {world}",
+        "exports/sft": "as dvc.lock says; from models/sft ← data/world, models/pretrain ← "
+        f"seed.txt, {world}",
+        "metrics": "4 files are as dvc.lock says",
+    }
+
+
+def flip_a_byte(project: Path) -> None:
+    """As a disk does it: neither size nor times change."""
+    file = project / "models/pretrain/model.safetensors"
+    times = file.stat()
+    data = bytearray(file.read_bytes())
+    data[5] ^= 1
+    file.chmod(0o644)
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def edit(file: str, pattern: str, new: str) -> Callable[[Path], None]:
+    def edited(project: Path) -> None:
+        text = (project / file).read_text(encoding="utf-8")
+        changed = re.sub(pattern, new, text, count=1, flags=re.DOTALL)
+        assert changed != text
+        (project / file).write_text(changed, encoding="utf-8")
+
+    return edited
+
+
+def edit_lock(stage: str, kind: str, index: int) -> Callable[[Path], None]:
+    def edited(project: Path) -> None:
+        lock = yaml.safe_load((project / "dvc.lock").read_text(encoding="utf-8"))
+        lock["stages"][stage][kind][index]["md5"] = "0" * 32
+        (project / "dvc.lock").write_text(yaml.safe_dump(lock), encoding="utf-8")
+
+    return edited
+
+
+def forget(stage: str) -> Callable[[Path], None]:
+    def edited(project: Path) -> None:
+        lock = yaml.safe_load((project / "dvc.lock").read_text(encoding="utf-8"))
+        del lock["stages"][stage]
+        (project / "dvc.lock").write_text(yaml.safe_dump(lock), encoding="utf-8")
+
+    return edited
+
+
+def run_upstream_alone(project: Path) -> None:
+    edit("params.yaml", "1e-06", "2e-06")(project)
+    edit("step.py", "len\\(texts\\)", "7")(project)
+    (project / "step.py").write_text(STEP.replace('"".join([', '"".join(["x", '), encoding="utf-8")
+    dvc(project, "repro", "-q", "--single-item", "pretrain")
+
+
+def leave_a_record(project: Path) -> None:
+    """Of the run that dvc.lock is of, which read another file than there is now."""
+    metrics = hashlib.md5((project / "metrics/sft.json").read_bytes()).hexdigest()
+    record = {"metrics_md5": metrics, "inputs": {"models/pretrain/config.json": "0" * 64}}
+    (project / "runs").mkdir()
+    (project / "runs/sft.json").write_text(json.dumps(record))
+
+
+ALL = {"models/pretrain", "models/sft", "exports/sft"}
+BREAKS: dict[str, tuple[Callable[[Path], None], set[str], list[str]]] = {
+    "a flipped byte in weights": (
+        flip_a_byte,
+        ALL,
+        ["models/pretrain is (", "dvc.lock says (", "`dvc checkout models/pretrain`"],
+    ),
+    "an edited entry of an input": (
+        edit_lock("sft", "deps", 1),
+        {"models/sft", "exports/sft"},
+        ["stage sft was run with models/pretrain (00000000)", "stage pretrain is ("],
+    ),
+    "an edited entry of an output": (
+        edit_lock("sft", "outs", 1),
+        {"models/sft", "exports/sft"},
+        ["models/sft is (", "dvc.lock says (00000000)"],
+    ),
+    "edited code": (
+        edit("step.py", "hexdigest", "hexdigest "),
+        ALL,
+        ["stage world was run with step.py (", "`dvc repro world`"],
+    ),
+    "edited code of the last stage alone": (
+        edit("other.py", "not", "never"),
+        {"exports/sft"},
+        ["stage export@sft was run with other.py"],
+    ),
+    "edited data": (edit("seed.txt", "1", "2"), ALL, ["seed.txt"]),
+    "missing data": (lambda p: (p / "seed.txt").unlink(), ALL, ["seed.txt", "is missing"]),
+    "a changed parameter": (
+        edit("params.yaml", "5.0e-4", "6.0e-4"),
+        {"models/sft", "exports/sft"},
+        ["sft.lr 0.0005, which now is 0.0006", "params.yaml"],
+    ),
+    "a parameter that is gone": (
+        edit("params.yaml", "pretrain: {lr: 1e-06}", "pretrain: {}"),
+        ALL,
+        ["pretrain.lr 1e-06, which now is None"],
+    ),
+    "a stage that dvc.lock does not have": (
+        forget("pretrain"),
+        ALL,
+        ["dvc.lock does not say that stage pretrain made models/pretrain", "`dvc repro pretrain`"],
+    ),
+    "an upstream stage that ran again": (run_upstream_alone, ALL, ["stage world", "step.py"]),
+    "a file of the data that was edited": (
+        edit("data/world/model.safetensors", "^.", "x"),
+        ALL,
+        ["data/world is ("],
+    ),
+    "a file too many": (
+        lambda p: (p / "models/sft/more").write_text("x"),
+        {"models/sft", "exports/sft"},
+        ["models/sft is ("],
+    ),
+    "edited metrics": (
+        edit("metrics/sft.json", "$", "0"),
+        {"models/sft", "exports/sft", "metrics"},
+        ["metrics/sft.json"],
+    ),
+    "a record of another input": (
+        leave_a_record,
+        {"models/sft", "exports/sft"},
+        ["runs/sft.json says that stage sft read models/pretrain/config.json (00000000)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_break_is_found_and_named(project: Path, name: str) -> None:
+    break_it, expected, named = BREAKS[name]
+    break_it(project)
+    code, lines, first = verify(project)
+    assert code == 1
+    broken = {subject for subject, text in lines.items() if text.startswith("BROKEN: ")}
+    assert broken == expected, lines
+    assert first.startswith(f"minimind: {len(broken)} of 4 broken; the first: ")
+    for text in named:
+        assert text in first
+
+
+def test_only_the_upstream_ran_again(project: Path) -> None:
+    """Its code and parameters are as its entry says; what came of its old result is not."""
+    edit("params.yaml", "1e-06", "2e-06")(project)
+    lock = yaml.safe_load((project / "dvc.lock").read_text(encoding="utf-8"))
+    lock["stages"]["pretrain"]["params"]["params.yaml"]["pretrain.lr"] = 2e-06
+    (project / "models/pretrain/config.json").chmod(0o644)
+    (project / "models/pretrain/config.json").write_text("another result")
+    (project / "dvc.lock").write_text(yaml.safe_dump(lock), encoding="utf-8")
+    dvc(project, "commit", "-q", "-f", "pretrain")
+    code, lines, first = verify(project)
+    assert code == 1
+    assert lines["models/pretrain"].startswith("as dvc.lock says")
+    assert lines["models/sft"].startswith("BROKEN: stage sft was run with models/pretrain (")
+    assert "`dvc repro sft` makes it anew" in first
+
+
+def test_what_is_not_here_is_no_break(project: Path) -> None:
+    for folder in ("models", "data", "exports"):
+        shutil.rmtree(project / folder)
+    code, lines, _ = verify(project)
+    assert code == 0
+    assert lines["models/sft"].startswith("not here: `dvc pull models/sft` or `dvc repro sft`")
+
+
+def test_a_record_of_another_run_is_no_evidence(project: Path) -> None:
+    leave_a_record(project)
+    edit("runs/sft.json", '"metrics_md5": ".', '"metrics_md5": "x')(project)
+    assert verify(project)[0] == 0
+
+
+@pytest.mark.parametrize("text", [None, "", "a: [", "stages: 3\n", "schema: '2.0'\n"])
+def test_without_a_lock_there_is_nothing_to_verify(project: Path, text: str | None) -> None:
+    (project / "dvc.lock").unlink()
+    if text is not None:
+        (project / "dvc.lock").write_text(text)
+    code, lines, first = verify(project)
+    assert code == 1
+    assert not lines
+    assert "dvc.lock" in first
