@@ -1,7 +1,7 @@
 """Problems to evaluate on, read from JSONL.
 
 {"prompt", "answer"}      and optionally
- "id"                     a name for it; without one, the number of its line
+ "id"                     a name for it; without one, the number of its row, over all shards
  "level"                  how hard it is: each level has a metric of its own
  "full"                   the answer as a whole sentence
  "choices", "label"       answers to choose from, and the index of the right one
@@ -80,9 +80,9 @@ def read_problems(source: Path) -> list[Problem]:
         BadRowError: a row cannot be used; it says where and why.
     """
     problems = []
-    for place, record, _ in read_rows(source, _in_whole_characters):
+    for number, (place, record, _) in enumerate(read_rows(source, _in_whole_characters), 1):
         try:
-            problems.append(_parse(place, record))
+            problems.append(_parse(place, record, str(number)))
         except BadRowError:
             raise
         except UserError as error:
@@ -98,13 +98,13 @@ def _in_whole_characters(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _parse(place: Place, record: dict[str, Any]) -> Problem:
+def _parse(place: Place, record: dict[str, Any], number: str) -> Problem:
     if "conversations" in record:
         *messages, last = parse_chat(record)
         expected = find_answer(last["content"])
         if last["role"] != "assistant" or not messages or expected is None:
             raise UserError("a chat must end with an assistant turn that gives the answer")
-        return Problem(place, str(place.line), messages, expected.value)
+        return Problem(place, number, messages, expected.value)
     try:
         row = _Row.model_validate(record)
     except ValidationError as error:
@@ -114,7 +114,7 @@ def _parse(place: Place, record: dict[str, Any]) -> Problem:
         raise UserError(f"{name}: {reason}" if name else reason) from None
     return Problem(
         place=place,
-        id=str(place.line) if row.id is None else row.id,
+        id=number if row.id is None else row.id,
         messages=[{"role": "user", "content": row.prompt}],
         answer=row.answer,
         level=row.level,
