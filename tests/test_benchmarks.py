@@ -31,6 +31,13 @@ def test_ratios_are_taken_within_rounds() -> None:
     assert rows["padded"]["theirs"] == 1.5
 
 
+def test_each_setting_of_ours_has_rows_of_its_own() -> None:
+    rates = {"ours": [4.0], "ours compiled": [6.0], "trl": [2.0]}
+    eager, compiled = (ratio_rows("sft", rates, ours) for ours in ("ours", "ours compiled"))
+    assert [(row["setting"], row["ratio"]) for row in eager] == [("eager", 2)]
+    assert [(row["setting"], row["ratio"]) for row in compiled] == [("compiled", 3)]
+
+
 def test_one_round_has_no_spread() -> None:
     (row,) = ratio_rows("sft", {"ours": [6.0], "trl": [2.0]})
     assert row["low"] == row["ratio"] == row["high"] == 3
@@ -42,7 +49,7 @@ def test_the_saved_table_has_its_keys(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "results" / "bench.json").read_text())
     assert found["threads"] == 2
     assert {"work", "peer", "ratio", "low", "high"} <= set(found["rows"][0])
-    assert "| dpo | trl | 3.00 | 3.00-3.00 | 9 | 3 | tokens/s |" in as_text(rows)
+    assert "| dpo | trl | eager | 3.00 | 3.00-3.00 | 9 | 3 | tokens/s |" in as_text(rows)
 
 
 def test_training_operations_are_six_for_each_weight_and_token() -> None:

@@ -32,6 +32,7 @@ from minimind.training.optimizer import Optimizer, OptimizerConfig
 from minimind.training.precision import autocast
 
 CPU = torch.device("cpu")
+torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def prepare(material: Material, work: str, compile: bool = False) -> Step:
@@ -99,7 +100,9 @@ def _supervised(material: Material, work: str, compile: bool) -> Step:
 
     def step() -> int:
         batch = batches.step(next(numbers) % batches.num_steps, rank=0, world=1)
+        torch.use_deterministic_algorithms(compile, warn_only=True)  # as prepare_device does
         take_step(forward, objective, optimizer, batch, 0.0, 1.0, run)
+        torch.use_deterministic_algorithms(False)
         return batch.totals.tokens
 
     return step
