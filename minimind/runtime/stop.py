@@ -4,10 +4,12 @@ A stage is never torn from the middle of a step: the request is a flag that the 
 reads between two steps, where it saves its state and leaves with the signal's exit code.
 """
 
+import json
 import os
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -61,8 +63,11 @@ def watch_parents(interval_seconds: float = 0.5) -> None:
     DVC starts commands through a shell, which outlives a killed DVC; so the first ancestor that
     is no shell is watched, and every shell on the way.
     """
+    ancestors = psutil.Process().parents()
+    if _has_dvc_gone({ancestor.pid for ancestor in ancestors}):
+        os.kill(os.getpid(), signal.SIGTERM)
     watched = []
-    for ancestor in psutil.Process().parents():
+    for ancestor in ancestors:
         watched.append(ancestor)
         if ancestor.name() not in SHELLS:
             break
@@ -74,3 +79,17 @@ def watch_parents(interval_seconds: float = 0.5) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="watch-parents", daemon=True).start()
+
+
+def _has_dvc_gone(ancestors: set[int]) -> bool:
+    """Whether DVC died before we could look, and left us to some other process.
+
+    While it runs a stage, DVC has its process number in its list of who writes what; nobody takes
+    it from there when DVC is killed. Then the list names others than our ancestors alone.
+    """
+    try:
+        users = json.loads(Path(".dvc/tmp/rwlock").read_text(encoding="utf-8"))
+        writers = {entry["pid"] for entry in users["write"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # we cannot tell
+    return bool(writers) and not writers & ancestors

@@ -1,0 +1,71 @@
+"""No orphans: a stage whose DVC is gone ends, whenever that was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.graph import ROOT
+
+WATCHING = """
+import time
+from minimind.runtime.stop import watch_parents
+watch_parents(interval_seconds=0.01)
+print("watching", flush=True)
+time.sleep(60)
+print("nobody stopped this")
+"""
+
+
+def list_of_writers(directory: Path, process: int) -> None:
+    file = directory / ".dvc" / "tmp" / "rwlock"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"write": {"models/sft": {"pid": process, "cmd": "dvc repro"}}}))
+
+
+def watching(directory: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", WATCHING],
+        cwd=directory,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_stage_whose_dvc_died_while_it_started_ends_at_once(tmp_path: Path) -> None:
+    list_of_writers(tmp_path, process=2**22 + 1)  # more than Linux ever gives
+    stage = watching(tmp_path)
+    assert stage.communicate()[0] == ""
+    assert stage.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_stage_whose_dvc_lives_goes_on(tmp_path: Path, listed: bool) -> None:
+    if listed:
+        list_of_writers(tmp_path, os.getpid())
+    stage = watching(tmp_path)
+    assert stage.stdout is not None
+    assert stage.stdout.readline() == "watching\n"
+    assert stage.poll() is None
+    stage.kill()
+    stage.communicate()
+
+
+def test_a_stage_ends_when_its_dvc_is_killed(tmp_path: Path) -> None:
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {WATCHING!r}])"
+    dvc = subprocess.Popen(
+        [sys.executable, "-c", parent],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert dvc.stdout is not None
+    assert dvc.stdout.readline() == "watching\n"
+    dvc.kill()
+    assert dvc.communicate()[0] == ""  # all that was printed until the stage let go of the pipe
