@@ -42,7 +42,8 @@ from benchmarks.victims import (
 )
 from benchmarks.warm import StageProcess
 
-PHASES = ("start", "step", "state write", "final save")  # and, under DVC, its commit
+# Weights in the draw; under DVC there is its commit, too.
+PHASES = {"start": 3, "step": 3, "state write": 4, "final save": 2}
 MEANS = {"SIGKILL": 5, "SIGTERM": 2, "SIGINT": 2, "full disk": 2}  # weights in the draw
 MAX_KILLS_PER_RUN = 6
 RUN_AGAIN = "same command again"  # said by whatever stops in good order
@@ -53,9 +54,9 @@ def draw_moment(
 ) -> Callable[[], bool]:
     """When to kill: a test of what lies on disk, and a while after it has become true."""
     before = newest_state(project) or 0
-    wanted = before + rng.randint(1, 4)
-    delay = {"start": 0.7 * stage.seconds, "step": 0.01, "state write": 0.006, "final save": 0.02}
-    wait = rng.uniform(0, delay.get(phase, 0.0))
+    wanted = before + rng.randint(1, 3)
+    delay = {"start": 0.5 * stage.seconds, "step": 0.01, "state write": 0.006, "final save": 0.02}
+    wait = rng.uniform(0, delay[phase] * rng.random())
 
     def has_come() -> bool:
         if phase == "start":
@@ -87,8 +88,8 @@ def kill_commands(
     for _ in range(num_kills):
         before = newest_state(project)
         means = rng.choices(list(MEANS), list(MEANS.values()))[0]
-        planned = rng.choice(PHASES)
-        full = rng.randint(0, 60) if means == "full disk" else None
+        planned = rng.choices(list(PHASES), list(PHASES.values()))[0]
+        full = rng.randint(0, 40) if means == "full disk" else None
         process = start(project, stage, full, under_dvc)
 
         def phase_now(process: StageProcess = process) -> str:
@@ -143,7 +144,9 @@ def main() -> None:
     parser.add_argument("--stages", default="", help="kinds, with commas; all if left out")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON of what happened")
+    parser.add_argument("--add-to", type=Path, help="such a JSON: its numbers are added")
     arguments = parser.parse_args()
+    before = json.loads(arguments.add_to.read_text("utf-8")) if arguments.add_to else {}
     rng = random.Random(arguments.seed)
     started = time.monotonic()
     tallies: dict[str, Tally] = {}
@@ -162,7 +165,7 @@ def main() -> None:
             print(f"{time.monotonic() - started:.0f} s: {total()} kills, {stage.name}", flush=True)
             if arguments.output:  # now and not at the end: someone may kill us, too
                 arguments.output.parent.mkdir(parents=True, exist_ok=True)
-                text = json.dumps(summarize(tallies), indent=2) + "\n"
+                text = json.dumps(added(summarize(tallies), before), indent=2) + "\n"
                 arguments.output.write_text(text, encoding="utf-8")
 
         while total() < arguments.kills:
@@ -183,9 +186,20 @@ def main() -> None:
         if arguments.experiments:
             kill_under_experiments(project, stages["sft"], tallies["sft"])
             report(stages["sft"])
-    results = summarize(tallies)
+    results = added(summarize(tallies), before)
     print(json.dumps(results, indent=2))
     sys.exit(results["losses"] > 0)
+
+
+def added(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The sums of two summaries, or of parts of them."""
+    both = dict(other)
+    for key, value in one.items():
+        if isinstance(value, dict):
+            both[key] = added(value, other.get(key, {}))
+        else:
+            both[key] = value + other.get(key, 0)
+    return both
 
 
 def summarize(tallies: dict[str, Tally]) -> dict[str, Any]:

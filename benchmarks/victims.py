@@ -17,9 +17,9 @@ from benchmarks.warm import StageProcess
 from tests.graph import ROOT
 from tests.project import TINY, TINY_STAGE, copy_project
 
-STEPS = {**TINY_STAGE, "max_steps": 10, "batch_size": 4}
+STEPS = {**TINY_STAGE, "max_steps": 20, "batch_size": 4}
 SAMPLED = {"max_new_tokens": 6, "batch_size": 8}
-POLICY = {"max_steps": 6, "batch_size": 4, "max_new_tokens": 6}
+POLICY = {"max_steps": 10, "batch_size": 4, "max_new_tokens": 6}
 STUDENT = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
 NUMBERS: dict[str, dict[str, Any]] = {
     **TINY,
