@@ -54,7 +54,8 @@ def kill_under_dvc(
     history = []
     for _ in range(num_kills):
         before = newest_state(project)
-        blow, moment = rng.choice(list(BLOWS)), rng.choice(["start", "step", "commit"])
+        moment = rng.choice(["start", "step", "commit"])
+        blow = rng.choice([blow for blow in BLOWS if moment != "commit" or "dvc" in blow])
         process, log = start_dvc(project, *command)
         hit = strike(project, stage, process, blow, moment, rng, tally)
         note_resumed(stage, before, log.read_text(encoding="utf-8"), False, tally)
