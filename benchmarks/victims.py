@@ -111,7 +111,8 @@ chosen = [s for s in graph if not sys.argv[1:] or s.addressing.split("@")[0] in 
 needed = set(chosen).union(*(networkx.descendants(graph, stage) for stage in chosen))
 stages = [stage for stage in networkx.dfs_postorder_nodes(graph) if stage in needed]
 outputs = [[os.path.relpath(output.fs_path) for output in stage.outs] for stage in stages]
-print(json.dumps([(s.addressing, s.cmd, o) for s, o in zip(stages, outputs)]))
+commands = [stage.cmd if isinstance(stage.cmd, str) else stage.cmd[-1] for stage in stages]
+print(json.dumps([*zip((stage.addressing for stage in stages), commands, outputs)]))
 """
     printed = subprocess.run(
         [sys.executable, "-c", code, *kinds],
