@@ -1,0 +1,177 @@
+"""A folder of shards that DVC tracks, wherever `data` in params.yaml names a file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dvc.repo import Repo
+from typer.testing import CliRunner
+
+import stages.encode
+import stages.evaluate
+import stages.tokenizer
+from minimind.checkpoint import save_checkpoint
+from minimind.datasets.mini_world import MiniWorldConfig, write_mini_world
+from minimind.evaluation.problems import read_problems
+from minimind.reinforcement.prompts import load_prompts
+from minimind.thinking.completions import read_prompts
+from minimind.tokenizer import ChatTokenizer
+from minimind.tokenizer_training import read_texts, save_tokenizer, train_tokenizer
+from tests.graph import ROOT
+from tests.tiny import tiny_model
+
+# What dvc.yaml gives to stage encode, by the key below `data`.
+FORMATS = {
+    "pretrain": "text",
+    "sft": "chat",
+    "dpo": "preference",
+    "reason": "reason",
+    "lora": "chat",
+}
+FILES = {
+    **{name: name for name in (*FORMATS, "tokenizer", "prompts")},
+    "lora": "reason",
+    "free_prompts": "prompts",
+    "problems": "eval",
+    "text": "eval_text",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """whole/ with a file for each key, shards/ with a folder, linked from DVC's cache."""
+    folder = tmp_path_factory.mktemp("data")
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    sizes = {name: 20 for name in params["mini_world"] if name.startswith("num_")}
+    world = params["mini_world"] | sizes | {"num_eval_per_level": 3}
+    write_mini_world(folder / "world", MiniWorldConfig(**world))
+    (folder / "whole").mkdir()
+    for key, file in FILES.items():
+        rows = (folder / f"world/{file}.jsonl").read_text("utf-8").splitlines()
+        if key == "problems":
+            rows = [json.dumps({**json.loads(row), "id": None}) for row in rows]
+        (folder / f"whole/{key}.jsonl").write_text("".join(f"{row}\n" for row in rows), "utf-8")
+        shards = folder / "shards" / key
+        shards.mkdir(parents=True)
+        for name, part in (("10", rows[:3]), ("2", rows[3:9]), ("3", rows[9:])):
+            # The last row of a shard may end without a line end.
+            (shards / f"part-{name}.jsonl").write_text("\n".join(part), "utf-8")
+    params["evaluate"] |= {"max_new_tokens": 4, "dtype": "float32"}
+    for name in FORMATS:  # every chat varied, by its number among all rows
+        if "augment_copies" in params["encode"][name]:
+            params["encode"][name]["augment_copies"] = 1
+    params["tokenizer"]["vocab_size"] = 300
+    (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        with Repo.init(no_scm=True) as repo, repo.config.edit() as config:
+            config["cache"]["type"] = ["symlink"]
+        with Repo() as repo:
+            repo.add([f"shards/{key}" for key in FILES])
+    assert (folder / "shards/sft/part-2.jsonl").is_symlink()
+    texts = [*read_texts(folder / "whole/tokenizer.jsonl"), "user", "assistant"]
+    save_tokenizer(train_tokenizer(texts, 300), folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def tokenizer(folder: Path) -> ChatTokenizer:
+    return ChatTokenizer.load(folder / "tokenizer")
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def sources(folder: Path, key: str) -> dict[str, Path]:
+    return {"whole": folder / f"whole/{key}.jsonl", "shards": folder / "shards" / key}
+
+
+def run_stage(stage: Any, **options: Path | str) -> None:
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    result = CliRunner().invoke(stage.app, arguments)
+    assert result.exit_code == 0, result.output
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    paths = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+
+
+def test_every_source_of_the_parameters_is_here() -> None:
+    data = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["data"]
+    assert {*FILES} == {name for name, value in data.items() if str(value).endswith(".jsonl")}
+    graph = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+    encoded = {key: item["format"] for key, item in graph["stages"]["encode"]["foreach"].items()}
+    assert encoded == FORMATS
+
+
+def test_tokenizer(folder: Path, tmp_path: Path) -> None:
+    for kind, source in sources(folder, "tokenizer").items():
+        run_stage(
+            stages.tokenizer,
+            source=source,
+            output=tmp_path / kind / "tokenizer",
+            metrics=tmp_path / kind / "metrics.json",
+            params=folder / "params.yaml",
+        )
+    assert contents(tmp_path / "whole") == contents(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("key", FORMATS)
+def test_encode(folder: Path, tmp_path: Path, key: str) -> None:
+    for kind, source in sources(folder, key).items():
+        # Texts are compared with themselves, so that something is found.
+        against = source if key == "pretrain" else sources(folder, "problems")[kind]
+        run_stage(
+            stages.encode,
+            source=source,
+            tokenizer=folder / "tokenizer",
+            format=FORMATS[key],
+            name=key,
+            synonyms=ROOT / "minimind/datasets/synonyms.json",
+            against=against,
+            output=tmp_path / kind / "encoded",
+            metrics=tmp_path / kind / "metrics.json",
+            params=folder / "params.yaml",
+        )
+    assert contents(tmp_path / "whole") == contents(tmp_path / "shards")
+    counts = json.loads((tmp_path / "whole/metrics.json").read_text())["encode"][key]
+    assert (counts["rows"], counts["eval_overlap_rows"]) == (20, 20 if key == "pretrain" else 0)
+
+
+@pytest.mark.parametrize("key", ["prompts", "free_prompts"])
+def test_prompts(folder: Path, tokenizer: ChatTokenizer, key: str) -> None:
+    whole, shards = sources(folder, key).values()
+    one, other = (load_prompts(source, tokenizer, 512, True) for source in (whole, shards))
+    assert len(one) == 20
+    assert [prompt[:3] for prompt in one] == [prompt[:3] for prompt in other]
+    for num_prompts in (5, 100):
+        few, same = (read_prompts(source, num_prompts, True) for source in (whole, shards))
+        assert len(few) == min(20, num_prompts)
+        assert [prompt[:3] for prompt in few] == [prompt[:3] for prompt in same]
+
+
+def test_evaluate(folder: Path, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    model = tiny_model(vocab_size=tokenizer.vocab_size, max_positions=512)
+    save_checkpoint(tmp_path / "checkpoint", model, folder / "tokenizer")
+    for kind in ("whole", "shards"):
+        run_stage(
+            stages.evaluate,
+            checkpoint=tmp_path / "checkpoint",
+            name="pretrain",
+            problems=sources(folder, "problems")[kind],
+            text=sources(folder, "text")[kind],
+            metrics=tmp_path / kind / "metrics.json",
+            predictions=tmp_path / kind / "predictions.jsonl",
+            params=folder / "params.yaml",
+        )
+    assert contents(tmp_path / "whole") == contents(tmp_path / "shards")
+
+
+def test_problems_without_ids_are_numbered_over_all_shards(folder: Path) -> None:
+    problems = read_problems(folder / "shards/problems")
+    assert [problem.id for problem in problems] == [str(n) for n in range(1, 13)]
