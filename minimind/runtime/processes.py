@@ -4,6 +4,7 @@ All processes call the same functions in the same order; where there is one, eac
 back what it is given. No number that is tracked depends on how many there are, rounding aside.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,12 +45,16 @@ class Processes:
         return merged  # type: ignore[return-value]  # no None is left
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, by rank."""
+        """Every process's value, by rank: what JSON can hold, and tensors."""
         if self.world == 1:
             return [value]
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
+        text = _to_bytes(value)
+        (longest,) = self.largest(len(text))
+        # JSON may end in spaces. PyTorch's own exchange of objects would unpickle what comes in.
+        padded = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8)
+        texts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(texts, padded)
+        return [_from_bytes(text) for text in texts]
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over processes; the same bits on each."""
@@ -119,21 +124,44 @@ class SharedStore(ResumeStore):
 
 def _send(state: TrainingState | None) -> TrainingState | None:
     """The first process's state, on all of them."""
-    header: list[Any] = [None]
-    if state is not None:
-        header = [(state.step, state.values, _shapes(state))]
-    dist.broadcast_object_list(header)
-    if header[0] is None:
+    text = _to_bytes((state.step, state.values, _shapes(state)) if state else None)
+    length = torch.tensor(len(text))
+    dist.broadcast(length, src=0)
+    header = torch.frombuffer(bytearray(text.ljust(int(length))[: int(length)]), dtype=torch.uint8)
+    dist.broadcast(header, src=0)
+    if (found := _from_bytes(header)) is None:
         return None
-    step, values, shapes = header[0]
+    step, values, shapes = found
     tensors = {}
     for name, (shape, dtype) in shapes.items():
-        tensor = state.tensors[name] if state else torch.empty(shape, dtype=dtype)
+        tensor = state.tensors[name] if state else torch.empty(shape, dtype=getattr(torch, dtype))
         if tensor.numel():
             dist.broadcast(tensor, src=0)
         tensors[name] = tensor
     return TrainingState(step, tensors, values)
 
 
-def _shapes(state: TrainingState) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in state.tensors.items()}
+def _shapes(state: TrainingState) -> dict[str, tuple[list[int], str]]:
+    return {name: (list(t.shape), _name(t.dtype)) for name, t in state.tensors.items()}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _to_bytes(value: Any) -> bytes:
+    """JSON, in which numbers keep all their bits; tuples become lists."""
+
+    def tensor_as_json(tensor: Tensor) -> dict[str, Any]:
+        return {"tensor": tensor.tolist(), "dtype": _name(tensor.dtype)}
+
+    return json.dumps(value, default=tensor_as_json).encode()
+
+
+def _from_bytes(text: Tensor) -> Any:
+    def tensor_from_json(found: dict[str, Any]) -> Any:
+        if found.keys() != {"tensor", "dtype"}:
+            return found
+        return torch.tensor(found["tensor"], dtype=getattr(torch, found["dtype"]))
+
+    return json.loads(text.numpy().tobytes(), object_hook=tensor_from_json)
