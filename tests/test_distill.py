@@ -334,7 +334,8 @@ def files(directory: Path) -> dict[str, bytes]:
 
 def test_cached_outputs_are_what_the_teacher_says(project: Project) -> None:
     succeeds(project.teach())
-    opened = TeacherOutputs.open(Path("outputs"), project.dataset, VOCAB_SIZE)
+    vocab_size = ChatTokenizer.load(Path("models/teacher")).vocab_size
+    opened = TeacherOutputs.open(Path("outputs"), project.dataset, vocab_size)
     batch = pack(project.dataset, np.arange(40), dict(opened.extras))
     exact = cached(load_model(Path("models/teacher")), batch, 16)
     assert torch.equal(batch.extras[TEACHER_IDS].long(), exact[TEACHER_IDS])
