@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from benchmarks.limit import training_operations
-from benchmarks.material import Material, Row, Sizes, padded
+from benchmarks.material import END, PAD, START, Material, Row, Sizes, padded
 from benchmarks.paced import Paced
 from benchmarks.peers import padded as padded_peer
+from benchmarks.peers.words import words, words_tokenizer
 from benchmarks.table import as_text, ratio_rows, save
 from minimind.datasets.batches import Extra, in_order
 from minimind.objectives.distill import Distill
@@ -79,6 +80,13 @@ def test_rows_have_the_lengths_of_real_text_and_are_the_same_for_all(tmp_path: P
         context = classes.index(1)
         assert chosen[:context] == rejected[:context]
         assert chosen[context:] != rejected[context:]
+
+
+def test_words_become_the_tokens_they_are_made_of() -> None:
+    ids = [START, 10, 3, 6399, 120, 21, END]
+    tokenizer = words_tokenizer(6400)
+    assert tokenizer(words(ids), add_special_tokens=False).input_ids == ids
+    assert tokenizer.pad_token_id == PAD and tokenizer.eos_token_id == END
 
 
 def test_padding_trains_on_the_same_tokens() -> None:

@@ -21,7 +21,7 @@ from benchmarks.paced import Paced
 from benchmarks.peers import Step
 from benchmarks.peers.hf import drawing_step, left_padded
 from benchmarks.peers.ours import text_reward
-from benchmarks.peers.words import words_tokenizer
+from benchmarks.peers.words import words, words_tokenizer
 from minimind.model.transformer import ModelConfig
 
 NEVER = 10**9
@@ -190,7 +190,7 @@ def _grpo(material: Material) -> Step:
         return result
 
     engine.rollout = counted
-    texts = [" ".join(map(str, ids)) for ids in material.prompts]
+    texts = [words(ids) for ids in material.prompts]
 
     def loop(wait: Callable[[], None]) -> None:
         def loader() -> Iterator[dict[str, list[str]]]:

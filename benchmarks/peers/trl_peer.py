@@ -21,7 +21,7 @@ from benchmarks.paced import Paced
 from benchmarks.peers import Step
 from benchmarks.peers.ours import text_reward
 from benchmarks.peers.padded import llama
-from benchmarks.peers.words import words_tokenizer
+from benchmarks.peers.words import words, words_tokenizer
 
 datasets.disable_progress_bars()
 transformers_logging.set_verbosity_error()
@@ -128,18 +128,14 @@ def _sft(material: Material, work: str) -> SFTTrainer:
 
 def _dpo(material: Material, work: str) -> DPOTrainer:
     rows = material.all_rows(work)
-
-    def text(ids: list[int]) -> str:
-        return " ".join(map(str, ids))
-
     pairs = []
     for (chosen, classes), (rejected, _) in zip(rows[0::2], rows[1::2], strict=True):
         context = classes.index(1)
         pairs.append(
             {
-                "prompt": text(chosen[:context]) + " ",
-                "chosen": text(chosen[context:-1]),  # it adds the end token itself
-                "rejected": text(rejected[context:-1]),
+                "prompt": words(chosen[:context]) + " ",
+                "chosen": words(chosen[context:-1]),  # it adds the end token itself
+                "rejected": words(rejected[context:-1]),
             }
         )
     config = DPOConfig(
@@ -201,7 +197,7 @@ def _grpo(material: Material, work: str) -> GRPOTrainer:
     # It loads the reference from where the policy was loaded.
     policy = str(material.folder / "policy")
     llama(material.model()).save_pretrained(policy)
-    prompts = [{"prompt": " ".join(map(str, ids))} for ids in material.prompts]
+    prompts = [{"prompt": words(ids)} for ids in material.prompts]
     return GRPOTrainer(
         policy,
         reward_funcs=_reward,
