@@ -1,0 +1,38 @@
+"""Stages killed at random moments end with the bytes of a run that was left in peace."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.graph import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results" / "kill.json"
+
+
+def test_killed_stages_lose_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "kill.json"
+    arguments = ["--kills", "24", "--dvc-kills", "0", "--stages", "sft,grpo,teacher_outputs"]
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.kill", *arguments, "--output", str(output)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+    counted = json.loads(output.read_text(encoding="utf-8"))
+    assert counted["kills"] >= 20
+    assert counted["losses"] == 0
+    assert counted["resumes"] > 0
+    assert counted["equal"] > 0
+    assert {"SIGKILL", "SIGTERM"} <= set(counted["means"])
+    assert len(counted["phases"]) >= 3
+
+
+def test_the_long_run_lost_nothing() -> None:
+    counted = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert counted["kills"] >= 200
+    assert counted["losses"] == 0
+    assert set(counted["phases"]) >= {"start", "step", "state write", "final save"}
