@@ -209,15 +209,15 @@ def _uniforms(sampling: Sampling, num_tokens: int) -> Tensor:
 
 def _draw(probabilities: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
     """A token a row, [B, V] -> [B], by inverting the cumulative distribution."""
-    if top_p < 1:
-        threshold = _nucleus_threshold(probabilities, top_p)
-        probabilities = probabilities.where(probabilities >= threshold, 0)
-    cumulative = probabilities.cumsum(-1, dtype=uniforms.dtype)
-    if cumulative[:, -1].isnan().any():
+    if probabilities[:, 0].isnan().any():  # softmax makes the whole row so
         raise UserError(
             "the model's probabilities are no numbers: its weights are out of bounds; take a "
             "checkpoint from before they became so, or lower lr."
         )
+    if top_p < 1:
+        threshold = _nucleus_threshold(probabilities, top_p)
+        probabilities = probabilities.where(probabilities >= threshold, 0)
+    cumulative = probabilities.cumsum(-1, dtype=uniforms.dtype)
     # The first token at which the sum reaches a number above 0: never one of probability 0.
     return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:])[:, 0]
 

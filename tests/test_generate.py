@@ -1,5 +1,6 @@
 """Generation: cached equals uncached and Hugging Face; a row's noise is its own."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -278,3 +279,13 @@ def test_bfloat16_is_near_float32(model: Transformer) -> None:
 
 def test_nothing_to_do(model: Transformer) -> None:
     assert generate(model, [], max_new_tokens=5, end_id=END, dtype="float32").ids == []
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_weights_out_of_bounds_are_one_line(model: Transformer, top_p: float) -> None:
+    huge = copy.deepcopy(model)
+    with torch.no_grad():
+        huge.model.embed_tokens.weight.mul_(1e38)
+    sampling = Sampling(temperature=1.0, top_p=top_p, seed=0, rows=[0])
+    with pytest.raises(UserError, match="probabilities are no numbers"):
+        generate(huge, [[5, 6]], max_new_tokens=4, end_id=1, dtype="float32", sampling=sampling)
