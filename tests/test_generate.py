@@ -285,8 +285,7 @@ def test_nothing_to_do(model: Transformer) -> None:
 def test_weights_out_of_bounds_are_one_line(model: Transformer, top_p: float) -> None:
     huge = copy.deepcopy(model)
     with torch.no_grad():
-        huge.model.embed_tokens.weight.mul_(1e30)
-        huge.model.norm.weight.mul_(1e30)
+        huge.model.norm.weight.mul_(3e38)
     sampling = Sampling(temperature=1.0, top_p=top_p, seed=0, rows=[0])
     with pytest.raises(UserError, match="probabilities are no numbers"):
         generate(huge, [[5, 6]], max_new_tokens=4, end_id=1, dtype="float32", sampling=sampling)
