@@ -53,6 +53,7 @@ class Usage:
     cpu_seconds: float
     anonymous_mib: float  # at its peak
     resident_mib: float  # at its peak, pages of files included
+    load: float  # of the machine in the last minute, by all processes
     printed: str
 
 
@@ -107,6 +108,7 @@ def measure(folder: Path, gigabytes: float, data_format: str, num_steps: int) ->
             "mb_per_second": round(megabytes / only["seconds"], 2),
             "seconds": round(only["seconds"], 2),
             "cpu_seconds": round(only["cpu_seconds"], 2),
+            "load": round(alone_usage.load, 1),
         },
         "share_of_alone": round(only["seconds"] / encode_usage.seconds, 3),
         "cpu_share_of_alone": round(only["cpu_seconds"] / encode_usage.cpu_seconds, 3),
@@ -179,6 +181,7 @@ def _run(folder: Path, module: str, options: list[str]) -> Usage:
         used.ru_utime + used.ru_stime,
         peak_kib / 1024,
         used.ru_maxrss / 1024,
+        os.getloadavg()[0],
         (folder / "printed").read_text(encoding="utf-8"),
     )
 
@@ -196,6 +199,7 @@ def _rounded(usage: Usage) -> dict[str, Any]:
         "cpu_seconds": round(usage.cpu_seconds, 2),
         "anonymous_mib": round(usage.anonymous_mib),
         "resident_mib": round(usage.resident_mib),
+        "load": round(usage.load, 1),
     }
 
 
@@ -217,7 +221,6 @@ def _setting(arguments: argparse.Namespace) -> dict[str, Any]:
             name: os.environ.get(name, "default")
             for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MINIMIND_THREADS")
         },
-        "load_at_the_end": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("tokenizers", "numpy", "torch")},
         "vocab_size": VOCAB_SIZE,
