@@ -15,7 +15,7 @@ from minimind.datasets.batches import pack
 from minimind.errors import UserError
 from minimind.model.attention import _attention_per_sample, packed_attention
 from minimind.model.transformer import ModelConfig, Transformer
-from tests.tiny import random_rows, tiny_model, tiny_tokenizer, write_rows
+from tests.tiny import TOKENIZER_SIZE, random_rows, tiny_model, tiny_tokenizer, write_rows
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_stock_llama_loads_a_checkpoint_with_equal_logits(
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path, tokenizer_directory: Path) -> None:
-    model = tiny_model(seed=5)
+    model = tiny_model(seed=5, vocab_size=TOKENIZER_SIZE)
     save_checkpoint(tmp_path / "a", model, tokenizer_directory)
     save_checkpoint(tmp_path / "b", load_model(tmp_path / "a"), tmp_path / "a")
     for file in (tmp_path / "a").iterdir():

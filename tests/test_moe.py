@@ -25,6 +25,7 @@ from minimind.objectives.next_token import NextToken
 from minimind.params import load_section
 from tests.test_training import loss_and_gradient
 from tests.tiny import (
+    TOKENIZER_SIZE,
     random_pairs,
     random_rows,
     tiny_config,
@@ -374,7 +375,7 @@ def test_stock_ernie_loads_a_checkpoint_with_equal_logits(
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path, tokenizer_directory: Path) -> None:
-    model = moe_model(seed=5, balance_alpha=0.25)
+    model = moe_model(seed=5, balance_alpha=0.25, vocab_size=TOKENIZER_SIZE)
     save_checkpoint(tmp_path / "a", model, tokenizer_directory)
     loaded = load_model(tmp_path / "a")
     assert loaded.config == model.config
@@ -417,7 +418,9 @@ def test_a_configuration_of_another_model_is_one_clear_line(
 def test_a_dense_model_is_untouched_by_the_experts_parameters(
     tmp_path: Path, tokenizer_directory: Path
 ) -> None:
-    model = tiny_model(num_experts=0, num_experts_per_token=7, num_shared_experts=3)
+    model = tiny_model(
+        num_experts=0, num_experts_per_token=7, num_shared_experts=3, vocab_size=TOKENIZER_SIZE
+    )
     assert all(isinstance(layer.mlp, FeedForward) for layer in model.model.layers)
     save_checkpoint(tmp_path / "model", model, tokenizer_directory)
     assert json.loads((tmp_path / "model" / "config.json").read_text()) == {
@@ -444,7 +447,7 @@ def test_a_dense_model_is_untouched_by_the_experts_parameters(
         "rope_theta": 1e6,
         "tie_word_embeddings": True,
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "vocab_size": 97,
+        "vocab_size": TOKENIZER_SIZE,
     }
     assert load_model(tmp_path / "model").config == model.config
     output = model(*_first_tokens(tmp_path))

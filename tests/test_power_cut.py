@@ -60,6 +60,8 @@ class Recorder:
         self.moments: list[Disk] = []
         self.marks: list[Any] = []  # what was promised by then
         self.mark: Any = None
+        # Of everything that was ever there: as long as it is open, its number is not given away.
+        self._opened: dict[int, int] = {}
         self._notice()
         for node in self.disk.values():  # what was there before is durable
             _sync(node)
@@ -73,6 +75,8 @@ class Recorder:
             patch.setattr(os, "sync", self._watched(os.sync, self._all_synced))
             yield
         self._moment()
+        for descriptor in self._opened.values():
+            os.close(descriptor)
 
     def _watched(self, function: Callable[..., Any], then: Any = None) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
@@ -101,13 +105,19 @@ class Recorder:
             self.moments.append(deepcopy(self.disk))
             self.marks.append(self.mark)
 
+    def _number(self, path: Path) -> int:
+        number = path.stat().st_ino
+        if number not in self._opened:
+            self._opened[number] = os.open(path, os.O_RDONLY)
+        return number
+
     def _notice(self) -> None:
         """Bring `disk` up to what lies in the folder now."""
         for folder, folders, files in os.walk(self.root):
             here = Path(folder)
-            node = self.disk.setdefault(here.stat().st_ino, Folder())
+            node = self.disk.setdefault(self._number(here), Folder())
             assert isinstance(node, Folder)
-            now = {name: (here / name).stat().st_ino for name in [*folders, *files]}
+            now = {name: self._number(here / name) for name in [*folders, *files]}
             before = node.entries(node.changes)
             changed: dict[str, int | None] = {
                 name: now.get(name)

@@ -177,7 +177,7 @@ def test_misuse_is_one_line(tmp_path: Path) -> None:
     predictions.write_text(json.dumps(prediction()) + "\n{oops\n")
     assert f"{predictions}:2: broken JSON" in complaint("a")
     predictions.write_text(json.dumps(prediction()) + '\n{"id": 1}\n')
-    assert f"{predictions}:2: level is missing" in complaint("a")
+    assert f"{predictions}:2: id is 1; it must be a prediction" in complaint("a")
     predictions.write_text("")
     assert f"{predictions}:1: broken JSON" in complaint("a")
     predictions.unlink()

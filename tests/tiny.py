@@ -10,6 +10,7 @@ from minimind.model.transformer import ModelConfig, Transformer
 from minimind.tokenizer_training import save_tokenizer, train_tokenizer
 
 VOCAB_SIZE = 97
+TOKENIZER_SIZE = 263  # of the tiny tokenizer: single bytes and the control tokens
 
 
 def tiny_config(**changes: int | float) -> ModelConfig:
@@ -98,7 +99,7 @@ def random_pairs(num_pairs: int, seed: int = 0) -> list[tuple[list[int], list[in
 
 def tiny_tokenizer(directory: Path) -> Path:
     """A tokenizer of bytes and little else; its files are read-only, as DVC's links are."""
-    save_tokenizer(train_tokenizer(["user", "assistant", "1+1=2"], vocab_size=263), directory)
+    save_tokenizer(train_tokenizer(["user", "assistant", "1+1=2"], TOKENIZER_SIZE), directory)
     for file in directory.iterdir():
         file.chmod(0o444)
     return directory
