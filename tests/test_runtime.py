@@ -5,6 +5,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
+import wandb
 
 from minimind.errors import UserError
 from minimind.runtime import compiling
@@ -80,6 +81,7 @@ def test_wandb_offline_writes_the_curve_beside_the_csv(
     monkeypatch.setenv("MINIMIND_WANDB", "offline")
     tracked, _ = train(tmp_path, data, max_steps=4)
     assert tracked.curve == plain.curve
+    wandb.teardown()  # as at the end of a process: only then is all of it on the disk
     (log,) = (tmp_path / "wandb").glob("offline-run-*/run-sft-*.wandb")
     assert b"sft/loss" in log.read_bytes()
 
