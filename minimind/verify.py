@@ -117,8 +117,9 @@ class Project:
             return None
         if found == (expected := self._recorded(path, stage)):
             return None
+        tool = "git" if path in self.metrics[stage] else "dvc"  # who keeps it
         return (
-            f"{path} is {_short(found)}, but dvc.lock says {_short(expected)}; `dvc checkout "
+            f"{path} is {_short(found)}, but dvc.lock says {_short(expected)}; `{tool} checkout "
             f"{path}` brings that back, `dvc repro {stage}` makes it anew"
         )
 
