@@ -229,7 +229,7 @@ def test_a_process_without_a_sample_gets_a_stand_in_that_does_not_count() -> Non
 
 
 TOY = """
-import os, signal
+import os, signal, time
 from minimind.errors import UserError
 from minimind.runtime.command import stage_app
 from minimind.runtime.launch import is_worker, launch
@@ -242,10 +242,14 @@ def main(what: str) -> None:
         raise SystemExit(launch("toy", int(os.environ["MINIMIND_PROCESSES"])))
     rank = int(os.environ["RANK"])
     if what == "peer" and rank == 0:
+        while not os.path.exists("waiting"):  # the other has to get as far as that
+            time.sleep(0.01)
         raise RuntimeError("Connection closed by peer")
     if what == "peer":
         signal.signal(signal.SIGTERM, lambda *_: None)
-        signal.pause()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until it is waited for
+        open("waiting", "w").close()
+        signal.sigwait({signal.SIGTERM})
         raise UserError("the data is wrong;\\nmend it")
     if what == "killed":
         os.kill(os.getpid(), signal.SIGKILL) if rank else signal.pause()
