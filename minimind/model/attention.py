@@ -12,7 +12,8 @@ from torch import Tensor
 
 # A call per sample and no padding: on CPU a flash call for each sample is several times faster
 # than one call with a block mask, and 16-bit flash backward is so slow there that q, k and v
-# are cast to float32 inside. The custom operator keeps the loop out of torch.compile's sight.
+# are cast to float32 inside. The query heads that share a key/value head are the call's batch, so
+# that keys and values serve all of them without being repeated. The custom operator keeps the loop out of torch.compile's sight.
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -66,9 +67,19 @@ def _attention_per_sample(query: Tensor, key: Tensor, value: Tensor, boundaries:
     return torch.cat(outs)
 
 
-def _heads_first(tensor: Tensor, repeats: int = 1) -> Tensor:
-    """[T, heads, ..] as contiguous float32 [1, heads * repeats, T, ..]."""
-    return tensor.float().transpose(0, 1).repeat_interleave(repeats, 0)[None]
+def _by_sample(tensor: Tensor, boundaries: Tensor) -> tuple[Tensor, ...]:
+    """Float32 [.., .., T, ..] cut into samples; the empty ones are left out."""
+    return tensor.float().split([length for length in boundaries.diff().tolist() if length], dim=2)
+
+
+def _query_heads(tensor: Tensor, kv_heads: int) -> Tensor:
+    """[T, H, ..] as [H / K, K, T, ..]."""
+    return tensor.unflatten(1, (kv_heads, -1)).transpose(0, 2)
+
+
+def _kv_heads(tensor: Tensor, repeats: int) -> Tensor:
+    """[T, K, E] as [H / K, K, T, E], the same memory for every query head it serves."""
+    return tensor.float().transpose(0, 1).expand(repeats, -1, -1, -1)
 
 
 @torch.library.custom_op("minimind::packed_attention", mutates_args=())
@@ -76,21 +87,13 @@ def _cpu_attention(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Attention output [T, H, E] and log-sum-exp of the scores [T, H], sample by sample."""
-    repeats = query.shape[1] // key.shape[1]
-    queries, keys, values = (
-        _heads_first(query),
-        _heads_first(key, repeats),
-        _heads_first(value, repeats),
-    )
-    out = torch.empty_like(queries)
-    logsumexp = out.new_empty(out.shape[:3])
-    for start, end in pairwise(boundaries.tolist()):
-        if end > start:
-            own = slice(start, end)
-            out[:, :, own], logsumexp[:, :, own] = _flash_forward(
-                queries[:, :, own], keys[:, :, own], values[:, :, own], 0.0, True
-            )
-    return out[0].transpose(0, 1).to(query.dtype).contiguous(), logsumexp[0].T.contiguous()
+    kv_heads = key.shape[1]
+    repeats = query.shape[1] // kv_heads
+    inputs = (_query_heads(query, kv_heads), _kv_heads(key, repeats), _kv_heads(value, repeats))
+    samples = zip(*(_by_sample(tensor, boundaries) for tensor in inputs), strict=True)
+    outs, sums = zip(*(_flash_forward(*sample, 0.0, True) for sample in samples), strict=True)
+    out, logsumexp = (torch.cat(parts, 2).transpose(0, 2).flatten(1, 2) for parts in (outs, sums))
+    return out.to(query.dtype).contiguous(), logsumexp.contiguous()
 
 
 @_cpu_attention.register_fake
@@ -111,23 +114,23 @@ def _cpu_attention_backward(
     """Gradients of query [T, H, E], key and value [T, K, E]."""
     kv_heads = key.shape[1]
     repeats = query.shape[1] // kv_heads
-    grad_outs, queries, outs = _heads_first(grad_out), _heads_first(query), _heads_first(out)
-    keys, values = _heads_first(key, repeats), _heads_first(value, repeats)
-    sums = _heads_first(logsumexp)
-    grads = [torch.empty_like(queries) for _ in range(3)]  # of query, key and value
-    for start, end in pairwise(boundaries.tolist()):
-        if end > start:
-            own = slice(start, end)
-            parts = (grad_outs, queries, keys, values, outs, sums)
-            of_sample = _flash_backward(*(part[:, :, own] for part in parts), 0.0, True)
-            for grad, sample_grad in zip(grads, of_sample, strict=True):
-                grad[:, :, own] = sample_grad
-    grad_query, grad_key, grad_value = (grad[0].transpose(0, 1) for grad in grads)
-    # A key/value head served `repeats` query heads: its gradient is their sum.
-    grad_key, grad_value = (
-        grad.unflatten(1, (kv_heads, repeats)).sum(2) for grad in (grad_key, grad_value)
+    inputs = (
+        _query_heads(grad_out, kv_heads),
+        _query_heads(query, kv_heads),
+        _kv_heads(key, repeats),
+        _kv_heads(value, repeats),
+        _query_heads(out, kv_heads),
+        _query_heads(logsumexp, kv_heads),
     )
-    return tuple(grad.to(query.dtype).contiguous() for grad in (grad_query, grad_key, grad_value))  # type: ignore[return-value]
+    samples = zip(*(_by_sample(tensor, boundaries) for tensor in inputs), strict=True)
+    grads = zip(*(_flash_backward(*sample, 0.0, True) for sample in samples), strict=True)
+    grad_query, grad_key, grad_value = (torch.cat(parts, 2) for parts in grads)
+    return (
+        grad_query.transpose(0, 2).flatten(1, 2).to(query.dtype).contiguous(),
+        # A key/value head served several query heads: its gradient is their sum.
+        grad_key.sum(0).transpose(0, 1).to(query.dtype).contiguous(),
+        grad_value.sum(0).transpose(0, 1).to(query.dtype).contiguous(),
+    )
 
 
 @_cpu_attention_backward.register_fake
