@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minimind.datasets.encoded import EncodedDataset
-from minimind.errors import UserError
+from minimind.errors import UserError, complaint
 from minimind.files import replacing
 from minimind.model.transformer import ModelConfig, Transformer
 from minimind.tokenizer import ChatTokenizer
@@ -133,7 +133,7 @@ def load_config(directory: Path) -> ModelConfig:
     except ValidationError as error:
         detail = error.errors()[0]
         where = f"{detail['loc'][0]} is {detail['input']!r}; " if detail["loc"] else ""
-        raise UserError(f"{path}: {where}{detail['msg']}.") from None
+        raise UserError(f"{path}: {where}{complaint(detail)}.") from None
     except UserError:
         raise
     except (ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from minimind.errors import UserError
+from minimind.errors import UserError, complaint
 
 
 class Section(BaseModel):
@@ -92,8 +92,7 @@ def _describe(name: str, detail: ErrorDetails, section: type[Section]) -> str:
         case "missing":
             return f"{key} is missing; add it"
         case _:
-            # "Input should be greater than 0" -> "it should be greater than 0"
-            reason = detail["msg"].removeprefix("Value error, ").replace("Input", "it", 1)
+            reason = complaint(detail)
             found = detail["input"]
             return (
                 f"{key}: {reason}" if isinstance(found, dict) else f"{key} is {found!r}; {reason}"

@@ -55,7 +55,7 @@ def main(
     twin: Annotated[bool, typer.Option(help="learn without the teacher, for comparison")] = False,
 ) -> None:
     """Train a student on data and teacher, or its twin, which is only measured against it."""
-    stage = "twin" if twin else "distill"
+    app.stage = stage = "twin" if twin else "distill"
     config = load_section(params, "distill", TwinConfig if twin else DistillConfig)
     alpha = config.alpha if isinstance(config, DistillConfig) else 1.0
     inputs = [init, conversations, teacher, teacher_outputs]

@@ -7,7 +7,6 @@ A chat may be followed by variations of itself (:mod:`minimind.datasets.augment`
 
 import json
 import math
-import shutil
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,6 +32,7 @@ from minimind.datasets.formats import (
 )
 from minimind.datasets.row_checks import Doubt, EvaluationQuestions, RowChecks
 from minimind.errors import UserError
+from minimind.files import replacing
 from minimind.metrics import Number, rounded
 from minimind.params import Section
 from minimind.tokenizer import CONTEXT, ChatTokenizer, EncodedRow, Message
@@ -125,10 +125,8 @@ def encode_dataset(
     checks = RowChecks(tokenizer, EvaluationQuestions(evaluation))
     doubts: Counter[Doubt] = Counter()
     source_rows = _watched(read_rows_and_bad_rows(source, method.parse), checks, doubts)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with replacing(output) as partial:
+        partial.mkdir()
         with _ArrayWriter(partial, tokenizer.vocab_size) as arrays:
             for row in _encoded_rows(source_rows, tokenizer, method, max_length, augmentation):
                 num_rows += 1
@@ -155,10 +153,6 @@ def encode_dataset(
         if augmentation:
             meta["copies"] = augmentation.config.augment_copies
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(output, ignore_errors=True)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Counts(
         rows=num_rows,
         samples=arrays.num_rows // method.rows_per_sample,

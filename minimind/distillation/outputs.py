@@ -26,6 +26,7 @@ from minimind.datasets.batches import Extra, in_order
 from minimind.datasets.encoded import EncodedDataset
 from minimind.distillation.teacher import Teacher
 from minimind.errors import UserError
+from minimind.files import replacing
 from minimind.metrics import Number
 from minimind.objectives.distill import TEACHER_IDS, TEACHER_LOGPROBS, bucket_logprobs
 from minimind.objectives.loss import token_logprobs
@@ -196,15 +197,12 @@ def save_teacher_outputs(directory: Path, meta: TeacherMeta, run: Run) -> None:
 
     Those in the resume folder go with its state, once DVC has recorded the copies.
     """
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if meta.mode == "cached":
-        for name in (IDS, LOGPROBS):
-            shutil.copyfile(run.store.directory / name, partial / name)
-    (partial / META).write_text(meta.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    with replacing(directory) as partial:
+        partial.mkdir()
+        if meta.mode == "cached":
+            for name in (IDS, LOGPROBS):
+                shutil.copyfile(run.store.directory / name, partial / name)
+        (partial / META).write_text(meta.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def _restore(meta: TeacherMeta, dataset: EncodedDataset, run: Run) -> tuple[int, dict[str, float]]:

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from minimind.datasets.formats import BadRowError, Place, parse_chat, read_rows
-from minimind.errors import UserError
+from minimind.errors import UserError, complaint
 from minimind.evaluation.answers import find_answer
 from minimind.tokenizer import Message
 
@@ -110,8 +110,7 @@ def _parse(place: Place, record: dict[str, Any], number: str) -> Problem:
     except ValidationError as error:
         detail = error.errors()[0]
         name = ".".join(map(str, detail["loc"]))
-        reason = detail["msg"].removeprefix("Value error, ").replace("Input", "it", 1)
-        raise UserError(f"{name}: {reason}" if name else reason) from None
+        raise UserError(f"{name}: {complaint(detail)}" if name else complaint(detail)) from None
     return Problem(
         place=place,
         id=number if row.id is None else row.id,

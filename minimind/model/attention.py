@@ -13,7 +13,8 @@ from torch import Tensor
 # A call per sample and no padding: on CPU a flash call for each sample is several times faster
 # than one call with a block mask, and 16-bit flash backward is so slow there that q, k and v
 # are cast to float32 inside. The query heads that share a key/value head are the call's batch, so
-# that keys and values serve all of them without being repeated. The custom operator keeps the loop out of torch.compile's sight.
+# that keys and values serve all of them without being repeated. The custom operator keeps the
+# loop out of torch.compile's sight.
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,6 +44,9 @@ class StageApp(typer.Typer):
                     function(*call_args, **call_kwargs)
                 except UserError as error:
                     self._complain(str(error))
+                    raise typer.Exit(1) from None
+                except BrokenPipeError:  # `| head` has seen enough; Python would write once more
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                     raise typer.Exit(1) from None
                 except (OSError, SafetensorError) as error:  # a full disk may be either
                     self._complain(f"{error}; mend this and run the same command again to go on.")

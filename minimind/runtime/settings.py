@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from minimind.errors import UserError
+from minimind.errors import UserError, complaint
 
 
 class RuntimeSettings(BaseSettings):
@@ -46,5 +46,4 @@ def load_settings() -> RuntimeSettings:
         detail = error.errors()[0]
         name = str(detail["loc"][0])
         variable = name if name.startswith("DVC_") else f"MINIMIND_{name.upper()}"
-        reason = detail["msg"].replace("Input", "it", 1)
-        raise UserError(f"{variable} is {detail['input']!r}; {reason}.") from None
+        raise UserError(f"{variable} is {detail['input']!r}; {complaint(detail)}.") from None
