@@ -22,8 +22,10 @@ from minimind.training.precision import DType, autocast
 # of a larger one would copy that part first, which costs as much as the product.
 COLUMNS_AT_A_TIME = 16
 # Finished rows leave the batch once so many of its rows have finished: it costs a copy of the
-# other rows' cache.
+# other rows' cache. Some stay, to leave a multiple of FILL: products of a size that was met before
+# need no preparation (see minimind/model/transformer.py).
 FINISHED_SHARE = 0.2
+FILL = 16
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,9 @@ def generate(
             if num_running == 0:
                 break
             if num_running <= (1 - FINISHED_SHARE) * len(rows):
-                cache.keep(running)
-                rows, tokens, running = rows[running], tokens[running], running[running]
+                kept = _filled_up(running)
+                cache.keep(kept)
+                rows, tokens, running = rows[kept], tokens[kept], running[kept]
             cache.add_column()
             hidden = model.model(tokens, lengths[rows] + step, cache.attend)
     return _completions(ids, logprobs if with_logprobs else None, limits, end_id)
@@ -237,6 +240,14 @@ def _nucleus_threshold(probabilities: Tensor, top_p: float) -> Tensor:
         num_largest = min(8 * num_largest, probabilities.shape[-1])
     last = (before < top_p).sum(-1, keepdim=True) - 1
     return largest.gather(-1, last)
+
+
+def _filled_up(running: Tensor) -> Tensor:
+    """The running rows, and of the finished ones as many as are there up to a multiple of FILL."""
+    finished = (~running).nonzero()[:, 0]
+    kept = running.clone()
+    kept[finished[: -int(running.sum()) % FILL]] = True
+    return kept
 
 
 def _completions(ids: Tensor, logprobs: Tensor | None, limits: Tensor, end_id: int) -> Completions:

@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 from minimind.checkpoint import load_model, save_checkpoint
 from minimind.datasets.batches import pack
 from minimind.errors import UserError
+from minimind.model import transformer
 from minimind.model.attention import _attention_per_sample, packed_attention
 from minimind.model.transformer import ModelConfig, Transformer
 from tests.tiny import TOKENIZER_SIZE, random_rows, tiny_model, tiny_tokenizer, write_rows
@@ -87,6 +88,29 @@ def test_packed_equals_padded_in_loss_and_gradient(tmp_path: Path) -> None:
         packed_model.named_parameters(), padded_model.parameters(), strict=True
     ):
         torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("num_experts", [0, 4])
+@pytest.mark.parametrize("num_rows", [1, 7])
+def test_what_fills_up_a_step_changes_nothing(
+    num_experts: int, num_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = pack(write_rows(tmp_path, random_rows(num_rows)), np.arange(num_rows), extras={})
+    results = []
+    for fill in (1, 32, len(batch.tokens.ids), len(batch.predict_at)):
+        monkeypatch.setattr(transformer, "FILL", fill)
+        model = tiny_model(num_experts=num_experts)
+        output = model(batch.tokens, batch.predict_at)
+        loss = F.cross_entropy(output.logits, batch.targets, reduction="sum")
+        if num_experts:
+            assert output.balance is not None
+            loss = loss + output.balance
+        loss.backward()
+        assert len(model.hidden(batch.tokens)) == len(batch.tokens.ids)
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        results.append((loss, output.logits, output.expert_load, gradients))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
 
 
 def test_the_portable_attention_is_the_same_function() -> None:
