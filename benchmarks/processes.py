@@ -2,6 +2,7 @@
 
 import argparse
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -9,7 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from benchmarks.table import ratio_rows
+from tests.project import copy_project, dvc
 
 MEMORY_WORK = "sft"
 MEMORY_STEPS = 2
@@ -33,29 +37,82 @@ def memory_rows(peers: list[str], arguments: argparse.Namespace) -> list[dict[st
     ]
 
 
-def start_rows(root: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds until a training command has read its arguments: all that it imports."""
+def start_rows(
+    root: Path, arguments: argparse.Namespace, limit: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Seconds until a training command has read its arguments: all that it imports.
+
+    Where the graph is up to date also what it costs to find that out, against a graph of as many
+    stages, dependencies and outputs that are nobody's. Seconds without a peer go into `limit`.
+    """
     commands = {"ours": [sys.executable, "-m", "stages.sft", "--help"]}
     if "trl" in arguments.peers.split(","):
         commands["trl"] = [sys.executable, "-c", "from trl import SFTTrainer"]
     if arguments.minimind:
         script = arguments.minimind / "trainer/train_full_sft.py"
         commands["minimind"] = [sys.executable, str(script), "--help"]
-    rows = _timed("start", commands, root, arguments.rounds)
-    if subprocess.run(["dvc", "status", "-q"], cwd=root, capture_output=True).returncode == 0:
-        # DVC itself is what it is compared with: nothing of ours runs.
-        commands = {"ours": ["dvc", "repro"], "dvc": ["dvc", "--version"]}
-        rows += _timed("no-op of the graph", commands, root, arguments.rounds)
+    rows = _timed("start", {name: (command, root) for name, command in commands.items()}, arguments)
+    limit["seconds_to_start_without_a_model"] = {
+        stage: _seconds([sys.executable, "-m", f"stages.{stage}", "--help"], root)
+        for stage in ("mini_world", "tokenizer", "encode", "report")
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        limit["seconds_of_a_whole_stage_of_one_step"] = _one_step_seconds(Path(folder))
+    is_up_to_date = subprocess.run(["dvc", "status", "-q"], cwd=root, capture_output=True)
+    if is_up_to_date.returncode == 0:
+        with tempfile.TemporaryDirectory() as folder:
+            bare = _bare_graph(Path(folder), root / "dvc.lock")
+            repros = {"ours": (["dvc", "repro"], root), "dvc": (["dvc", "repro"], bare)}
+            rows += _timed("no-op of the graph", repros, arguments)
     return rows
 
 
-def _timed(work: str, commands: dict[str, list[str]], root: Path, rounds: int) -> Any:
+def _one_step_seconds(folder: Path) -> float:
+    """A tiny project's pretraining of one step, from the command's start to its outputs."""
+    project = copy_project(folder)
+    dvc(project, "repro", "-q", "encode@pretrain")
+    params = yaml.safe_load((project / "params.yaml").read_text(encoding="utf-8"))
+    params["pretrain"] |= {"max_steps": 1, "validation_share": 0.0}
+    (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    graph = yaml.safe_load((project / "dvc.yaml").read_text(encoding="utf-8"))
+    command = shlex.split(graph["stages"]["pretrain"]["cmd"])
+    return _seconds([sys.executable, *command[1:]], project)
+
+
+def _bare_graph(folder: Path, lock: Path) -> Path:
+    """A graph of as many stages, dependencies and outputs as a lock file has, up to date."""
+    stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"].values()
+    sizes = [(len(stage.get("deps", [])), len(stage.get("outs", []))) for stage in stages]
+    for number in range(max(num_deps for num_deps, _ in sizes)):
+        (folder / f"dep{number}").write_text(str(number))
+    graph = {
+        f"stage{i}": {
+            "cmd": " && ".join(f"echo {i}.{j} > out{i}.{j}" for j in range(num_outs)),
+            "deps": [f"dep{number}" for number in range(num_deps)],
+            "outs": [f"out{i}.{j}" for j in range(num_outs)],
+        }
+        for i, (num_deps, num_outs) in enumerate(sizes)
+    }
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": graph}))
+    for command in ("git init -q", "dvc init -q", "dvc repro -q"):
+        subprocess.run(command.split(), cwd=folder, capture_output=True, check=True)
+    return folder
+
+
+def _seconds(command: list[str], folder: Path) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, cwd=folder, capture_output=True, check=True)
+    return round(time.perf_counter() - started, 2)
+
+
+def _timed(
+    work: str, commands: dict[str, tuple[list[str], Path]], arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Rows of commands that were run in turn, each in its folder."""
     rates: dict[str, list[float]] = {name: [] for name in commands}
-    for _ in range(rounds):
-        for name, command in commands.items():
-            started = time.perf_counter()
-            subprocess.run(command, cwd=root, capture_output=True, check=True)
-            rates[name].append(1 / (time.perf_counter() - started))
+    for _ in range(arguments.rounds):
+        for name, (command, folder) in commands.items():
+            rates[name].append(1 / _seconds(command, folder))
     return [
         {**row, "ours": round(1 / row["ours"], 2), "theirs": round(1 / row["theirs"], 2)}
         | {"unit": "s"}
