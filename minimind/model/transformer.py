@@ -258,7 +258,10 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every vocabulary entry as the next token: [.., D] -> float32 [.., V]."""
-        return F.linear(hidden, self.model.embed_tokens.weight).float()
+        return self._scores(hidden).float()
+
+    def _scores(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.model.embed_tokens.weight)
 
     def hidden(self, tokens: PackedTokens) -> Tensor:
         """Hidden states [T, D] of packed samples."""
@@ -275,8 +278,9 @@ class Transformer(nn.Module):
         hidden, routings = self.model.hidden_and_routings(
             filled.ids, filled.positions, _attend_inside(filled)
         )
-        filled_predict_at = F.pad(predict_at, (0, -len(predict_at) % FILL))
-        logits = self.logits(hidden[filled_predict_at])[: len(predict_at)]
+        filled_predict_at = F.pad(predict_at, (0, _missing(len(predict_at))))
+        scores = self._scores(hidden[filled_predict_at])[: len(predict_at)]
+        logits = scores.to(torch.float32, copy=True)  # fully_shard wants no views
         if not routings:
             return Output(logits)
         routings = [Routing(*(each[: len(tokens.ids)] for each in r)) for r in routings]
@@ -292,13 +296,20 @@ def _filled(tokens: PackedTokens) -> PackedTokens:
     1 % more tokens that nothing sees (docs/decisions/0008-products-come-in-few-sizes.md).
     """
     num_tokens = len(tokens.ids)
-    missing = -num_tokens % FILL
+    missing = _missing(num_tokens)
+    if not missing:
+        return tokens
     return PackedTokens(
         ids=F.pad(tokens.ids, (0, missing)),
         positions=F.pad(tokens.positions, (0, missing)),
         boundaries=F.pad(tokens.boundaries, (0, 1), value=num_tokens + missing),
         longest=max(tokens.longest, missing),
     )
+
+
+def _missing(number: int) -> int:
+    """How many more make a multiple of FILL. Compiled code is for all sizes and needs none."""
+    return 0 if torch.compiler.is_compiling() else -number % FILL
 
 
 def _attend_inside(tokens: PackedTokens) -> Attend:
