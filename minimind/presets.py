@@ -51,6 +51,8 @@ def apply_preset(params: Path, preset: Values) -> list[str]:
     parser.width = 100
     try:
         document = parser.load(params)
+    except FileNotFoundError:
+        raise UserError(f"{params} is missing; run from the project's root folder.") from None
     except (YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{params} is not valid YAML: {error}; correct it.") from None
     changes = list(_update(document, preset, ""))

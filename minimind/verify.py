@@ -17,6 +17,7 @@ from ruamel.yaml.error import YAMLError
 from minimind.errors import UserError
 
 CHECKPOINT_FOLDERS = ("models", "exports")
+UNKNOWN = "unknown"  # the hash of a file in a folder that is not here, nor DVC's list of it
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Project:
                 found, what = self.digest(path), "is"
             else:
                 found, what = self._recorded(path, upstream), f"by the entry of stage {upstream} is"
-            if found != expected:
+            if found not in (expected, UNKNOWN):
                 yield (
                     f"stage {stage} was run with {path} {_short(expected)}, which now {what} "
                     f"{_short(found)}; {again}, or bring the former back"
@@ -168,12 +169,12 @@ class Project:
         return None
 
     def _in_cache(self, folder: str, name: str) -> str | None:
-        """A file's hash by DVC's list of its folder."""
+        """A file's hash by DVC's list of its folder, if that is here."""
         place = self.root / ".dvc" / "cache" / "files" / "md5" / folder[:2] / folder[2:]
         try:
             listed = json.loads(place.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return None
+            return UNKNOWN
         return next((entry["md5"] for entry in listed if entry["relpath"] == name), None)
 
     def _maker_of(self, path: str) -> str | None:

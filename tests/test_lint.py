@@ -339,6 +339,20 @@ def table_rows(result: Result) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(b"\xff\xfe{\x00}\x00", ":1: not UTF-8"), (b'[\n{"text": "a"},\n{"b": 2}\n]\n', ":1: ")],
+)
+def test_a_file_of_another_kind_is_told_as_what_it_is(
+    content: bytes, why: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "file.jsonl"
+    file.write_bytes(content)
+    result = run(file)
+    assert result.exit_code == 1
+    assert f"cannot be read is {file}{why}" in result.stdout
+
+
 def test_exit_codes(tmp_path: Path) -> None:
     good = write(tmp_path / "good.jsonl", [GOOD["chat"]])
     doubtful = write(tmp_path / "doubtful.jsonl", [GOOD["chat"]] * 2)
@@ -358,7 +372,9 @@ def test_findings_then_a_table_of_them(tmp_path: Path) -> None:
         [f"{bad}:3:", "error:", "json:"],
         [f"{bad}:7:", "error:", "order:"],
         [f"{bad}:8:", "warning:", "duplicate:"],
+        [f"{bad}:", "error:", "json:"],
     ]
+    assert "json: 3 more (--show)" in lines[-1]
     assert table_rows(result) == [
         [str(bad), "chat", "error", "json", "5", "8", "62.50%"],
         [str(bad), "chat", "error", "order", "1", "8", "12.50%"],

@@ -100,7 +100,9 @@ def test_an_unknown_preset_or_key_is_one_line_and_changes_nothing(tmp_path: Path
     where = ["--presets", str(tmp_path), "--params", str(params)]
     unknown = CliRunner().invoke(app, ["preset", "huge", *where])
     misspelt = CliRunner().invoke(app, ["preset", "mine", *where])
-    assert unknown.exit_code == misspelt.exit_code == 1
+    nowhere = CliRunner().invoke(app, ["preset", "mine", *where[:3], str(tmp_path / "no.yaml")])
+    assert unknown.exit_code == misspelt.exit_code == nowhere.exit_code == 1
+    assert "no.yaml is missing; run from" in nowhere.stderr
     assert "there are: mine, params" in unknown.stderr
     assert "sft.learning_rate" in misspelt.stderr
     assert params.read_bytes() == once

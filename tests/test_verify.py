@@ -253,8 +253,9 @@ def test_only_the_upstream_ran_again(project: Path) -> None:
     assert "`dvc repro sft` makes it anew" in first
 
 
-def test_what_is_not_here_is_no_break(project: Path) -> None:
-    for folder in ("models", "data", "exports"):
+@pytest.mark.parametrize("too", ["", ".dvc/cache"])  # a clone that has run nothing has neither
+def test_what_is_not_here_is_no_break(project: Path, too: str) -> None:
+    for folder in filter(None, ("models", "data", "exports", too)):
         shutil.rmtree(project / folder)
     code, lines, _ = verify(project)
     assert code == 0

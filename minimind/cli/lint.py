@@ -60,6 +60,9 @@ def lint(
         except UserError as error:
             typer.echo(f"{file}: error: unreadable: {error}")
             counts["error", "unreadable"] += 1
+        for (level, kind), count in sorted(counts.items()):
+            if count > show:
+                typer.echo(f"{file}: {level}: {kind}: {count - show} more (--show)")
         rows += _summary(file, found_format, num_rows, counts, show)
         num_errors += sum(count for (level, _), count in counts.items() if level == "error")
         num_warnings += sum(count for (level, _), count in counts.items() if level == "warning")

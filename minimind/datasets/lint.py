@@ -89,7 +89,8 @@ def detect_format(source: Path) -> LintFormat:
     Raises:
         UserError: none of the first rows has the keys of a format.
     """
-    for row in islice(read_rows_and_bad_rows(source, lambda record: record), _ROWS_TO_DETECT):
+    rows = list(islice(read_rows_and_bad_rows(source, lambda r: r), _ROWS_TO_DETECT))
+    for row in rows:
         match row.value if isinstance(row, Row) else {}:
             case {"conversations": messages}:
                 return "reason" if _TAG_PATTERN.search(str(messages)) else "chat"
@@ -99,6 +100,9 @@ def detect_format(source: Path) -> LintFormat:
                 return "text"
             case {"prompt": _}:
                 return "prompts"
+    for row in rows:
+        if isinstance(row, BadRowError):
+            raise UserError(f"no row of a known format; the first that cannot be read is {row}")
     names = ", ".join(get_args(LintFormat))
     raise UserError(f"{source}: its format cannot be told from its keys; give --format: {names}.")
 
