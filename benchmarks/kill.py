@@ -28,7 +28,7 @@ from benchmarks.under_dvc import (
     kill_under_dvc,
     kill_under_experiments,
     note_resumed,
-    record_all,
+    record,
 )
 from benchmarks.victims import (
     STATELESS,
@@ -177,14 +177,14 @@ def main() -> None:
         enough = total() + arguments.dvc_kills
         if arguments.dvc_kills or arguments.experiments:
             become_reaper()
-            record_all(project)
+            record(project, stages)
         while total() < enough:
             stage = rng.choice(chosen)
             wanted = min(rng.randint(1, 4), enough - total())
             kill_under_dvc(project, stage, wanted, rng, tallies[stage.kind])
             report(stage)
         if arguments.experiments:
-            kill_under_experiments(project, stages["sft"], tallies["sft"])
+            kill_under_experiments(project, stages, tallies["sft"])
             report(stages["sft"])
     results = added(summarize(tallies), before)
     print(json.dumps(results, indent=2))

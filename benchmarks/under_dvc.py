@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import psutil
@@ -37,9 +38,9 @@ def become_reaper() -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
-def record_all(project: Path) -> None:
-    """Let DVC record the outputs that lie there, and git what DVC has recorded."""
-    dvc(project, "commit", "-f", "-q")
+def record(project: Path, stages: Iterable[str]) -> None:
+    """Let DVC record the outputs of stages, which lie there, and git what DVC has recorded."""
+    dvc(project, "commit", "-f", "-q", *stages)
     git(project, "add", "-A")
     git(project, "commit", "-qm", "run")
 
@@ -190,7 +191,8 @@ def note_resumed(
         number = next(word for word in said[0].split() if word.isdigit())
         if before is None or int(number) != before:
             tally.lose(f"{stage.name} went on from {number}, but there was state {before}")
-    elif before is not None and has_ended:
+    elif before is not None and has_ended and "is cached - skipping run" not in printed:
+        # (DVC may have recorded all of it before it was killed, and bring it back by itself.)
         tally.lose(f"{stage.name} did not go on from state {before}: {printed}")
 
 
@@ -206,13 +208,18 @@ def remove_torn_locks(project: Path) -> None:
         path.unlink()
 
 
-def kill_under_experiments(project: Path, stage: Stage, tally: Tally) -> None:
-    """Kill an experiment in a temporary copy of the project, and one in the queue; run it again."""
-    change = ("-S", "sft.lr=0.002", "sft")
+def kill_under_experiments(project: Path, stages: Mapping[str, Stage], tally: Tally) -> None:
+    """Kill an experiment in a temporary copy of the project, and one in the queue; run it again.
+
+    stages: those that have been built, sft among them.
+    """
+    stage = stages["sft"]
+    # Long enough for a blow to find it at work.
+    change = ("-S", "sft.lr=0.002", "-S", "sft.max_steps=200", "-S", "sft.epochs=100", "sft")
 
     def start_again() -> None:
         git(project, "checkout", "-q", ".")
-        dvc(project, "checkout", "-q")
+        dvc(project, "checkout", "-q", *stages)
         shutil.rmtree(project / ".dvc" / "cache" / "runs", ignore_errors=True)
         shutil.rmtree(project / ".resume", ignore_errors=True)
 
@@ -246,13 +253,15 @@ def kill_under_experiments(project: Path, stage: Stage, tally: Tally) -> None:
         compare(f"temp-{moment}", log.read_text(encoding="utf-8"), "dvc exp run --temp")
 
     dvc(project, "exp", "run", "--queue", "-n", "killed", *change, **SETTINGS)
-    dvc(project, "queue", "start", **SETTINGS)
+    started = time.time()
+    starter, _ = start_dvc(project, "queue", "start")  # which may return after the stage has ended
     while newest_state(project) is None:
         time.sleep(0.005)
     (lock,) = project.glob(".resume/sft/*/lock")
     pid = int(lock.read_text(encoding="utf-8").split()[1])
-    phase = phase_on_disk(project, stage, pid, psutil.Process(pid).create_time())
     os.kill(pid, signal.SIGKILL)
+    phase = phase_on_disk(project, stage, pid, started)
+    starter.wait()
     tally.kills += 1
     tally.phases[phase] += 1
     tally.means["queue: stage, SIGKILL"] += 1

@@ -35,4 +35,6 @@ def test_the_long_run_lost_nothing() -> None:
     counted = json.loads(RESULTS.read_text(encoding="utf-8"))
     assert counted["kills"] >= 200
     assert counted["losses"] == 0
-    assert set(counted["phases"]) >= {"start", "step", "state write", "final save"}
+    assert set(counted["phases"]) == {"start", "step", "state write", "final save", "commit"}
+    assert all(stage["kills"] for stage in counted["stages"].values())
+    assert {"dvc exp run --temp: SIGKILL", "queue: stage, SIGKILL"} <= set(counted["means"])
