@@ -12,13 +12,11 @@ and Hugging Face's generate, in the best settings found), `padded` (a plain floa
 """
 
 import argparse
-import copy
 import gc
 import platform
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,8 +30,7 @@ from benchmarks.processes import memory_rows, start_rows
 from benchmarks.table import SETTINGS, as_text, quartiles, ratio_rows, save
 
 ROOT = Path(__file__).parents[1]
-WIDE = "wide grpo step"  # of as many prompts as rollouts have; the other of MiniMind's two
-WORKS = (*SUPERVISED, "grpo step", WIDE, "rollouts", "rollouts that end", "memory", "start")
+WORKS = (*SUPERVISED, "grpo step", "rollouts", "rollouts that end", "memory", "start")
 PEERS = ("ours", "ours compiled", "trl", "hf", "padded", "minimind")
 # The processor's time says more than the wall's where others use the same cores; but only of one
 # thread, since those that wait for each other count as working.
@@ -106,9 +103,6 @@ def _parse() -> argparse.Namespace:
 
 def prepare(peer: str, material: Material, work: str, clone: Path | None) -> Step | None:
     """A peer's step of a work, or None where it does not do it or is not there."""
-    if work == WIDE:
-        material, work = copy.copy(material), "grpo step"
-        material.sizes = replace(material.sizes, grpo_prompts=material.sizes.num_prompts)
     # Imported here: they are extras, and take seconds.
     if peer == "ours":
         return ours.prepare(material, work)
