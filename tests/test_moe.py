@@ -23,6 +23,7 @@ from minimind.objectives.dpo import Dpo
 from minimind.objectives.loss import Loss, Term
 from minimind.objectives.next_token import NextToken
 from minimind.params import load_section
+from minimind.runtime.compiling import can_compile
 from tests.test_training import loss_and_gradient
 from tests.tiny import (
     TOKENIZER_SIZE,
@@ -276,6 +277,7 @@ def test_the_dense_part_of_a_mixture_computes_what_all_tokens_see(
     torch.testing.assert_close(dense(batch.tokens, batch.predict_at).logits, expected)
 
 
+@pytest.mark.skipif(not can_compile(), reason="PyTorch's path has spaces")
 def test_compiled_experts_learn_as_eager_ones_do(tmp_path: Path) -> None:
     batch = random_batch(tmp_path)
     eager, model = moe_model(), moe_model()

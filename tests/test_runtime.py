@@ -9,6 +9,7 @@ import wandb
 
 from minimind.errors import UserError
 from minimind.runtime import compiling
+from minimind.runtime.compiling import can_compile
 from minimind.runtime.processes import Processes
 from minimind.runtime.settings import RuntimeSettings, load_settings
 from tests.test_fit import data, quiet_surroundings, train  # noqa: F401
@@ -18,6 +19,7 @@ def losses(history) -> list[float]:
     return [row["loss"] for row in history.curve if "loss" in row]
 
 
+@pytest.mark.skipif(not can_compile(), reason="PyTorch's path has spaces")
 def test_compiled_training_has_the_losses_of_eager_training(
     tmp_path: Path,
     data,  # noqa: F811
@@ -30,6 +32,7 @@ def test_compiled_training_has_the_losses_of_eager_training(
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
 
 
+@pytest.mark.skipif(not can_compile(), reason="PyTorch's path has spaces")
 def test_compiling_is_tried_where_it_may_pay_and_leaves_no_trace(
     tmp_path: Path,
     data,  # noqa: F811
@@ -102,3 +105,20 @@ def test_a_wrong_setting_is_one_line(
     with pytest.raises(UserError, match=message) as error:
         load_settings()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("setting", [True, "auto"])
+def test_where_the_compiler_cannot_find_pytorch_it_is_said(
+    setting: bool | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__file__", "/a folder/torch/__init__.py")
+    settings = RuntimeSettings(compile=setting)
+    model = torch.nn.Linear(1, 1)
+    if setting is True:
+        with pytest.raises(UserError, match="a path with spaces; set it to false"):
+            compiling.compiled(model, settings)
+        return
+    run = Mock(settings=settings, record={})
+    assert compiling.compiled(model, settings) is model
+    assert compiling.choose_form(model, Mock(side_effect=AssertionError), 10**9, run) is model
+    assert run.record["compile_trial"]["chosen"] == "eager: PyTorch's path has spaces"

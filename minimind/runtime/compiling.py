@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
+from minimind.errors import UserError
 from minimind.runtime.settings import RuntimeSettings
 
 if TYPE_CHECKING:
@@ -21,8 +23,25 @@ TIMED_STEPS = 3
 
 
 def compiled(model: nn.Module, settings: RuntimeSettings) -> nn.Module:
-    """The model, or a compiled form of it that shares its parameters."""
-    return _compiled(model) if settings.compile is True else model
+    """The model, or a compiled form of it that shares its parameters.
+
+    Raises:
+        UserError: PyTorch cannot compile from where it is installed.
+    """
+    if settings.compile is not True:
+        return model
+    if not can_compile():
+        raise UserError(
+            "MINIMIND_COMPILE is true, but PyTorch cannot compile from "
+            f"{Path(torch.__file__).parent}, a path with spaces; set it to false, or move the "
+            "project to a path without any."
+        )
+    return _compiled(model)
+
+
+def can_compile() -> bool:
+    """Whether the C++ compiler finds PyTorch: inductor gives it paths unquoted."""
+    return not any(character.isspace() for character in torch.__file__)
 
 
 def choose_form(
@@ -34,6 +53,9 @@ def choose_form(
     What was measured and chosen goes into the stage's record.
     """
     if run.settings.compile != "auto":
+        return forward
+    if not can_compile():
+        run.record["compile_trial"] = {"chosen": "eager: PyTorch's path has spaces"}
         return forward
     if run.processes.world > 1:
         return forward  # each would measure otherwise, and all must choose the same
