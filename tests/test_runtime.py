@@ -60,6 +60,7 @@ def test_the_faster_form_is_chosen_and_recorded() -> None:
     for candidate, chosen in ((slow, eager), (fast, fast)):
         run = Mock(settings=RuntimeSettings(compile="auto"), processes=Processes(), record={})
         with (
+            patch.object(compiling, "can_compile", return_value=True),
             patch.object(compiling, "_compiled", return_value=candidate),
             patch.object(compiling.time, "monotonic", lambda: now[0]),
         ):
