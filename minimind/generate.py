@@ -26,6 +26,7 @@ COLUMNS_AT_A_TIME = 16
 # need no preparation (see minimind/model/transformer.py).
 FINISHED_SHARE = 0.2
 FILL = 16
+BLOCK = 64  # tokens of the vocabulary among which one is drawn at last
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def generate(
     cache = _Cache(prompt_lengths, num_samples_per_prompt)
     lengths = prompt_lengths.repeat_interleave(num_samples_per_prompt)
     limits = (max_positions - lengths).clamp(max=max_new_tokens)
-    uniforms = _uniforms(sampling, max_new_tokens).to(device) if sampling else None
+    uniforms = _uniforms(sampling, max_new_tokens, device) if sampling else None
     ids = torch.zeros(num_rows, max_new_tokens, dtype=torch.int64, device=device)
     logprobs = torch.zeros(num_rows, max_new_tokens, device=device)
     rows = torch.arange(num_rows, device=device)  # the rows in the batch
@@ -202,12 +203,13 @@ def _prefill(model: Transformer, prompts: Sequence[Sequence[int]], cache: _Cache
     return model.model(packed.ids, packed.positions, attend)[torch.from_numpy(ends - 1).to(device)]
 
 
-def _uniforms(sampling: Sampling, num_tokens: int) -> Tensor:
+def _uniforms(sampling: Sampling, num_tokens: int, device: torch.device) -> Tensor:
     """Numbers in (0, 1], float64 [B, tokens], that depend on (seed, row's key, token) alone."""
     streams = [
         np.random.Generator(np.random.Philox(key=[sampling.seed, row])) for row in sampling.rows
     ]
-    return torch.from_numpy(np.stack([1 - stream.random(num_tokens) for stream in streams]))
+    uniforms = torch.from_numpy(np.stack([1 - stream.random(num_tokens) for stream in streams]))
+    return uniforms.to(device, torch.float32 if device.type == "mps" else None)  # has no float64
 
 
 def _draw(probabilities: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
@@ -220,9 +222,18 @@ def _draw(probabilities: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
     if top_p < 1:
         threshold = _nucleus_threshold(probabilities, top_p)
         probabilities = probabilities.where(probabilities >= threshold, 0)
-    cumulative = probabilities.cumsum(-1, dtype=uniforms.dtype)
-    # The first token at which the sum reaches a number above 0: never one of probability 0.
-    return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:])[:, 0]
+    # Sums over the whole vocabulary in float64 take long: first the block, then the token in it.
+    blocks = F.pad(probabilities, (0, -probabilities.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    block_ends = blocks.sum(-1, dtype=uniforms.dtype).cumsum(-1)
+    sought = uniforms[:, None] * block_ends[:, -1:]
+    block = torch.searchsorted(block_ends, sought)
+    inside = blocks.take_along_dim(block[..., None], 1)[:, 0]
+    ends = inside.cumsum(-1, dtype=uniforms.dtype)
+    rest = sought - F.pad(block_ends, (1, 0)).gather(-1, block)
+    # The first token at which the sum reaches a number above 0: never one of probability 0. Both
+    # sums of a block may differ in their last bit.
+    token = torch.searchsorted(ends, torch.minimum(rest, ends[:, -1:]))
+    return (block * BLOCK + token)[:, 0]
 
 
 def _nucleus_threshold(probabilities: Tensor, top_p: float) -> Tensor:

@@ -230,6 +230,23 @@ def test_top_p_keeps_the_nucleus_and_its_proportions(model: Transformer, top_p: 
     assert len(nucleus) == 1 or chi_square(tokens, kept) < 1.5
 
 
+@pytest.mark.parametrize("vocab_size", [7, 64, 1000])
+def test_a_token_is_where_the_cumulative_distribution_passes_its_number(vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    probabilities = (3 * torch.randn(400, vocab_size, generator=generator)).softmax(-1)
+    probabilities[torch.rand(probabilities.shape, generator=generator) < 0.3] = 0
+    probabilities[:, 3] += 1e-6  # one at least is left
+    uniforms = torch.rand(400, dtype=torch.float64, generator=generator).clamp(min=1e-300)
+    uniforms[:100] = 1.0
+    uniforms[100:200] = 1e-300
+    tokens = generate_module._draw(probabilities, uniforms, 1.0)
+    cumulative = probabilities.double().cumsum(-1)
+    expected = (cumulative < uniforms[:, None] * cumulative[:, -1:]).sum(-1)
+    middle = slice(200, None)  # at the ends, the last bit of a sum decides
+    assert tokens[middle].tolist() == expected[middle].tolist()
+    assert (probabilities[torch.arange(400), tokens] > 0).all()
+
+
 def test_a_nucleus_larger_than_the_first_guess_is_found() -> None:
     falling = torch.arange(1000.0, 0, -1)
     peaked = torch.full((1000,), 1e-3)
