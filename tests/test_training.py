@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from minimind.datasets.batches import Batches, Extra, count, pack, split_samples
+from minimind.objectives import loss as loss_module
 from minimind.objectives.dpo import Dpo, row_logprobs
 from minimind.objectives.next_token import NextToken
 from minimind.training.muon import Muon
@@ -46,6 +47,32 @@ def test_step_schedule_falls_tenfold_at_half_and_three_quarters() -> None:
 def test_cosine_and_linear_end_where_they_say() -> None:
     assert learning_rate("cosine", 1.0, 100, 100, 0) == pytest.approx(0.1)
     assert learning_rate("linear", 1.0, 100, 100, 0) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_many_scores_give_the_same_bits_a_few_rows_at_a_time(
+    dtype: torch.dtype, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = (4 * torch.randn(50, 300, generator=generator)).to(dtype)
+    targets = torch.randint(0, 300, (50,), generator=generator)
+    weights = torch.randn(50, generator=generator)
+    results = []
+    for many_scores in (scores.numel(), scores.numel() - 1):
+        monkeypatch.setattr(loss_module, "MANY_SCORES", many_scores)
+        monkeypatch.setattr(loss_module, "SCORES_AT_A_TIME", 7 * 300)
+        leaf = scores.clone().requires_grad_()
+        logprobs = loss_module.token_logprobs(leaf, targets, temperature)
+        (logprobs * weights).sum().backward()
+        results.append((type(logprobs.grad_fn).__name__, logprobs, leaf.grad))
+    (plain, expected, expected_grad), (by_rows, found, found_grad) = results
+    assert plain != by_rows
+    assert torch.equal(found, expected)
+    assert torch.equal(found_grad, expected_grad)
+    assert found.dtype == torch.float32
+    exact = (scores.double() / temperature).log_softmax(1)[torch.arange(50), targets]
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def loss_and_gradient(model, objective, batches, totals) -> tuple[float, torch.Tensor]:

@@ -166,8 +166,8 @@ def compute_teacher_outputs(
             ids_file.write(ids.cpu().numpy().astype(meta.id_dtype).tobytes())
             logprobs_file.write(logprobs.cpu().numpy().astype(LOGPROB_DTYPE).tobytes())
             cross_entropy = -token_logprobs(logits, batch.targets)
-            sums["ce"] += float(cross_entropy.double().sum())
-            sums["top_share"] += float(logprobs[:, :num_ids].double().exp().sum())
+            sums["ce"] += float(cross_entropy.cpu().double().sum())
+            sums["top_share"] += float(logprobs[:, :num_ids].cpu().double().exp().sum())
             done += batch.counts.samples
             mean = float(cross_entropy.mean())
             progress.update(math.ceil(done / config.batch_size) - 1, mean, len(batch.tokens.ids))

@@ -106,10 +106,15 @@ class PackedTokens(NamedTuple):
 class Output(NamedTuple):
     """What the model says of the positions asked for."""
 
-    logits: Tensor  # float32 [M, V]
+    scores: Tensor  # [M, V], logits in the type of the computation
     # With experts only, both summed over the samples, whatever positions were asked for:
     balance: Tensor | None = None  # float32 scalar, the balance loss of all layers, weighted
     expert_load: Tensor | None = None  # float32 [layers, experts], shares of a sample's choices
+
+    @property
+    def logits(self) -> Tensor:
+        """Scores in float32, for all that is not a matter of rows alone."""
+        return self.scores.float()
 
 
 class RMSNorm(nn.Module):
@@ -280,12 +285,12 @@ class Transformer(nn.Module):
         )
         filled_predict_at = F.pad(predict_at, (0, _missing(len(predict_at))))
         scores = self._scores(hidden[filled_predict_at])[: len(predict_at)]
-        logits = scores.to(torch.float32, copy=True)  # fully_shard wants no views
+        scores = scores.clone()  # fully_shard wants no views
         if not routings:
-            return Output(logits)
+            return Output(scores)
         routings = [Routing(*(each[: len(tokens.ids)] for each in r)) for r in routings]
         balance, load = balance_and_load(routings, tokens.boundaries)
-        return Output(logits, self.config.balance_alpha * balance, load)
+        return Output(scores, self.config.balance_alpha * balance, load)
 
 
 def _filled(tokens: PackedTokens) -> PackedTokens:

@@ -23,7 +23,7 @@ class NextToken:
 
     def __call__(self, model: nn.Module, batch: PackedBatch, progress: float) -> Loss:
         output = model(batch.tokens, batch.predict_at)
-        losses = -token_logprobs(output.logits, batch.targets)
+        losses = -token_logprobs(output.scores, batch.targets)
         tag_weight = self.tag_weight + progress * (self.final_tag_weight - self.tag_weight)
         weights = torch.where(batch.is_tag, tag_weight, 1.0)
         loss = Loss(

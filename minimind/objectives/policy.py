@@ -45,7 +45,7 @@ class PolicyGradient:
 
     def __call__(self, model: nn.Module, batch: PackedBatch, progress: float) -> Loss:
         output = model(batch.tokens, batch.predict_at)
-        logprobs = token_logprobs(output.logits / self.temperature, batch.targets)
+        logprobs = token_logprobs(output.scores, batch.targets, self.temperature)
         advantages = batch.extras["advantages"][batch.row_of_target]
         ratio = torch.exp(logprobs - batch.extras["sampled"])
         losses, clipped = self._surrogate(logprobs, ratio, advantages)
