@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from minimind.datasets.encoded import EncodedDataset
 from minimind.distillation.outputs import TeacherOutputs
 from minimind.distillation.teacher import PaddedModel, Teacher, load_teacher
 from minimind.errors import UserError
+from minimind.objectives import by_rows
 from minimind.objectives.distill import (
     TEACHER_IDS,
     TEACHER_LOGPROBS,
@@ -110,6 +112,29 @@ def test_the_loss_is_the_plain_formula(tmp_path: Path, alpha: float) -> None:
     )
     assert float(loss.metrics["ce"].total) == pytest.approx(ce, rel=1e-5)
     assert float(loss.metrics["kl"].total) == pytest.approx(kl, rel=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [7, None])
+def test_many_scores_give_the_same_bits_a_few_rows_at_a_time(
+    tmp_path: Path, top_k: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = pack(write_rows(tmp_path, random_rows(6)), np.arange(6), {})
+    teacher = tiny_model(2)
+    if top_k:
+        batch = replace(batch, extras=cached(teacher, batch, top_k))
+    objective = Distill(0.3, TEMPERATURE, None if top_k else teacher)
+    results = []
+    for many_scores in (2**22, 0):
+        monkeypatch.setattr(by_rows, "MANY_SCORES", many_scores)
+        monkeypatch.setattr(by_rows, "SCORES_AT_A_TIME", 5 * VOCAB_SIZE)
+        student = tiny_model(1)
+        metrics = objective(student, batch, 0.0).metrics
+        values = {name: float(term.total) for name, term in metrics.items()}
+        results.append((values, gradient(student, objective, [batch], 1)))
+    (values, expected), (same_values, found) = results
+    assert len(batch.targets) > 5
+    assert same_values == values
+    assert torch.equal(found, expected)
 
 
 def gradient(model, objective, batches, tokens: int) -> torch.Tensor:

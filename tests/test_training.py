@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from minimind.datasets.batches import Batches, Extra, count, pack, split_samples
-from minimind.objectives import loss as loss_module
+from minimind.objectives import by_rows
 from minimind.objectives.dpo import Dpo, row_logprobs
+from minimind.objectives.loss import token_logprobs
 from minimind.objectives.next_token import NextToken
 from minimind.training.muon import Muon
 from minimind.training.schedule import learning_rate
@@ -60,14 +61,14 @@ def test_many_scores_give_the_same_bits_a_few_rows_at_a_time(
     weights = torch.randn(50, generator=generator)
     results = []
     for many_scores in (scores.numel(), scores.numel() - 1):
-        monkeypatch.setattr(loss_module, "MANY_SCORES", many_scores)
-        monkeypatch.setattr(loss_module, "SCORES_AT_A_TIME", 7 * 300)
+        monkeypatch.setattr(by_rows, "MANY_SCORES", many_scores)
+        monkeypatch.setattr(by_rows, "SCORES_AT_A_TIME", 7 * 300)
         leaf = scores.clone().requires_grad_()
-        logprobs = loss_module.token_logprobs(leaf, targets, temperature)
+        logprobs = token_logprobs(leaf, targets, temperature)
         (logprobs * weights).sum().backward()
         results.append((type(logprobs.grad_fn).__name__, logprobs, leaf.grad))
-    (plain, expected, expected_grad), (by_rows, found, found_grad) = results
-    assert plain != by_rows
+    (plain, expected, expected_grad), (parted, found, found_grad) = results
+    assert plain != parted
     assert torch.equal(found, expected)
     assert torch.equal(found_grad, expected_grad)
     assert found.dtype == torch.float32

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.datasets.batches import PackedBatch
+from minimind.objectives.by_rows import by_rows
 from minimind.objectives.loss import Loss, Term, token_logprobs, with_balance
 
 # Extras of a batch, one row a trained token.
@@ -59,25 +60,44 @@ class Distill:
 
     def __call__(self, model: nn.Module, batch: PackedBatch, progress: float) -> Loss:
         output = model(batch.tokens, batch.predict_at)
-        logits = output.logits
-        cross_entropy = -token_logprobs(logits, batch.targets).sum()
-        loss = self.alpha * cross_entropy
-        metrics = {"ce": Term(cross_entropy.detach(), "tokens")}
-        if self.alpha < 1 or not model.training:
-            divergence = self._divergence(logits, batch)
-            loss = loss + (1 - self.alpha) * self.temperature**2 * divergence
-            metrics["kl"] = Term(divergence.detach(), "tokens")
+        if self.alpha == 1 and model.training:
+            cross_entropy = -token_logprobs(output.scores, batch.targets).sum()
+            loss, metrics = cross_entropy, {}
+        else:
+            cross_entropies, divergences = by_rows(
+                self._cross_entropies_and_divergences,
+                output.scores,
+                batch.targets,
+                *self._teacher(batch),
+            )
+            cross_entropy, divergence = cross_entropies.sum(), divergences.sum()
+            weight = (1 - self.alpha) * self.temperature**2
+            loss = self.alpha * cross_entropy + weight * divergence
+            metrics = {"kl": Term(divergence.detach(), "tokens")}
+        metrics = {"ce": Term(cross_entropy.detach(), "tokens"), **metrics}
         # The balance loss of experts is added unscaled: it is not part of what alpha weighs.
         return with_balance(Loss({"distill": Term(loss, "tokens")}, metrics), output)
 
-    def _divergence(self, logits: Tensor, batch: PackedBatch) -> Tensor:
-        if self.teacher is not None:
-            with torch.no_grad():
-                teacher = self.teacher(batch.tokens, batch.predict_at).logits
-            teacher = (teacher / self.temperature).log_softmax(1)
-            student = (logits / self.temperature).log_softmax(1)
-        else:
+    def _teacher(self, batch: PackedBatch) -> tuple[Tensor, ...]:
+        """The teacher's scores [M, V], or ids [M, K] and log-probabilities of its buckets."""
+        if self.teacher is None:
+            return batch.extras[TEACHER_IDS], batch.extras[TEACHER_LOGPROBS]
+        with torch.no_grad():
+            scores: Tensor = self.teacher(batch.tokens, batch.predict_at).scores
+        return (scores,)
+
+    def _cross_entropies_and_divergences(
+        self, scores: Tensor, targets: Tensor, *teacher: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of each trained token: [M], [M]."""
+        logits = scores.float()
+        cross_entropies = F.cross_entropy(logits, targets, reduction="none")
+        if self.teacher is None:
+            ids, logprobs = teacher
             # Stored in 16 bits; normalised again, so that no rounding looks like divergence.
-            teacher = batch.extras[TEACHER_LOGPROBS].float().log_softmax(1)
-            student = bucket_logprobs(logits, batch.extras[TEACHER_IDS].long(), self.temperature)
-        return kl_divergence(teacher, student).sum()
+            expected = logprobs.float().log_softmax(1)
+            student = bucket_logprobs(logits, ids.long(), self.temperature)
+        else:
+            expected = (teacher[0].float() / self.temperature).log_softmax(1)
+            student = (logits / self.temperature).log_softmax(1)
+        return cross_entropies, kl_divergence(expected, student)

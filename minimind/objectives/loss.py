@@ -4,20 +4,14 @@ A term is divided by its count over the whole optimizer step, by whoever knows t
 So micro-batches, packing and the number of processes do not change the mathematics.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.datasets.batches import PackedBatch, Unit
 from minimind.model.transformer import Output
-
-# On CPU, more scores than these are looked at a few rows at a time: as many as stay in its cache.
-# Fewer are as fast together; more would each time be memory that the system has to hand out anew.
-MANY_SCORES = 2**22
-SCORES_AT_A_TIME = 2**18
+from minimind.objectives.by_rows import by_rows
 
 
 class Term(NamedTuple):
@@ -46,48 +40,13 @@ def token_logprobs(scores: Tensor, targets: Tensor, temperature: float = 1.0) ->
 
     The softmax is that of scores / temperature, in float32.
     """
-    if scores.device.type == "cpu" and scores.numel() > MANY_SCORES:
-        logprobs = _LogprobsByRows.apply(scores, targets, temperature)
-        assert isinstance(logprobs, Tensor)
-        return logprobs
-    return _logprobs(scores, targets, temperature)
 
+    def row_logprobs(scores: Tensor, targets: Tensor) -> tuple[Tensor]:
+        scaled = scores.float() if temperature == 1 else scores.float() / temperature
+        return (-F.cross_entropy(scaled, targets, reduction="none"),)
 
-def _logprobs(scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    scaled = scores.float() if temperature == 1 else scores.float() / temperature
-    return -F.cross_entropy(scaled, targets, reduction="none")
-
-
-class _LogprobsByRows(torch.autograd.Function):
-    """The same, bit by bit, a few rows at a time, and once more for the gradient.
-
-    Scores in float32, their log-softmax and both gradients would be the largest tensors of a step,
-    and moving them would take longer than computing them twice.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        ctx.save_for_backward(scores, targets)
-        ctx.temperature = temperature
-        parts = _by_rows(scores, targets)
-        return torch.cat([_logprobs(part, target, temperature) for part, target in parts])
-
-    @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor) -> tuple[Tensor, None, None]:
-        scores, targets = ctx.saved_tensors
-        grad_scores = torch.empty_like(scores)
-        for part, target, grad, into in _by_rows(scores, targets, grad_logprobs, grad_scores):
-            with torch.enable_grad():
-                leaf = part.detach().requires_grad_()
-                logprobs = _logprobs(leaf, target, ctx.temperature)
-            into.copy_(torch.autograd.grad(logprobs, leaf, grad)[0])
-        return grad_scores, None, None
-
-
-def _by_rows(scores: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of a few rows of each tensor."""
-    rows = max(1, SCORES_AT_A_TIME // scores.shape[1])
-    return zip(*(tensor.split(rows) for tensor in (scores, *others)), strict=True)
+    (logprobs,) = by_rows(row_logprobs, scores, targets)
+    return logprobs
 
 
 def with_balance(loss: Loss, output: Output) -> Loss:
