@@ -69,12 +69,12 @@ def main() -> None:
                 _profile(ours.prepare(material, work), work)
             return
         rows: list[dict[str, Any]] = []
-        limit: dict[str, Any] = {}
+        alone: dict[str, Any] = {}  # figures without a peer
         for work in works:
-            rows += _measure(material, work, arguments, limit)
-            save(arguments.output, rows, _setting(arguments, limit))  # what there is, so far
+            rows += _measure(material, work, arguments, alone)
+            save(arguments.output, rows, _setting(arguments, alone))  # what there is, so far
     print("\n" + as_text(rows))
-    for name, value in limit.items():
+    for name, value in alone.items():
         print(f"{name}: {value}")
 
 
@@ -128,13 +128,13 @@ def prepare(peer: str, material: Material, work: str, clone: Path | None) -> Ste
 
 
 def _measure(
-    material: Material, work: str, arguments: argparse.Namespace, limit: dict[str, Any]
+    material: Material, work: str, arguments: argparse.Namespace, alone: dict[str, Any]
 ) -> list[dict[str, Any]]:
     peers = arguments.peers.split(",") + ["ours compiled"] * arguments.compile
     if work == "memory":
         return memory_rows(peers, arguments)
     if work == "start":
-        return start_rows(ROOT, arguments, limit)
+        return start_rows(ROOT, arguments, alone)
     steps = {}
     for peer in peers:
         step = prepare(peer, material, work, arguments.minimind)
@@ -157,12 +157,12 @@ def _measure(
             shares.append(
                 max(rates[name][-1] for name in SETTINGS if name in rates) * operations / rate
             )
-            limit["matmul_gflops_bfloat16"] = round(rate / 1e9)
+            alone["matmul_gflops_bfloat16"] = round(rate / 1e9)
         shown = ", ".join(f"{peer} {peer_rates[-1]:,.0f}" for peer, peer_rates in rates.items())
         _say(f"{work}: round {number + 1} of {arguments.rounds}, tokens/s: {shown}")
     if shares:
         low, high = quartiles(shares)
-        limit["share_of_matmul_limit"] = [round(low, 3), round(high, 3)]
+        alone["share_of_matmul_limit"] = [round(low, 3), round(high, 3)]
     settings = [name for name in SETTINGS if name in rates]
     rows = [row for ours_name in settings for row in ratio_rows(work, rates, ours_name)]
     return [{**row, "unit": "tokens/s"} for row in rows]
@@ -178,7 +178,7 @@ def _profile(step: Step, work: str) -> None:
     print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
 
 
-def _setting(arguments: argparse.Namespace, limit: dict[str, Any]) -> dict[str, Any]:
+def _setting(arguments: argparse.Namespace, alone: dict[str, Any]) -> dict[str, Any]:
     """What the numbers hold for."""
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -190,7 +190,7 @@ def _setting(arguments: argparse.Namespace, limit: dict[str, Any]) -> dict[str, 
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("torch", "transformers", "trl", "numpy")},
-        "limit": limit,
+        "alone": alone,
     }
 
 

@@ -38,12 +38,13 @@ def memory_rows(peers: list[str], arguments: argparse.Namespace) -> list[dict[st
 
 
 def start_rows(
-    root: Path, arguments: argparse.Namespace, limit: dict[str, Any]
+    root: Path, arguments: argparse.Namespace, alone: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Seconds until a training command has read its arguments: all that it imports.
 
     Where the graph is up to date also what it costs to find that out, against a graph of as many
-    stages, dependencies and outputs that are nobody's. Seconds without a peer go into `limit`.
+    stages, parameters, dependencies and outputs that do nothing. Seconds without a peer go into
+    `alone`.
     """
     commands = {"ours": [sys.executable, "-m", "stages.sft", "--help"]}
     if "trl" in arguments.peers.split(","):
@@ -52,16 +53,16 @@ def start_rows(
         script = arguments.minimind / "trainer/train_full_sft.py"
         commands["minimind"] = [sys.executable, str(script), "--help"]
     rows = _timed("start", {name: (command, root) for name, command in commands.items()}, arguments)
-    limit["seconds_to_start_without_a_model"] = {
+    alone["seconds_to_start_without_a_model"] = {
         stage: _seconds([sys.executable, "-m", f"stages.{stage}", "--help"], root)
         for stage in ("mini_world", "tokenizer", "encode", "report")
     }
     with tempfile.TemporaryDirectory() as folder:
-        limit["seconds_of_a_whole_stage_of_one_step"] = _one_step_seconds(Path(folder))
+        alone["seconds_of_a_whole_stage_of_one_step"] = _one_step_seconds(Path(folder))
     is_up_to_date = subprocess.run(["dvc", "status", "-q"], cwd=root, capture_output=True)
     if is_up_to_date.returncode == 0:
         with tempfile.TemporaryDirectory() as folder:
-            bare = _bare_graph(Path(folder), root / "dvc.lock")
+            bare = _bare_graph(Path(folder), root)
             repros = {"ours": (["dvc", "repro"], root), "dvc": (["dvc", "repro"], bare)}
             rows += _timed("no-op of the graph", repros, arguments)
     return rows
@@ -79,21 +80,27 @@ def _one_step_seconds(folder: Path) -> float:
     return _seconds([sys.executable, *command[1:]], project)
 
 
-def _bare_graph(folder: Path, lock: Path) -> Path:
-    """A graph of as many stages, dependencies and outputs as a lock file has, up to date."""
-    stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"].values()
-    sizes = [(len(stage.get("deps", [])), len(stage.get("outs", []))) for stage in stages]
-    for number in range(max(num_deps for num_deps, _ in sizes)):
-        (folder / f"dep{number}").write_text(str(number))
-    graph = {
-        f"stage{i}": {
-            "cmd": " && ".join(f"echo {i}.{j} > out{i}.{j}" for j in range(num_outs)),
-            "deps": [f"dep{number}" for number in range(num_deps)],
-            "outs": [f"out{i}.{j}" for j in range(num_outs)],
+def _bare_graph(folder: Path, root: Path) -> Path:
+    """A graph of as many stages, parameters, dependencies and outputs as the project's.
+
+    DVC reads the file of parameters anew for each stage that names some, so that it has them, too.
+    """
+    lock = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"].values()
+    params = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    stages: dict[str, Any] = {}
+    for i, stage in enumerate(lock):
+        deps = [f"dep{j}" for j in range(len(stage.get("deps", [])))]
+        outs = [f"out{i}.{j}" for j in range(len(stage.get("outs", [])))]
+        for name in deps:
+            (folder / name).write_text(name)
+        stages[f"stage{i}"] = {
+            "cmd": " && ".join(f"echo {name} > {name}" for name in outs),
+            "params": [key for keys in stage.get("params", {}).values() for key in keys],
+            "deps": deps,
+            "outs": outs,
         }
-        for i, (num_deps, num_outs) in enumerate(sizes)
-    }
-    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": graph}))
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
     for command in ("git init -q", "dvc init -q", "dvc repro -q"):
         subprocess.run(command.split(), cwd=folder, capture_output=True, check=True)
     return folder
