@@ -7,8 +7,8 @@
 Every round lets each peer do one step of the same work, one after the other, in one process with
 the same number of threads; a ratio is taken within a round. Peers: `trl` and `hf` (TRL's trainers
 and Hugging Face's generate, in the best settings found), `padded` (a plain float32 loop), and
-`minimind` (MiniMind's own scripts, given the folder of a clone). Ours runs in bfloat16, with
-`--compile` also compiled, in rows of their own. Writes benchmarks/results/bench.json.
+`minimind` (MiniMind's own scripts, given the folder of a clone). Ours runs in bfloat16; compiled it
+has rows of its own. Writes benchmarks/results/bench.json.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from benchmarks.material import SUPERVISED, Material, Sizes
 from benchmarks.peers import Step, ours
 from benchmarks.processes import memory_rows, start_rows
 from benchmarks.table import SETTINGS, as_text, quartiles, ratio_rows, save
+from minimind.runtime.compiling import can_compile
 
 ROOT = Path(__file__).parents[1]
 WORKS = (*SUPERVISED, "grpo step", "rollouts", "rollouts that end", "memory", "start")
@@ -86,7 +87,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--works", default=",".join(WORKS), help="of: %(default)s")
     parser.add_argument("--peers", default="ours,trl,hf,padded,minimind")
     parser.add_argument("--minimind", type=Path, help="the folder of a clone of MiniMind")
-    parser.add_argument("--compile", action="store_true", help="ours compiled, too")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="ours compiled, too"
+    )
     parser.add_argument("--rounds", type=int, help="default: 7, short: 3")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: with one thread")
@@ -94,6 +97,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/bench.json")
     arguments = parser.parse_args()
     arguments.rounds = arguments.rounds or (3 if arguments.short else 7)
+    if arguments.compile and not can_compile():
+        _say("ours is not compiled: PyTorch cannot do so from a path with spaces")
+        arguments.compile = False
     if arguments.clock == "cpu" and arguments.threads > 1:
         parser.error("--clock cpu is for --threads 1: waiting threads would count as working.")
     if unknown := set(arguments.works.split(",")) - set(WORKS):
@@ -130,13 +136,13 @@ def prepare(peer: str, material: Material, work: str, clone: Path | None) -> Ste
 def _measure(
     material: Material, work: str, arguments: argparse.Namespace, alone: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    peers = arguments.peers.split(",") + ["ours compiled"] * arguments.compile
+    peers = arguments.peers.split(",")
     if work == "memory":
         return memory_rows(peers, arguments)
     if work == "start":
         return start_rows(ROOT, arguments, alone)
     steps = {}
-    for peer in peers:
+    for peer in [*peers, *["ours compiled"] * arguments.compile]:
         step = prepare(peer, material, work, arguments.minimind)
         if step is not None:
             _say(f"{work}: {peer} warms up")
