@@ -4,7 +4,6 @@ Every byte is read again: `dvc status` goes by sizes and times of files that it 
 which a flipped bit leaves as they are, and it does not follow a checkpoint to its ancestors.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,15 @@ from ruamel.yaml import YAML  # as DVC reads its files: numbers must come out al
 from ruamel.yaml.error import YAMLError
 
 from minimind.errors import UserError
+from minimind.runtime.dvc_files import (
+    first_difference,
+    md5_of,
+    md5_of_file,
+    output_paths,
+    value_at,
+    variants,
+)
+from minimind.runtime.records import Record, record_name
 
 CHECKPOINT_FOLDERS = ("models", "exports")
 UNKNOWN = "unknown"  # the hash of a file in a folder that is not here, nor DVC's list of it
@@ -22,7 +30,7 @@ UNKNOWN = "unknown"  # the hash of a file in a folder that is not here, nor DVC'
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of a checkpoint, or of all metrics together."""
+    """What became of a checkpoint, of all metrics together, or of another stage's entry."""
 
     subject: str
     text: str
@@ -37,22 +45,30 @@ class Project:
         self.lock = _stages_of(root / "dvc.lock")
         self.outputs: dict[str, list[str]] = {}  # of each stage
         self.metrics: dict[str, list[str]] = {}
-        for name, stage, variant in _variants(_stages_of(root / "dvc.yaml")):
-            self.metrics[name] = _paths(stage.get("metrics"), variant)
-            self.outputs[name] = _paths(stage.get("outs"), variant) + self.metrics[name]
+        for name, stage, variant in variants(_stages_of(root / "dvc.yaml")):
+            self.metrics[name] = output_paths(stage.get("metrics"), variant)
+            self.outputs[name] = output_paths(stage.get("outs"), variant) + self.metrics[name]
         self.maker = {path: name for name, paths in self.outputs.items() for path in paths}
         self._digests: dict[str, str | None] = {}
         self._params: dict[str, Any] = {}
 
     def findings(self) -> Iterator[Finding]:
-        """One for each checkpoint in the graph, in its order, and one for the metrics."""
+        """One for each checkpoint in the graph, in its order, and one for the metrics.
+
+        And one for each other stage of which dvc.lock says what its record does not.
+        """
+        others = list(self.lock)
         for path, stage in self.maker.items():
             if PurePosixPath(path).parts[0] in CHECKPOINT_FOLDERS:
                 yield self._checkpoint(path, stage)
+                others = [name for name in others if name not in self.ancestors(stage)]
         checked = [path for name in self.lock for path in self.metrics.get(name, [])]
         breaks = [found for path in checked if (found := self._break_of_output(path))]
         text = breaks[0] if breaks else f"{len(checked)} files are as dvc.lock says"
         yield Finding("metrics", text, bool(breaks))
+        for stage in others:
+            for found in self._breaks_of_entry(stage):
+                yield Finding(stage, found, broken=True)
 
     def _checkpoint(self, path: str, stage: str) -> Finding:
         for ancestor in self.ancestors(stage):
@@ -125,35 +141,38 @@ class Project:
         )
 
     def _breaks_of_record(self, stage: str) -> Iterator[str]:
-        """runs/<stage>.json says what a run read, by hashes of its own; not every machine has it.
-
-        It may be of another run than dvc.lock is: its metrics tell.
-        """
-        file = self.root / "runs" / f"{stage.replace('@', '-')}.json"
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            inputs, metrics = dict(record["inputs"]), record["metrics_md5"]
-        except (OSError, ValueError, KeyError, TypeError):
+        """Where what there is, or dvc.lock, is not what a stage's run was made from."""
+        if (record := self._record(stage)) is None:
             return
-        if metrics not in [out.get("md5") for out in self._entries(stage, "outs")]:
-            return
-        for path, expected in inputs.items():
+        for path, expected in record.files.items():
             if (self.root / path).is_file():
-                found = _hash_of_file(self.root / path, "sha256")
+                found = md5_of_file(self.root / path)
                 if found != expected:
                     yield (
-                        f"{file.relative_to(self.root)} says that stage {stage} read {path} "
-                        f"{_short(expected)}, which now is {_short(found)}; `dvc repro {stage}`"
+                        f"runs/{record_name(stage)} says that stage {stage} read {path} "
+                        f"{_short(expected)}, which now is {_short(found)}; {_anyway(stage)}"
                     )
+        yield from self._breaks_of_entry(stage)
+
+    def _breaks_of_entry(self, stage: str) -> Iterator[str]:
+        """Where dvc.lock is wrong: what was edited after a stage had ended, it has as edited."""
+        if (record := self._record(stage)) is None:
+            return
+        if changed := record.first_difference(self.lock[stage], self.root):
+            yield (
+                f"runs/{record_name(stage)} says that stage {stage} was run with another {changed} "
+                f"than dvc.lock says; {_anyway(stage)}"
+            )
+
+    def _record(self, stage: str) -> Record | None:
+        """Of the run that dvc.lock is of, if it is here: not every machine has it."""
+        record = Record.read(self.root / "runs" / record_name(stage))
+        return record if record and record.is_of(self.lock.get(stage, {})) else None
 
     def digest(self, path: str) -> str | None:
         """DVC's hash of a file or folder; None if it is not there."""
         if path not in self._digests:
-            place = self.root / path
-            if place.is_dir():
-                self._digests[path] = _hash_of_folder(place)
-            else:
-                self._digests[path] = _hash_of_file(place, "md5") if place.is_file() else None
+            self._digests[path] = md5_of(self.root / path)
         return self._digests[path]
 
     def _recorded(self, path: str, stage: str) -> str | None:
@@ -189,10 +208,7 @@ class Project:
     def _param(self, file: str, key: str) -> Any:
         if file not in self._params:
             self._params[file] = _read(self.root / file)
-        value = self._params[file]
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return value
+        return value_at(self._params[file], key)
 
     def _generations(self, stage: str) -> list[str]:
         """What a stage's result comes of, nearest first: names of data and checkpoints, no code."""
@@ -226,46 +242,15 @@ def _read(file: Path) -> Any:
         raise UserError(f"{file} is not valid YAML: {error}; bring it back with git.") from None
 
 
-def _variants(stages: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Name, definition and variant of each stage of dvc.yaml."""
-    for name, stage in stages.items():
-        if "foreach" not in stage:
-            yield name, stage, ""
-            continue
-        for variant in stage["foreach"]:
-            yield f"{name}@{variant}", stage["do"], str(variant)
-
-
-def _paths(entries: list[str | dict[str, Any]] | None, variant: str) -> list[str]:
-    paths = [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries or []]
-    return [path.replace("${key}", variant).replace("${item}", variant) for path in paths]
-
-
-def _hash_of_folder(folder: Path) -> str:
-    """MD5 of the list of its files with their MD5s, as DVC makes it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in files]
-    listed = [
-        {"md5": _hash_of_file(folder / name, "md5"), "relpath": name} for name in sorted(names)
-    ]
-    content = json.dumps(listed, sort_keys=True).encode("utf-8")
-    return hashlib.md5(content, usedforsecurity=False).hexdigest() + ".dir"
-
-
-def _hash_of_file(file: Path, method: str) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(
-            content, lambda: hashlib.new(method, usedforsecurity=False)
-        ).hexdigest()
-
-
 def _difference(key: str, expected: Any, found: Any) -> str:
     """The first parameter that differs, with the value that it had and the one that it has."""
-    if isinstance(expected, dict) and isinstance(found, dict):
-        for name in sorted({*expected, *found}):
-            if expected.get(name, ...) != found.get(name, ...):
-                return _difference(f"{key}.{name}", expected.get(name), found.get(name))
-    return f"{key} {expected!r}, which now is {found!r}"
+    name, before, now = first_difference(key, expected, found) or (key, expected, found)
+    return f"{name} {before!r}, which now is {now!r}"
+
+
+def _anyway(stage: str) -> str:
+    """A command that runs a stage which DVC takes for unchanged."""
+    return f"`dvc repro --force --single-item {stage}` makes it anew"
 
 
 def _short(digest: str | None) -> str:

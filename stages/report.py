@@ -9,6 +9,7 @@ from minimind.files import replacing
 from minimind.report.report import checkpoint_section, examples_section, training_section
 from minimind.report.results import read_evaluations, read_metrics
 from minimind.runtime.command import stage_app
+from minimind.runtime.provenance import unchanged
 
 app = stage_app("report")
 
@@ -21,14 +22,16 @@ def main(
     training: Annotated[list[Path] | None, typer.Option(help="a training stage's metrics")] = None,
 ) -> None:
     """Write what each checkpoint can do, how its training ended, and what it says."""
-    evaluations = read_evaluations(evaluation, predictions)
-    checkpoints = checkpoint_section(evaluations)
-    sections = ["# Report", checkpoints]
-    if training:
-        sections.append(training_section(read_metrics(training)))
-    sections.append(examples_section(evaluations))
-    with replacing(output) as partial:
-        partial.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    answers = [predictions / f"{path.stem}.jsonl" for path in evaluation]
+    with unchanged(Path("params.yaml"), {}, [*evaluation, *answers, *(training or [])]):
+        evaluations = read_evaluations(evaluation, predictions)
+        checkpoints = checkpoint_section(evaluations)
+        sections = ["# Report", checkpoints]
+        if training:
+            sections.append(training_section(read_metrics(training)))
+        sections.append(examples_section(evaluations))
+        with replacing(output) as partial:
+            partial.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     typer.echo(checkpoints)
 
 

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 import minimind.datasets.mini_world
 from minimind.errors import UserError
 from minimind.runtime import code
-from minimind.runtime.provenance import Provenance
+from minimind.runtime.provenance import Provenance, unchanged
+from minimind.runtime.records import Records
 from minimind.training.fit import FitConfig
 from stages import mini_world
 from tests.graph import ROOT
@@ -58,6 +59,64 @@ def test_a_run_whose_dependency_was_edited_does_not_finish(
     assert not list(tmp_path.glob(".resume/*/*/finished.json"))
 
 
+@pytest.mark.parametrize("where", ["after the outputs", "when the states are closed"])
+@pytest.mark.parametrize(
+    ("file", "edit"), [("data/tokens.bin", edit_and_undo), ("params.yaml", change_section)]
+)
+def test_the_last_check_is_the_last_act(
+    tmp_path: Path,
+    data,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    file: str,
+    edit: Callable[[Path], None],
+) -> None:
+    """What was finished stays, for the same code to go on from; DVC records nothing."""
+    monkeypatch.setenv("DVC_STAGE", "sft")
+    metrics = tmp_path / "metrics.json"
+
+    def edited_run() -> None:
+        with a_run(tmp_path, FitConfig.model_validate(CONFIG)) as run:
+            with run.saving(metrics):
+                metrics.write_text("{}")
+            if where == "after the outputs":
+                edit(tmp_path / file)
+            else:
+                close = run.store.close
+                monkeypatch.setattr(run.store, "close", lambda: (close(), edit(tmp_path / file)))
+
+    with pytest.raises(UserError, match=CHANGED):
+        edited_run()
+    assert list(tmp_path.glob(".resume/*/*/finished.json"))
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_run_that_was_edited_while_its_record_was_written_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_STAGE", "../dvc.yaml:encode@sft")
+    source = Path("source.jsonl")
+    source.write_text("1")
+    with unchanged(Path("params.yaml"), {}, [source]):
+        pass
+    assert Path("runs/encode-sft.json").is_file()
+    write = Records.write
+
+    def write_and_edit(records: Records, stage: str, contents: dict[str, object]) -> Path:
+        file = write(records, stage, contents)
+        edit_and_undo(source)
+        return file
+
+    monkeypatch.setattr(Records, "write", write_and_edit)
+    with (
+        pytest.raises(UserError, match=CHANGED),
+        unchanged(Path("params.yaml"), {}, [source]),
+    ):
+        pass
+    assert not list(Path("runs").iterdir())
+
+
 def test_a_parameter_of_another_stage_may_be_edited(
     tmp_path: Path,
     data,  # noqa: F811
@@ -73,7 +132,7 @@ def test_a_parameter_of_another_stage_may_be_edited(
 
 
 def test_code_that_was_imported_is_a_dependency() -> None:
-    pinned = {path.resolve() for path in Provenance([]).files}
+    pinned = {path.resolve() for path in Provenance([], Path(), {}).files}
     assert ROOT / "minimind/training/fit.py" in pinned
     assert not any("runtime" in path.parts for path in pinned)
 
@@ -100,9 +159,9 @@ def test_code_that_is_edited_while_it_is_imported_is_noticed(
 ) -> None:
     monkeypatch.setattr(code, "_at_start", {})
     code.note_code()
-    Provenance([])
+    Provenance([], Path(), {})
     edited = ROOT / "minimind/training/fit.py"
     size, inode, changed = code._at_start[edited]
     code._at_start[edited] = (size, inode, changed - 1)  # as if it was older when imports began
     with pytest.raises(UserError, match=r"fit\.py changed while the stage was starting"):
-        Provenance([])
+        Provenance([], Path(), {})

@@ -7,12 +7,14 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from minimind.cli.main import app
+from minimind.runtime.dvc_files import listing_of, md5_of
 from tests.project import dvc
 
 STEP = """
@@ -53,6 +55,10 @@ stages:
       deps: [other.py, 'models/${item}']
       outs: ['exports/${item}']
       metrics: ['metrics/export-${item}.json': {cache: false}]
+  report:
+    cmd: cp metrics/sft.json report.md
+    deps: [metrics/sft.json]
+    outs: [report.md]
 """
 PARAMS = "world: {seed: 1}\npretrain: {lr: 1e-06}\nsft: {init: pretrain, lr: 5.0e-4, n: [1, 2]}\n"
 
@@ -148,14 +154,21 @@ def run_upstream_alone(project: Path) -> None:
     dvc(project, "repro", "-q", "--single-item", "pretrain")
 
 
-def leave_a_record(project: Path) -> None:
-    """Of the run that dvc.lock is of, which read another file than there is now."""
-    metrics = hashlib.md5((project / "metrics/sft.json").read_bytes()).hexdigest()
-    record = {"metrics_md5": metrics, "inputs": {"models/pretrain/config.json": "0" * 64}}
-    (project / "runs").mkdir()
-    (project / "runs/sft.json").write_text(json.dumps(record))
+def leave_record(stage: str, output: str, **contents: Any) -> Callable[[Path], None]:
+    """Of the run that dvc.lock is of."""
+
+    def left(project: Path) -> None:
+        metrics = hashlib.md5((project / output).read_bytes()).hexdigest()
+        record = {"metrics_md5": metrics, "files": {}, "params": {}, "dvc": None} | contents
+        (project / "runs").mkdir()
+        (project / f"runs/{stage}.json").write_text(json.dumps(record))
+
+    return left
 
 
+OTHER_INPUT = leave_record(
+    "sft", "metrics/sft.json", files={"models/pretrain/config.json": "0" * 32}
+)
 ALL = {"models/pretrain", "models/sft", "exports/sft"}
 BREAKS: dict[str, tuple[Callable[[Path], None], set[str], list[str]]] = {
     "a flipped byte in weights": (
@@ -217,9 +230,26 @@ BREAKS: dict[str, tuple[Callable[[Path], None], set[str], list[str]]] = {
         ["metrics/sft.json"],
     ),
     "a record of another input": (
-        leave_a_record,
+        OTHER_INPUT,
         {"models/sft", "exports/sft"},
         ["runs/sft.json says that stage sft read models/pretrain/config.json (00000000)"],
+    ),
+    "a record of another parameter": (
+        leave_record(
+            "sft",
+            "metrics/sft.json",
+            params={"params.yaml": {"sft": {"init": "pretrain", "lr": "6e-4", "n": ["1", "2"]}}},
+        ),
+        {"models/sft", "exports/sft"},
+        [
+            "runs/sft.json says that stage sft was run with another sft.lr in params.yaml than",
+            "`dvc repro --force --single-item sft`",
+        ],
+    ),
+    "a record of a stage that no checkpoint comes of": (
+        leave_record("report", "report.md", files={"metrics/sft.json": "0" * 32}),
+        {"report"},
+        ["report was run with another metrics/sft.json than dvc.lock says"],
     ),
 }
 
@@ -232,7 +262,7 @@ def test_a_break_is_found_and_named(project: Path, name: str) -> None:
     assert code == 1
     broken = {subject for subject, text in lines.items() if text.startswith("BROKEN: ")}
     assert broken == expected, lines
-    assert first.startswith(f"minimind: {len(broken)} of 4 broken; the first: ")
+    assert first.startswith(f"minimind: {len(broken)} of {len(lines)} broken; the first: ")
     for text in named:
         assert text in first
 
@@ -263,8 +293,24 @@ def test_what_is_not_here_is_no_break(project: Path, too: str) -> None:
 
 
 def test_a_record_of_another_run_is_no_evidence(project: Path) -> None:
-    leave_a_record(project)
+    OTHER_INPUT(project)
     edit("runs/sft.json", '"metrics_md5": ".', '"metrics_md5": "x')(project)
+    assert verify(project)[0] == 0
+
+
+def test_a_record_that_agrees_is_no_break(project: Path) -> None:
+    params = {"sft": {"init": "pretrain", "lr": "5.0e-4", "n": ["1", "2"]}}
+    listed = {
+        f"models/pretrain/{n}": md5 for n, md5 in listing_of(project / "models/pretrain").items()
+    }
+    files = {"step.py": md5_of(project / "step.py"), **listed}
+    leave_record("sft", "metrics/sft.json", files=files, params={"params.yaml": params})(project)
+    assert verify(project)[0] == 0
+
+
+def test_a_record_of_an_earlier_version_is_not_read(project: Path) -> None:
+    OTHER_INPUT(project)
+    edit("runs/sft.json", '"files"', '"inputs"')(project)
     assert verify(project)[0] == 0
 
 

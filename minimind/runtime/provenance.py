@@ -1,20 +1,23 @@
-"""What a stage's result was made from, pinned when the stage starts and checked before it saves.
+"""What a stage's result was made from, pinned when the stage starts and checked until it ends.
 
 DVC hashes dependencies after the command has run. Without this check, an edit made during a
-run would be recorded as if it had made the weights.
+run would be recorded as if it had made the weights. What is edited between the last check and
+DVC's hashing, the next stage finds by the record that is left here.
 """
 
-import hashlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minimind.errors import UserError
 from minimind.params import Section, load_section
 from minimind.runtime.code import was_edited
+from minimind.runtime.dvc_files import md5_of_content, read_as_written, value_at
+from minimind.runtime.records import Records
 
 RUNTIME_PACKAGE = "minimind.runtime"  # decides how, not what; see its modules
 # Where modules that decide a result are found; a stage that runs is called by the last of these.
@@ -25,7 +28,7 @@ TRACKED_PACKAGES = ("minimind", "stages", "__main__")
 class Pinned:
     """Content and change marks of one file."""
 
-    sha256: str
+    md5: str  # which dvc.lock has, too
     size: int
     inode: int
     modified_ns: int
@@ -35,7 +38,7 @@ class Pinned:
     @classmethod
     def of(cls, path: Path) -> "Pinned":
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = md5_of_content(file)
             stat = os.fstat(file.fileno())
         return cls(
             digest, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_nlink
@@ -57,31 +60,62 @@ class Pinned:
         if stat.st_ctime_ns == self.changed_ns:
             return True
         linked = self.links > 1 or stat.st_nlink > 1
-        return linked and Pinned.of(path).sha256 == self.sha256
+        return linked and Pinned.of(path).md5 == self.md5
 
 
 class Provenance:
-    """Files a result depends on: inputs, and the project's own code that has been imported."""
+    """What a result depends on: inputs, sections of a params file, imported code of the project."""
 
-    def __init__(self, inputs: Iterable[Path]) -> None:
+    def __init__(
+        self, inputs: Iterable[Path], params: Path, sections: Mapping[str, Section]
+    ) -> None:
+        """inputs: files, and folders with all that is in them.
+
+        Raises:
+            UserError: code was edited while it was imported, or an input is missing.
+        """
         if edited := [str(path) for path in code_files() if was_edited(path)]:
             raise UserError(
                 f"{', '.join(edited)} changed while the stage was starting: run `dvc repro` again."
             )
         self.files = {path: Pinned.of(path) for path in sorted({*code_files(), *_files(inputs)})}
+        self.params = params
+        self.sections = sections
 
     def digests(self) -> dict[str, str]:
-        """sha256 by path."""
-        return {str(path): pinned.sha256 for path, pinned in self.files.items()}
+        """MD5 by path."""
+        return {str(path): pinned.md5 for path, pinned in self.files.items()}
 
     def check(self) -> None:
-        """Raises UserError when a file is not what it was at the start."""
+        """Raises UserError when a file or section is not what it was at the start."""
         changed = [str(path) for path, pinned in self.files.items() if not pinned.still_holds(path)]
+        for name, section in () if changed else self.sections.items():
+            if load_section(self.params, name, type(section)) != section:
+                changed.append(f"{self.params}: {name}")
         if changed:
             raise UserError(
                 f"{', '.join(changed)} changed while the stage was running; "
-                "nothing was saved under false colours: run `dvc repro` again."
+                "nothing is recorded under false colours: run `dvc repro` again."
             )
+
+    def seal(self, records: Records, stage: str, contents: Mapping[str, Any]) -> None:
+        """Check, leave the record of a run that is over, and check a last time.
+
+        Raises:
+            UserError: as :meth:`check` does; there is no record then, nor will DVC make an entry.
+        """
+        self.check()
+        tree = read_as_written(self.params) if self.sections else {}
+        made_from = {
+            "files": self.digests(),
+            "params": {str(self.params): {name: value_at(tree, name) for name in self.sections}},
+        }
+        file = records.write(stage, {**contents, **made_from})
+        try:
+            self.check()
+        except UserError:
+            file.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
@@ -91,22 +125,19 @@ def unchanged(
     """Around the work of a stage that is too short for :func:`minimind.runtime.run.start_run`.
 
     Raises:
-        UserError: code, inputs or sections of the params file were edited meanwhile.
+        UserError: code, inputs or sections of the params file were edited meanwhile, or those of
+            the stage before it when DVC recorded that.
     """
-    provenance = Provenance(path for path in inputs if path.exists())  # the stage misses others
+    # Not by our settings, whose import takes longer than some of these stages.
+    records = Records(Path(os.environ.get("DVC_ROOT", ".")), os.environ.get("DVC_STAGE", ""))
+    records.refuse_false_lock()
+    here = (path for path in inputs if path.exists())  # the stage misses others
+    provenance = Provenance(here, params, sections)
     yield
-    provenance.check()
-    check_sections(params, sections)
-
-
-def check_sections(params: Path, sections: Mapping[str, Section]) -> None:
-    """Raises UserError when a section of the params file is not what it was at the start."""
-    for name, section in sections.items():
-        if load_section(params, name, type(section)) != section:
-            raise UserError(
-                f"{params}: {name} changed while the stage was running; "
-                "nothing was saved under false colours: run `dvc repro` again."
-            )
+    if records.stage:
+        provenance.seal(records, records.stage, {"metrics_md5": records.metrics_md5()})
+    else:
+        provenance.check()
 
 
 def code_files() -> list[Path]:

@@ -18,6 +18,7 @@ import torch
 from minimind.errors import Stopped, UserError
 from minimind.params import Section
 from minimind.runtime.device import prepare_device
+from minimind.runtime.dvc_files import md5_of_file
 from minimind.runtime.launch import is_worker, launch, other_machines
 from minimind.runtime.processes import (
     Processes,
@@ -26,7 +27,8 @@ from minimind.runtime.processes import (
     leave_processes,
 )
 from minimind.runtime.progress import Progress
-from minimind.runtime.provenance import Provenance, check_sections
+from minimind.runtime.provenance import Provenance
+from minimind.runtime.records import Records
 from minimind.runtime.settings import RuntimeSettings, load_settings
 from minimind.runtime.stop import StopRequest
 from minimind.runtime.tracker import start_tracker
@@ -43,16 +45,16 @@ class Run:
     """What a training loop asks of its surroundings."""
 
     stage: str
-    params: Path
-    sections: Mapping[str, Section]
     settings: RuntimeSettings
     device: torch.device
     stop: StopRequest
     provenance: Provenance
     store: ResumeStore
+    records: Records
     processes: Processes = field(default_factory=Processes)
     tracker: Any = None  # a wandb.Run
     record: dict[str, Any] = field(default_factory=dict)
+    metrics_md5: str = ""  # of the metrics file, once the outputs are written
     started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -120,28 +122,23 @@ class Run:
             self.processes.wait()
             leave_processes()
             raise SystemExit(0)
-        self._check_unchanged()
+        self.provenance.check()
         yield
-        self._check_unchanged()
+        self.provenance.check()
         self.raise_if_stopped("at the last step")
-        digest = hashlib.md5(metrics.read_bytes(), usedforsecurity=False).hexdigest()
-        self._write_record(digest)
-        self.store.finish({"folder": str(Path.cwd()), "metrics_md5": digest})
+        self.metrics_md5 = md5_of_file(metrics)
+        self.store.finish({"folder": str(Path.cwd()), "metrics_md5": self.metrics_md5})
         self.processes.wait()
 
-    def _check_unchanged(self) -> None:
-        self.provenance.check()
-        check_sections(self.params, self.sections)
+    def seal(self) -> None:
+        """The last act of a run that has written its outputs: its record, and a last check.
 
-    def _write_record(self, metrics_md5: str) -> None:
-        """runs/<stage>.json: how the stage was computed. Not an output: it differs every time.
-
-        metrics_md5: by which `minimind verify` knows whether dvc.lock is of this run.
+        Raises:
+            UserError: what it was made from was edited; DVC records nothing then, and the same
+                code goes on from the finished state.
         """
         peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         record = {
-            "stage": self.stage,
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "seconds": round(time.monotonic() - self.started, 2),
             "peak_memory_mib": round(peak_kib / 1024),
             **self.record,
@@ -149,12 +146,9 @@ class Run:
             "host": platform.node(),
             "python": platform.python_version(),
             "versions": {name: version(name) for name in RECORDED_PACKAGES},
-            "metrics_md5": metrics_md5,
-            "inputs": self.provenance.digests(),
+            "metrics_md5": self.metrics_md5,
         }
-        path = self.settings.root / "runs" / f"{self.stage}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        self.provenance.seal(self.records, self.stage, record)
 
 
 @contextmanager
@@ -180,7 +174,10 @@ def start_run(
     processes = join_processes(device)
     if processes.world > 1 and not many_processes:
         raise UserError(f"the stage {stage} runs in one process; start it without torchrun.")
-    provenance = Provenance(inputs)
+    records = Records(settings.root, settings.dvc_stage)
+    if processes.is_writer:
+        records.refuse_false_lock()
+    provenance = Provenance(inputs, params, sections)
     fingerprint = _fingerprint(stage, sections, provenance)
     if len({*processes.gather(fingerprint)}) > 1:
         raise UserError("the machines have not the same code, parameters and inputs.")
@@ -189,9 +186,7 @@ def start_run(
     if processes.is_writer:
         forget_recorded(resume_root, wanted=states)
     store = ResumeStore(states) if processes.world == 1 else SharedStore(states, processes)
-    run = Run(
-        stage, params, sections, settings, device, stop, provenance, store, processes=processes
-    )
+    run = Run(stage, settings, device, stop, provenance, store, records, processes=processes)
     if settings.wandb != "off" and processes.is_writer:
         run.tracker = start_tracker(settings, stage, fingerprint, sections)
     try:
@@ -204,6 +199,8 @@ def start_run(
         store.close()
         if run.tracker is not None:
             run.tracker.finish()
+    if run.metrics_md5:
+        run.seal()
 
 
 def start_training(

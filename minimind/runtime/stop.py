@@ -4,17 +4,16 @@ A stage is never torn from the middle of a step: the request is a flag that the 
 reads between two steps, where it saves its state and leaves with the signal's exit code.
 """
 
-import json
 import os
 import signal
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 
 import psutil
 
 from minimind.errors import Stopped
+from minimind.runtime.dvc_process import writers
 
 SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
 
@@ -84,12 +83,7 @@ def watch_parents(interval_seconds: float = 0.5) -> None:
 def _has_dvc_gone(ancestors: set[int]) -> bool:
     """Whether DVC died before we could look, and left us to some other process.
 
-    While it runs a stage, DVC has its process number in its list of who writes what; nobody takes
-    it from there when DVC is killed. Then the list names others than our ancestors alone.
+    Then its list of who writes what names others than our ancestors alone.
     """
-    try:
-        users = json.loads(Path(".dvc/tmp/rwlock").read_text(encoding="utf-8"))
-        writers = {entry["pid"] for entry in users["write"].values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False  # we cannot tell
-    return bool(writers) and not writers & ancestors
+    pids = writers()
+    return bool(pids) and not pids & ancestors

@@ -1,0 +1,102 @@
+"""DVC's own files: what dvc.yaml and dvc.lock say, and hashes as they stand there."""
+
+import hashlib
+import json
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# Every scalar is a string, as it is written: DVC and PyYAML disagree about what 1e-06 and yes are.
+_Loader: Any = type(
+    "_Loader",
+    (getattr(yaml, "CSafeLoader", yaml.SafeLoader),),  # faster where there is libyaml
+    {"yaml_implicit_resolvers": {"<": [("tag:yaml.org,2002:merge", re.compile("<<$"))]}},
+)
+
+
+def read_as_written(file: Path) -> Any:
+    """YAML whose scalars are strings.
+
+    Raises:
+        OSError, ValueError, yaml.YAMLError: the file is missing, not UTF-8 or not YAML.
+    """
+    return yaml.load(file.read_text(encoding="utf-8"), _Loader)
+
+
+def stages_as_written(file: Path) -> dict[str, Any]:
+    """The stages in dvc.yaml or dvc.lock; none where the file cannot be read, as DVC will say."""
+    try:
+        stages = read_as_written(file)["stages"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return {}
+    return stages if isinstance(stages, dict) else {}
+
+
+def variants(stages: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Name, definition and variant of each stage of dvc.yaml."""
+    for name, stage in stages.items():
+        if "foreach" not in stage:
+            yield name, stage, ""
+            continue
+        for variant in stage["foreach"]:
+            yield f"{name}@{variant}", stage["do"], str(variant)
+
+
+def output_paths(entries: list[str | dict[str, Any]] | None, variant: str) -> list[str]:
+    """The paths in a stage's outs or metrics in dvc.yaml."""
+    paths = [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries or []]
+    return [path.replace("${key}", variant).replace("${item}", variant) for path in paths]
+
+
+def value_at(tree: Any, key: str) -> Any:
+    """What stands below a key whose dots descend, as in `encode.sft`; None if nothing does."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def first_difference(
+    key: str, before: Any, now: Any, alike: Callable[[Any, Any], bool] = operator.eq
+) -> tuple[str, Any, Any] | None:
+    """The first value, at a key or below it, that is not what it was: its key, and both."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted({*before, *now}):
+            below = (f"{key}.{name}", before.get(name), now.get(name))
+            if found := first_difference(*below, alike):
+                return found
+        return None
+    return None if alike(before, now) else (key, before, now)
+
+
+def md5_of(path: Path) -> str | None:
+    """DVC's hash of a file or folder; None if it is not there."""
+    if path.is_dir():
+        return md5_of_listing(listing_of(path))
+    return md5_of_file(path) if path.is_file() else None
+
+
+def md5_of_file(file: Path) -> str:
+    with file.open("rb") as content:
+        return md5_of_content(content)
+
+
+def md5_of_content(content: BufferedReader) -> str:
+    return hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def listing_of(folder: Path) -> dict[str, str]:
+    """MD5 of each file below a folder, by its path there."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): md5_of_file(path) for path in files}
+
+
+def md5_of_listing(listing: Mapping[str, str]) -> str:
+    """MD5 of the list of a folder's files with their MD5s, as DVC makes it."""
+    listed = [{"md5": listing[name], "relpath": name} for name in sorted(listing)]
+    content = json.dumps(listed, sort_keys=True).encode("utf-8")
+    return hashlib.md5(content, usedforsecurity=False).hexdigest() + ".dir"

@@ -1,0 +1,193 @@
+"""An edit between the end of a stage's command and DVC's hashing: the next stage refuses."""
+
+import json
+import os
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import yaml
+from dvc.utils.serialize import dumps_yaml, loads_yaml
+
+from minimind.errors import UserError
+from minimind.runtime.dvc_files import read_as_written
+from minimind.runtime.records import Record, Records
+from tests.project import copy_project, dvc, git, stages_run
+from tests.test_report import prediction, write
+
+pytestmark = pytest.mark.xdist_group("records")
+STAGES = {"mini_world", "tokenizer", "encode@pretrain", "pretrain", "encode@sft"}
+COMMENT = "\n# a comment\n"
+FAILED = 255  # DVC's exit code
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    project = copy_project(tmp_path_factory.mktemp("records") / "whole")
+    assert {*stages_run(dvc(project, "repro", *STAGES))} == STAGES
+    git(project, "add", "-A")
+    git(project, "commit", "-qm", "run")
+    return project
+
+
+@pytest.fixture
+def project(whole: Path, tmp_path: Path) -> Path:
+    shutil.copytree(whole, tmp_path / "project", symlinks=True)
+    return tmp_path / "project"
+
+
+def change_graph(project: Path, stage: str, command: str) -> None:
+    """Extend a stage's command by another that the shell runs at the first time alone."""
+    file = project / "dvc.yaml"
+    graph = yaml.safe_load(file.read_text(encoding="utf-8"))
+    definition = graph["stages"][stage.partition("@")[0]]
+    definition = definition.get("do", definition)
+    commands = definition["cmd"] if isinstance(definition["cmd"], list) else [definition["cmd"]]
+    definition["cmd"] = [*commands[:-1], f"{commands[-1]} && (test -e edited || ({command}))"]
+    file.write_text(yaml.safe_dump(graph, sort_keys=False), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("stage", "command", "following", "changed", "made"),
+    [
+        (
+            "mini_world",
+            "echo >> minimind/datasets/mini_world.py",
+            "tokenizer",
+            "minimind/datasets/mini_world.py",
+            "data/mini_world, metrics/mini_world.json",
+        ),
+        (
+            "encode@pretrain",
+            "sed -i 's/on_bad_row: error/on_bad_row: skip/' params.yaml",
+            "pretrain",
+            "data.on_bad_row in params.yaml",
+            "data/encoded/pretrain, metrics/encode/pretrain.json",
+        ),
+        (
+            "pretrain",
+            "sed -i 's/}/ }/' data/encoded/pretrain/meta.json",
+            "encode@sft",
+            "data/encoded/pretrain/meta.json",
+            "curves/pretrain.csv, metrics/pretrain.json, models/pretrain",
+        ),
+    ],
+)
+def test_the_next_stage_refuses(
+    project: Path, stage: str, command: str, following: str, changed: str, made: str
+) -> None:
+    change_graph(project, stage, f"touch edited; {command}")
+    force = ["repro", "--force", "--single-item"]
+    printed = dvc(project, *force, stage, following, expect=FAILED)
+    assert stages_run(printed) == [stage, following]
+    advised = f"dvc repro --force --single-item {stage}"
+    line = (
+        f"{following.partition('@')[0]}: {changed} changed after stage {stage} had ended and "
+        f"before DVC recorded it, so dvc.lock is wrong about what made {made}; run `{advised}`."
+    )
+    assert line in printed.splitlines()
+    dvc(project, *advised.split()[1:])
+    dvc(project, "repro", "--single-item", following)
+
+
+def test_an_ordinary_repro_is_compared_and_goes_on(project: Path) -> None:
+    assert {*stages_run(dvc(project, "repro", "--force", *STAGES))} == STAGES
+    records = [json.loads(file.read_text()) for file in (project / "runs").glob("*.json")]
+    assert {record["dvc"]["stage"] for record in records} == STAGES
+    assert len({(record["dvc"]["pid"], record["dvc"]["created"]) for record in records}) == 1
+    lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
+    for record in records:
+        entry = lock[record["dvc"]["stage"]]
+        assert record["metrics_md5"] in [out["md5"] for out in entry["outs"]]
+        files = {dep["path"]: dep["md5"] for dep in entry["deps"] if dep["path"] in record["files"]}
+        assert "minimind/params.py" in files
+        assert files.items() <= record["files"].items()
+
+
+def test_a_lock_that_git_has_brought_back_is_no_false_one(project: Path) -> None:
+    code = project / "minimind/datasets/mini_world.py"
+    code.write_text(code.read_text(encoding="utf-8") + COMMENT, encoding="utf-8")
+    assert "mini_world" in stages_run(dvc(project, "repro", "mini_world"))
+    git(project, "checkout", "-q", ".")
+    assert stages_run(dvc(project, "repro", "--force", "encode@sft")) != []
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_an_entry_that_dvc_has_not_made_anew_is_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    """As after `dvc repro --keep-going`, when DVC could not record a stage that had ended."""
+    monkeypatch.chdir(tmp_path)
+    Path(".dvc/tmp").mkdir(parents=True)
+    Path(".dvc/tmp/rwlock").write_text(json.dumps({"write": {"x": {"pid": os.getppid()}}}))
+    record = {"metrics_md5": "1" * 32, "files": {"a.py": "2" * 32}, "params": {}}
+    Records(Path(), "sft").write("sft", record)
+    entry = {
+        "deps": [{"path": "a.py", "hash": "md5", "md5": "3" * 32}],
+        "outs": [{"path": "models/sft", "hash": "md5", "md5": ("1" if recorded else "0") * 32}],
+    }
+    Path("dvc.lock").write_text(json.dumps({"stages": {"sft": entry}}))
+    refused = pytest.raises(UserError, match=r"a\.py changed after stage sft had ended")
+    with refused if recorded else nullcontext():
+        Records(Path(), "dvc.yaml:dpo").refuse_false_lock()
+
+
+REPORT = """
+import minimind.report.report as report
+import stages.report
+from pathlib import Path
+
+def edited(evaluations):
+    file = Path("metrics/evaluate/sft.json")
+    file.write_text(file.read_text() + " ")
+    return report.examples_section(evaluations)
+
+stages.report.examples_section = edited
+stages.report.app()
+"""
+
+
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_the_report_notices_an_edit_while_it_is_written(project: Path, is_edited: bool) -> None:
+    write(project, "sft", [prediction()])
+    (project / "edited.py").write_text(REPORT)
+    command = "python edited.py" if is_edited else "python -m stages.report"
+    graph = yaml.safe_load((project / "dvc.yaml").read_text(encoding="utf-8"))
+    graph["stages"]["report"] = {
+        "cmd": f"{command} --evaluation metrics/evaluate/sft.json --predictions predictions "
+        "--output reports/report.md",
+        "deps": ["metrics/evaluate/sft.json", "predictions/sft.jsonl"],
+        "outs": ["reports/report.md"],
+    }
+    del graph["stages"]["evaluate"]  # whose outputs these are
+    (project / "dvc.yaml").write_text(yaml.safe_dump(graph), encoding="utf-8")
+    printed = dvc(project, "repro", "report", expect=FAILED if is_edited else 0)
+    line = "report: metrics/evaluate/sft.json changed while the stage was running"
+    assert (line in printed) == is_edited
+    lock = yaml.safe_load((project / "dvc.lock").read_text(encoding="utf-8"))
+    assert ("report" in lock["stages"]) != is_edited
+    assert (project / "runs/report.json").exists() != is_edited
+
+
+def test_numbers_are_the_same_however_they_are_written(tmp_path: Path) -> None:
+    """DVC writes values anew into dvc.lock."""
+    params = """
+a: {x: 5e-4, y: 1e-06, z: 1.0, n: [1_000, 0x10, 010], empty: , none: ~, other: null}
+b: {yes: yes, quoted: 'yes', true: True, text: "5e-4 a", day: 2020-01-01, big: 9007199254740993}
+c: &c {lr: 1}
+d: {<<: *c, m: 2}
+"""
+    (tmp_path / "params.yaml").write_text(params)
+    (tmp_path / "lock.yaml").write_text(dumps_yaml(loads_yaml(params)))
+    before = {"params.yaml": read_as_written(tmp_path / "params.yaml")}
+    record = Record({}, before, None, None)
+
+    def difference() -> str | None:
+        entry = {"params": {"params.yaml": read_as_written(tmp_path / "lock.yaml")}}
+        return record.first_difference(entry)
+
+    assert difference() is None
+    text = (tmp_path / "lock.yaml").read_text()
+    (tmp_path / "lock.yaml").write_text(text.replace("740993", "740992"))
+    assert difference() == "b.big in params.yaml"
