@@ -87,6 +87,8 @@ def test_the_next_stage_refuses(
         f"before DVC recorded it, so dvc.lock is wrong about what made {made}; run `{advised}`."
     )
     assert line in printed.splitlines()
+    again = dvc(project, "repro", "--force", "--single-item", following, expect=FAILED)
+    assert line in again.splitlines()
     dvc(project, *advised.split()[1:])
     dvc(project, "repro", "--single-item", following)
 

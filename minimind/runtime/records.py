@@ -4,6 +4,7 @@ DVC hashes the dependencies of a stage when its command has ended, and so can ch
 more. The stages after it compare what DVC wrote into dvc.lock with what it left in its record.
 """
 
+import hashlib
 import json
 import os
 import time
@@ -56,14 +57,20 @@ class Record:
     params: dict[str, dict[str, Any]]  # sections by name, by file, scalars as they are written
     metrics_md5: str | None
     dvc: DvcRun | None
+    false_entry: str | None = None  # digest of an entry that a stage has found to be false
 
     @classmethod
     def read(cls, file: Path) -> "Record | None":
         """None for a record that is broken, or of an earlier version."""
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
-            dvc = record["dvc"] and DvcRun(**record["dvc"])
-            return cls(dict(record["files"]), dict(record["params"]), record["metrics_md5"], dvc)
+            return cls(
+                files=dict(record["files"]),
+                params=dict(record["params"]),
+                metrics_md5=record["metrics_md5"],
+                dvc=record["dvc"] and DvcRun(**record["dvc"]),
+                false_entry=record.get("false_entry"),
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -115,22 +122,31 @@ class Records:
         """Compare dvc.lock with the records that stages under the same DVC process have left.
 
         Those of other processes may rightly differ: git may have brought another dvc.lock since.
+        But what was once found to be false stays so, until that stage has run again.
 
         Raises:
             UserError: a dependency was edited after a stage had ended and before DVC hashed it.
         """
         if self.ours is None:
             return
-        read = [Record.read(file) for file in sorted(self.folder.glob("*.json"))]
+        read = {file: Record.read(file) for file in sorted(self.folder.glob("*.json"))}
         records = {
-            record.dvc.stage: record
-            for record in read
-            if record and record.dvc and self.ours.has_same_dvc(record.dvc)
+            file: record
+            for file, record in read.items()
+            if record and record.dvc and (self.ours.has_same_dvc(record.dvc) or record.false_entry)
         }
         lock = stages_as_written(Path("dvc.lock")) if records else {}
-        for stage, record in records.items():
+        for file, record in records.items():
+            assert record.dvc is not None
+            stage = record.dvc.stage
             entry = lock.get(stage, {})
-            if record.is_of(entry) and (changed := record.first_difference(entry)):
+            if stage == self.stage or not record.is_of(entry):
+                continue
+            if record.false_entry not in (None, _digest(entry)):
+                continue
+            if changed := record.first_difference(entry):
+                contents = json.loads(file.read_text(encoding="utf-8"))
+                _write(file, {**contents, "false_entry": _digest(entry)})
                 made = ", ".join(out["path"] for out in entry["outs"])
                 raise UserError(
                     f"{changed} changed after stage {stage} had ended and before DVC recorded it, "
@@ -147,8 +163,7 @@ class Records:
             **contents,
             "dvc": self.ours and vars(self.ours),
         }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write(file, record)
         return file
 
     def metrics_md5(self) -> str | None:
@@ -164,6 +179,16 @@ class Records:
 def record_name(stage: str) -> str:
     """The name of a stage's record below runs/."""
     return f"{stage.replace('@', '-')}.json"
+
+
+def _write(file: Path, record: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _digest(entry: Mapping[str, Any]) -> str:
+    text = json.dumps(entry, sort_keys=True)
+    return hashlib.md5(text.encode("utf-8"), usedforsecurity=False).hexdigest()
 
 
 def _say_the_same(before: Any, now: Any) -> bool:
