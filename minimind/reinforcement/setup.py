@@ -9,6 +9,7 @@ from minimind.reinforcement.prompts import load_prompts
 from minimind.reinforcement.reward_scorer import load_reward_model
 from minimind.reinforcement.rewards import Rewards, load_custom_reward
 from minimind.reinforcement.rollout import SamplingConfig
+from minimind.runtime.device import keep_few_products
 from minimind.runtime.run import Run
 from minimind.tokenizer import ChatTokenizer
 
@@ -27,6 +28,7 @@ def build_environment(
     Raises:
         UserError: prompts, reward model or custom reward cannot be used.
     """
+    keep_few_products()  # every rollout has other numbers of rows and tokens
     weights = config.rewards.weights()
     max_positions = model.config.max_positions
     loaded = load_prompts(prompts, tokenizer, max_positions, needs_answers="answer" in weights)
