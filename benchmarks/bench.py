@@ -51,9 +51,9 @@ SHORT = Sizes(
     samples={"pretrain": 8, "sft": 8, "dpo": 4, "reason": 8, "distill": 4},
     num_prompts=16,
     num_samples=8,
-    new_tokens=32,
+    new_tokens=128,
     grpo_prompts=2,
-    grpo_tokens=32,
+    grpo_tokens=128,
     num_steps=8,
 )
 
