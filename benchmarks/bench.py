@@ -4,19 +4,21 @@
     python -m benchmarks.bench --short --works sft,rollouts
     python -m benchmarks.bench --works sft --profile      # where our own time goes
 
-Every round lets each peer do one step of the same work, one after the other, in one process with
-the same number of threads; a ratio is taken within a round. Peers: `trl` and `hf` (TRL's trainers
-and Hugging Face's generate, in the best settings found), `padded` (a plain float32 loop), and
-`minimind` (MiniMind's own scripts, given the folder of a clone). Ours runs in bfloat16; compiled it
-has rows of its own. Writes benchmarks/results/bench.json.
+Each work has a process of its own. Every round lets each peer do one step of it, one after the
+other, with the same number of threads; a ratio is taken within a round. Peers: `trl` and `hf`
+(TRL's trainers and Hugging Face's generate, in the best settings found), `padded` (a plain float32
+loop), and `minimind` (MiniMind's own scripts, given the folder of a clone). Ours runs in bfloat16;
+compiled it has rows of its own. Writes benchmarks/results/bench.json.
 """
 
 import argparse
 import gc
+import multiprocessing
 import platform
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -60,23 +62,34 @@ SHORT = Sizes(
 
 def main() -> None:
     arguments = _parse()
-    sizes = SHORT if arguments.short else FULL
-    torch.set_num_threads(arguments.threads)
-    works = arguments.works.split(",")
-    with tempfile.TemporaryDirectory() as folder:
-        material = Material(ROOT, Path(folder), sizes)
+    rows: list[dict[str, Any]] = []
+    alone: dict[str, Any] = {}  # figures without a peer
+    for work in arguments.works.split(","):
+        # A foreign loop keeps its model and optimizer until its process ends.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            more_rows, more_alone = process.submit(_do, work, arguments).result()
         if arguments.profile:
-            for work in works:
-                _profile(ours.prepare(material, work), work)
-            return
-        rows: list[dict[str, Any]] = []
-        alone: dict[str, Any] = {}  # figures without a peer
-        for work in works:
-            rows += _measure(material, work, arguments, alone)
-            save(arguments.output, rows, _setting(arguments, alone))  # what there is, so far
+            continue
+        rows += more_rows
+        alone |= more_alone
+        save(arguments.output, rows, _setting(arguments, alone))  # what there is, so far
+    if arguments.profile:
+        return
     print("\n" + as_text(rows))
     for name, value in alone.items():
         print(f"{name}: {value}")
+
+
+def _do(work: str, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of a work, and figures without a peer; with --profile none."""
+    torch.set_num_threads(arguments.threads)
+    alone: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        material = Material(ROOT, Path(folder), SHORT if arguments.short else FULL)
+        if arguments.profile:
+            _profile(ours.prepare(material, work), work)
+            return [], alone
+        return _measure(material, work, arguments, alone), alone
 
 
 def _parse() -> argparse.Namespace:
