@@ -1,11 +1,12 @@
 """Data larger than memory: how fast it is encoded, and what memory that and training take.
 
-    python -m benchmarks.large --gigabytes 0.1 0.5
+    python -m benchmarks.large --gigabytes 0.1
     python -m benchmarks.large --gigabytes 5 --folder /mnt/disk    # some 15 GB there, meanwhile
 
 Writes a JSONL file of pseudo-text for each size, trains a tokenizer on a part of it, and then, each
-in a process of its own: encodes it with stage encode; puts the same text, in the same batches and
-with the same threads, through `tokenizers` alone; and trains some steps with stage pretrain.
+in a process of its own: encodes it with stage encode; puts the same text, if it is no more than
+1 GB, in the same batches and with the same threads, through `tokenizers` alone; and trains some
+steps with stage pretrain.
 
 Memory is anonymous memory (RssAnon and VmSwap of /proc/<pid>/status, so Linux only), sampled: what
 the kernel cannot take back. Pages of files that are read or mapped come and go with what is free.
@@ -40,6 +41,7 @@ GB = 10**9  # as disks count
 VOCAB_SIZE = 6400  # of MiniMind's tokenizer
 TOKENIZER_BYTES = 4 * 10**6  # of text that it is trained on
 SAMPLE_SECONDS = 0.01
+MOST_ALONE = 1.0  # GB; what it shows does not depend on the size, and it takes as long again
 SPACE = 3  # on disk, in sizes of the text: it, its arrays, and room
 WRITERS = {"text": write_texts, "chat": write_chats}
 PARSERS = {"text": parse_text, "chat": parse_chat}
@@ -90,19 +92,24 @@ def measure(folder: Path, gigabytes: float, data_format: str, num_steps: int) ->
     alone = ["--alone", source.name, "--format", data_format]
 
     _run(folder, "stages.tokenizer", tokenizer)
-    alone_usage = _run(folder, "benchmarks.large", alone)
     encode_usage = _run(folder, "stages.encode", encode)
     train_usage = _run(folder, "stages.pretrain", pretrain)
-    only = json.loads(alone_usage.printed)
     (counts,) = json.loads((folder / "encode.json").read_text())["encode"].values()
     megabytes = source.stat().st_size / 1e6
-    return {
+    row: dict[str, Any] = {
         "gigabytes": gigabytes,
         "format": data_format,
         "rows": num_rows,
         "tokens": counts["tokens"],
         "arrays_mb": round(sum(f.stat().st_size for f in (folder / "encoded").iterdir()) / 1e6),
         "encode": _rounded(encode_usage) | {"mb_per_second": _rate(megabytes, encode_usage)},
+        "train": _rounded(train_usage) | {"steps": num_steps},
+    }
+    if gigabytes > MOST_ALONE:
+        return row
+    alone_usage = _run(folder, "benchmarks.large", alone)
+    only = json.loads(alone_usage.printed)
+    return row | {
         # Without starting, and without reading rows.
         "tokenizers_alone": {
             "mb_per_second": round(megabytes / only["seconds"], 2),
@@ -112,7 +119,6 @@ def measure(folder: Path, gigabytes: float, data_format: str, num_steps: int) ->
         },
         "share_of_alone": round(only["seconds"] / encode_usage.seconds, 3),
         "cpu_share_of_alone": round(only["cpu_seconds"] / encode_usage.cpu_seconds, 3),
-        "train": _rounded(train_usage) | {"steps": num_steps},
     }
 
 
@@ -136,13 +142,21 @@ def as_text(rows: list[dict[str, Any]]) -> str:
         "| encode anonymous MiB | train anonymous MiB |",
         "|" + "---:|" * 9,
     ]
-    lines += [
-        f"| {row['gigabytes']:g} | {row['rows']:,} | {row['tokens']:,} "
-        f"| {row['encode']['mb_per_second']} | {row['tokenizers_alone']['mb_per_second']} "
-        f"| {row['share_of_alone']:.0%} | {row['cpu_share_of_alone']:.0%} "
-        f"| {row['encode']['anonymous_mib']} | {row['train']['anonymous_mib']} |"
-        for row in rows
-    ]
+    for row in rows:
+        alone = ["", "", ""]
+        if "tokenizers_alone" in row:
+            rate = str(row["tokenizers_alone"]["mb_per_second"])
+            alone = [rate, f"{row['share_of_alone']:.0%}", f"{row['cpu_share_of_alone']:.0%}"]
+        cells = [
+            f"{row['gigabytes']:g}",
+            f"{row['rows']:,}",
+            f"{row['tokens']:,}",
+            str(row["encode"]["mb_per_second"]),
+            *alone,
+            str(row["encode"]["anonymous_mib"]),
+            str(row["train"]["anonymous_mib"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
