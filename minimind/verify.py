@@ -167,7 +167,8 @@ class Project:
     def _record(self, stage: str) -> Record | None:
         """Of the run that dvc.lock is of, if it is here: not every machine has it."""
         record = Record.read(self.root / "runs" / record_name(stage))
-        return record if record and record.is_of(self.lock.get(stage, {})) else None
+        entry = self.lock.get(stage, {})
+        return record.run_of(entry, self.root) if record and record.is_of(entry) else None
 
     def digest(self, path: str) -> str | None:
         """DVC's hash of a file or folder; None if it is not there."""

@@ -13,6 +13,7 @@ from dvc.utils.serialize import dumps_yaml, loads_yaml
 from minimind.errors import UserError
 from minimind.runtime.dvc_files import read_as_written
 from minimind.runtime.records import Record, Records
+from minimind.verify import Project
 from tests.project import copy_project, dvc, git, stages_run
 from tests.test_report import prediction, write
 
@@ -112,6 +113,8 @@ def test_a_lock_that_git_has_brought_back_is_no_false_one(project: Path) -> None
     code.write_text(code.read_text(encoding="utf-8") + COMMENT, encoding="utf-8")
     assert "mini_world" in stages_run(dvc(project, "repro", "mini_world"))
     git(project, "checkout", "-q", ".")
+    texts = [finding.text for finding in Project(project).findings()]  # of stages not run, too
+    assert [text for text in texts if "says that stage mini_world" in text] == []
     assert stages_run(dvc(project, "repro", "--force", "encode@sft")) != []
 
 

@@ -28,6 +28,7 @@ from minimind.runtime.dvc_process import our_dvc
 
 # A process's creation is told by a clock that may be set meanwhile.
 CLOCK_TOLERANCE_SECONDS = 60.0
+MOST_EARLIER = 10  # runs of the same metrics that a record remembers
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Record:
     metrics_md5: str | None
     dvc: DvcRun | None
     false_entry: str | None = None  # digest of an entry that a stage has found to be false
+    earlier: tuple["Record", ...] = ()  # runs from other files or parameters, with these metrics
 
     @classmethod
     def read(cls, file: Path) -> "Record | None":
@@ -70,6 +72,10 @@ class Record:
                 metrics_md5=record["metrics_md5"],
                 dvc=record["dvc"] and DvcRun(**record["dvc"]),
                 false_entry=record.get("false_entry"),
+                earlier=tuple(
+                    cls(dict(run["files"]), dict(run["params"]), record["metrics_md5"], None)
+                    for run in record.get("earlier", [])
+                ),
             )
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -77,6 +83,11 @@ class Record:
     def is_of(self, entry: Mapping[str, Any]) -> bool:
         """Whether a stage's entry of dvc.lock is of this run: its metrics tell."""
         return self.metrics_md5 in [out.get("md5", ...) for out in entry.get("outs", [])]
+
+    def run_of(self, entry: Mapping[str, Any], root: Path = Path()) -> "Record":
+        """The run that an entry is of: an earlier one, if git or DVC brought that back."""
+        runs = (self, *self.earlier)
+        return next((run for run in runs if not run.first_difference(entry, root)), self)
 
     def first_difference(self, entry: Mapping[str, Any], root: Path = Path()) -> str | None:
         """The first file or parameter that is not in the entry what it was in the run."""
@@ -144,7 +155,7 @@ class Records:
                 continue
             if record.false_entry not in (None, _digest(entry)):
                 continue
-            if changed := record.first_difference(entry):
+            if changed := record.run_of(entry).first_difference(entry):
                 contents = json.loads(file.read_text(encoding="utf-8"))
                 _write(file, {**contents, "false_entry": _digest(entry)})
                 made = ", ".join(out["path"] for out in entry["outs"])
@@ -162,6 +173,7 @@ class Records:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **contents,
             "dvc": self.ours and vars(self.ours),
+            "earlier": _earlier(Record.read(file), contents),
         }
         _write(file, record)
         return file
@@ -184,6 +196,15 @@ def record_name(stage: str) -> str:
 def _write(file: Path, record: Mapping[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _earlier(before: Record | None, contents: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What runs of the same metrics were made from, the last one first, but this one."""
+    if before is None or before.metrics_md5 != contents["metrics_md5"]:
+        return []
+    runs = [{"files": run.files, "params": run.params} for run in (before, *before.earlier)]
+    now = {"files": contents["files"], "params": contents["params"]}
+    return [run for run in runs if run != now][:MOST_EARLIER]
 
 
 def _digest(entry: Mapping[str, Any]) -> str:
