@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind.errors import UserError
+from minimind.files import replacing
 from minimind.runtime.dvc_files import (
     first_difference,
     listing_of,
@@ -194,8 +195,9 @@ def record_name(stage: str) -> str:
 
 
 def _write(file: Path, record: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    with replacing(file) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _earlier(before: Record | None, contents: Mapping[str, Any]) -> list[dict[str, Any]]:
