@@ -278,7 +278,7 @@ def test_a_weighted_draw_takes_each_prompt_once_and_depends_on_the_step_alone() 
 
 def test_prompts_in_turn_come_once_an_epoch() -> None:
     draws = Draws(num_prompts=10, prompts_per_step=4, seed=1)
-    assert draws.num_steps(epochs=2.0, max_steps=0) == 5
+    assert draws.num_steps(epochs=2.0, max_steps=0) == 6
     assert draws.num_steps(epochs=2.0, max_steps=3) == 3
     for epoch in (0, 1):
         seen = [i for k in range(3) for i in draws.in_turn(3 * epoch + k).tolist()]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minimind.datasets.encoded import EncodedDataset
+from minimind.datasets.epochs import num_steps, steps_per_epoch
 from minimind.model.transformer import PackedTokens
 
 Rows = NDArray[np.int64]
@@ -162,21 +163,22 @@ class Batches:
     extras: dict[str, Extra]
 
     @property
+    def samples_per_step(self) -> int:
+        return self.batch_size * self.accumulation_steps
+
+    @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.samples) / (self.batch_size * self.accumulation_steps))
+        return steps_per_epoch(len(self.samples), self.samples_per_step)
 
     @property
     def num_steps(self) -> int:
-        whole_epochs, part = divmod(self.epochs, 1)
-        last = math.ceil(part * len(self.samples) / (self.batch_size * self.accumulation_steps))
-        steps = int(whole_epochs) * self.steps_per_epoch + last
-        return min(steps, self.max_steps) if self.max_steps else steps
+        return num_steps(self.epochs, len(self.samples), self.samples_per_step, self.max_steps)
 
     def samples_of(self, step: int) -> Rows:
         """Numbers of the samples of optimizer step `step`, in their order."""
         epoch, position = divmod(step, self.steps_per_epoch)
         order = _epoch_order(len(self.samples), self.seed, epoch)
-        size = self.batch_size * self.accumulation_steps
+        size = self.samples_per_step
         return self.samples[order[position * size : (position + 1) * size]]
 
     def step(self, step: int, rank: int, world: int) -> Step:

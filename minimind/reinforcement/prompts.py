@@ -1,6 +1,5 @@
 """Prompts for reinforcement, encoded, and which of them a step takes."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from minimind.datasets.epochs import num_steps, steps_per_epoch
 from minimind.datasets.formats import parse_prompt, read_rows
 from minimind.errors import UserError
 from minimind.tokenizer import ChatTokenizer
@@ -61,12 +61,11 @@ class Draws:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.num_prompts / self.prompts_per_step)
+        return steps_per_epoch(self.num_prompts, self.prompts_per_step)
 
     def num_steps(self, epochs: float, max_steps: int) -> int:
         """Steps of so many epochs, at most `max_steps` unless that is 0."""
-        steps = math.ceil(epochs * self.num_prompts / self.prompts_per_step)
-        return min(steps, max_steps) if max_steps else steps
+        return num_steps(epochs, self.num_prompts, self.prompts_per_step, max_steps)
 
     def in_turn(self, step: int) -> Indices:
         """Every prompt once an epoch, in an order of the epoch's own; its last step is smaller."""
