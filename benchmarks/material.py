@@ -137,21 +137,24 @@ def write_rows(directory: Path, rows: Sequence[Row], pairs: bool) -> None:
     directory.mkdir(parents=True)
     lengths = [len(ids) for ids, _ in rows]
     trained = [sum(c > 0 for c in classes) for _, classes in rows]
+    rows_per_sample = 2 if pairs else 1
     arrays = {
         "tokens": np.concatenate([ids for ids, _ in rows]).astype(np.uint16),
         "classes": np.concatenate([classes for _, classes in rows]).astype(np.uint8),
         "offsets": np.cumsum([0, *lengths]).astype(np.int64),
         "trained_offsets": np.cumsum([0, *trained]).astype(np.int64),
+        "sources": np.arange(len(rows) // rows_per_sample + 1),
     }
     for name, array in arrays.items():
         array.tofile(directory / f"{name}.bin")
     meta = {
         "format": "preference" if pairs else "chat",
         "rows": len(rows),
+        "sources": len(rows) // rows_per_sample,
         "tokens": sum(lengths),
         "trained_tokens": sum(trained),
         "token_dtype": "uint16",
-        "rows_per_sample": 2 if pairs else 1,
+        "rows_per_sample": rows_per_sample,
         "tokenizer": "none",
         "max_length": max(lengths),
     }

@@ -211,6 +211,7 @@ def test_every_chat_is_followed_by_its_copies(tmp_path: Path, tokenizer_director
     rows = [dataset.row(index) for index in range(dataset.rows)]
     originals = [tokenizer.encode_chat(chat(text)) for text in QUESTIONS]
     assert [(ids.tolist(), classes.tolist()) for ids, classes in rows[::3]] == originals
+    assert dataset.sources.tolist() == list(range(0, 91, 3))
     texts = [tokenizer.decode(ids) for ids, _ in rows]
     for index, text in enumerate(texts):
         assert re.findall(r"\d+", text) == re.findall(r"\d+", texts[index - index % 3])

@@ -208,6 +208,17 @@ def test_documents_are_split_and_every_token_is_predicted_once(
     assert predicted == [t for text in TEXTS for t in tokenizer.encode_document(text)[0][1:]]
 
 
+def test_samples_are_known_by_their_source_row(stage: Stage, tokenizer: ChatTokenizer) -> None:
+    rows = [{"text": text} for text in TEXTS]
+    dataset, metrics = stage.encode([rows[0], "{", *rows[1:]], "text", 20, "skip")
+    assert dataset.num_sources == len(TEXTS) < metrics["samples"] == dataset.num_samples
+    for text, first, end in zip(TEXTS, dataset.sources[:-1], dataset.sources[1:], strict=True):
+        predicted = [token for index in range(first, end) for token in dataset.row(index)[0][1:]]
+        assert predicted == tokenizer.encode_document(text)[0][1:]
+    dataset, _ = stage.encode(PAIRS, "preference")
+    assert dataset.sources.tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("num_tokens", range(2, 60))
 def test_split_pieces_overlap_by_their_context(num_tokens: int) -> None:
     ids = list(range(num_tokens))
@@ -347,7 +358,7 @@ def test_reading_stays_a_few_batches_ahead_of_writing(
 
 
 def test_large_vocabularies_have_wider_tokens(tmp_path: Path) -> None:
-    with encode._ArrayWriter(tmp_path, vocab_size=2**16 + 1) as arrays:
+    with encode._ArrayWriter(tmp_path, vocab_size=2**16 + 1, rows_per_sample=1) as arrays:
         arrays.write([EncodedRow([0, 2**16], b"\0\1")])
     assert arrays.token_dtype == "uint32"
     assert np.fromfile(tmp_path / "tokens.bin", np.uint32).tolist() == [0, 2**16]
@@ -360,7 +371,7 @@ def test_arrays_are_read_only(stage: Stage) -> None:
         ids[0] = 1
 
 
-@pytest.mark.parametrize("name", ["tokens", "classes", "offsets", "trained_offsets"])
+@pytest.mark.parametrize("name", ["tokens", "classes", "offsets", "trained_offsets", "sources"])
 def test_a_file_cut_short_is_noticed(stage: Stage, name: str) -> None:
     stage.encode(chat_rows(CHATS), "chat")
     file = stage.output / f"{name}.bin"
@@ -377,6 +388,8 @@ def test_a_file_cut_short_is_noticed(stage: Stage, name: str) -> None:
     [
         {"rows": "3"},
         {"rows": 0},
+        {"sources": 0},
+        {"sources": 99},
         {"token_dtype": "object"},
         {"rows_per_sample": 3},
         {"tokens": None},
@@ -397,6 +410,14 @@ def test_offsets_of_other_arrays_are_noticed(stage: Stage) -> None:
     (stage.output / "offsets.bin").write_bytes(offsets.tobytes())
     with pytest.raises(UserError, match="does not agree with its meta"):
         EncodedDataset.open(stage.output)
+
+
+def test_source_rows_of_other_samples_are_noticed(stage: Stage) -> None:
+    stage.encode(chat_rows(CHATS), "chat")
+    for sources in ([1, 2, 3, 4], [0, 2, 2, 3], [0, 1, 2, 4]):
+        np.array(sources).tofile(stage.output / "sources.bin")
+        with pytest.raises(UserError, match="contradicts itself"):
+            EncodedDataset.open(stage.output)
 
 
 def test_another_tokenizer_is_noticed(stage: Stage, tokenizer: ChatTokenizer) -> None:

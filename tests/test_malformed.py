@@ -585,7 +585,7 @@ TRAINERS = {"pretrain": "pretrain", "sft": "sft", "reference": "dpo", "dpo": "dp
 TRAINERS |= {"reason": "reason", "reward": "dpo", "lora": "sft", "distill": "sft"}
 TRAINERS |= {"teacher_outputs": "sft"}
 a_trainer = st.sampled_from(list(TRAINERS.items()))
-ARRAYS = ("tokens", "classes", "offsets", "trained_offsets")
+ARRAYS = ("tokens", "classes", "offsets", "trained_offsets", "sources")
 
 
 def data_case(trainer: tuple[str, str], file: str, broken: Callable[[str], Any]) -> Case:
@@ -663,6 +663,7 @@ CAUSES["classes that the index does not count"] = [
 ]
 META = {"rows": [0, -1, 10**6, "12", None, 1.5, True], "tokens": [0, 10**9, "x"]}
 META |= {"token_dtype": ["uint8", "float64", "O", 7], "rows_per_sample": [0, 3, "2"]}
+META |= {"sources": [0, -1, 10**6, "2", None, 1.5, True]}
 META |= {"format": [1, None], "tokenizer": [0], "trained_tokens": [-1, 10**9], "max_length": ["9"]}
 CAUSES["meta.json does not describe the arrays"] = st.builds(
     lambda trainer, change: data_case(

@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minimind.datasets.batches import Batches, Extra, count, pack, split_samples
+from minimind.datasets.epochs import exact
 from minimind.objectives import by_rows
 from minimind.objectives.dpo import Dpo, row_logprobs
 from minimind.objectives.loss import token_logprobs
@@ -208,18 +211,37 @@ def test_processes_divide_a_step_and_agree_on_its_size(tmp_path: Path, world: in
         }
 
 
-def test_validation_is_apart_from_training() -> None:
-    train, held_out = split_samples(100, 0.13, seed=4, copies=0)
-    assert len(held_out) == 13
+def test_the_share_is_of_source_rows_and_exact() -> None:
+    train, held_out = split_samples(np.arange(101), 0.29, seed=4, copies=0)
+    assert len(held_out) == 29  # the float product is below 29
     assert sorted([*train, *held_out]) == list(range(100))
+    train, held_out = split_samples(np.arange(0, 301, 3), 0.29, seed=4, copies=0)
+    assert (len(train), len(held_out)) == (3 * 71, 3 * 29)
 
 
-def test_no_variation_of_a_held_out_sample_is_trained_on() -> None:
-    train, held_out = split_samples(90, 0.2, seed=4, copies=2)
-    assert len(held_out) == 6
-    assert set(held_out % 3) == {0}
-    assert len(train) == 90 - 3 * 6
-    assert not set(train // 3) & set(held_out // 3)
+@given(
+    pieces=st.lists(st.integers(1, 5), min_size=1, max_size=40),
+    share=st.floats(0, 1, exclude_max=True),
+    seed=st.integers(0, 9),
+    copies=st.integers(0, 3),
+)
+def test_a_source_row_lies_on_one_side_of_the_split(
+    pieces: list[int], share: float, seed: int, copies: int
+) -> None:
+    """Texts of some pieces each; or, with copies, chats with their variations."""
+    sizes = [(1 + copies) * number for number in pieces]
+    sources = np.cumsum([0, *sizes])
+    train, held_out = split_samples(sources, share, seed, copies)
+    source_of_sample = np.repeat(np.arange(len(sizes)), sizes)
+    trained, validated = set(source_of_sample[train]), set(source_of_sample[held_out])
+    assert trained | validated == set(range(len(sizes)))
+    assert not trained & validated
+    assert len(validated) == math.floor(exact(share) * len(sizes))
+    # All of a row that is trained on; the originals of one that is validated on, which come first.
+    assert train.tolist() == [s for s, row in enumerate(source_of_sample) if row in trained]
+    assert held_out.tolist() == [
+        sources[row] + k for row in sorted(validated) for k in range(pieces[row])
+    ]
 
 
 def test_muon_in_batches_is_pytorchs_muon() -> None:

@@ -1,6 +1,7 @@
 """Small real things that the tests are made of."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,28 +43,35 @@ def write_rows(
     rows: list[tuple[list[int], list[int]]],
     format: str = "chat",
     tokenizer: str = "none",
+    copies: int = 0,
+    sources: Sequence[int] | None = None,
 ) -> EncodedDataset:
-    """An encoded data set of given (ids, classes)."""
+    """An encoded data set of given (ids, classes); each sample is a source row's, or as told."""
     directory.mkdir(parents=True, exist_ok=True)
     ids = np.array([token for row, _ in rows for token in row], dtype=np.uint16)
     classes = np.array([c for _, row in rows for c in row], dtype=np.uint8)
     offsets = np.cumsum([0] + [len(row) for row, _ in rows]).astype(np.int64)
     trained = np.cumsum([0] + [sum(c > 0 for c in row) for _, row in rows]).astype(np.int64)
+    rows_per_sample = 2 if format == "preference" else 1
+    firsts = sources or range(0, len(rows) // rows_per_sample + 1, 1 + copies)
     arrays = {
         "tokens": ids,
         "classes": classes,
         "offsets": offsets,
         "trained_offsets": trained,
+        "sources": np.array(firsts, dtype=np.int64),
     }
     for name, array in arrays.items():
         array.tofile(directory / f"{name}.bin")
     meta = {
         "format": format,
         "rows": len(rows),
+        "sources": len(firsts) - 1,
         "tokens": len(ids),
         "trained_tokens": int(trained[-1]),
         "token_dtype": "uint16",
-        "rows_per_sample": 2 if format == "preference" else 1,
+        "rows_per_sample": rows_per_sample,
+        "copies": copies,
         "tokenizer": tokenizer,
         "max_length": 128,
     }

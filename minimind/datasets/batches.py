@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minimind.datasets.encoded import EncodedDataset
-from minimind.datasets.epochs import num_steps, steps_per_epoch
+from minimind.datasets.epochs import exact, num_steps, steps_per_epoch
 from minimind.model.transformer import PackedTokens
 
 Rows = NDArray[np.int64]
@@ -83,18 +83,27 @@ class Extra:
 
 
 def split_samples(
-    num_samples: int, validation_share: float, seed: int, copies: int
+    sources: NDArray[np.int64], validation_share: float, seed: int, copies: int
 ) -> tuple[Rows, Rows]:
     """Numbers of the samples to train on and to validate on, each in ascending order.
 
-    With variations (`copies` after each original) only originals are validated on, and nothing
-    is trained on that varies one of them.
+    Drawn are rows of the source, before they were cut or varied: with one of them all its pieces
+    are held out, and all its variations. Variations are not validated on.
+
+    Args:
+        sources: int64 [source rows + 1], the first sample of each source row.
+        validation_share: of the source rows, rounded down.
+        copies: variations that follow each original among the samples of a source row.
     """
-    num_originals = num_samples // (1 + copies)
-    num_validation = math.floor(num_originals * validation_share)
-    shuffled = np.random.default_rng([seed, 0]).permutation(num_originals) * (1 + copies)
-    train = shuffled[num_validation:, None] + np.arange(1 + copies)
-    return np.sort(train.ravel()), np.sort(shuffled[:num_validation])
+    num_sources = len(sources) - 1
+    num_held_out = math.floor(exact(validation_share) * num_sources)
+    is_held_out = np.zeros(num_sources, dtype=bool)
+    is_held_out[np.random.default_rng([seed, 0]).permutation(num_sources)[:num_held_out]] = True
+    lengths = np.diff(sources)
+    held_out_samples = np.repeat(is_held_out, lengths)
+    position = np.arange(sources[-1]) - np.repeat(sources[:-1], lengths)
+    is_original = position < np.repeat(lengths // (1 + copies), lengths)
+    return np.flatnonzero(~held_out_samples), np.flatnonzero(held_out_samples & is_original)
 
 
 def pack(

@@ -127,7 +127,7 @@ def encode_dataset(
     source_rows = _watched(read_rows_and_bad_rows(source, method.parse), checks, doubts)
     with replacing(output) as partial:
         partial.mkdir()
-        with _ArrayWriter(partial, tokenizer.vocab_size) as arrays:
+        with _ArrayWriter(partial, tokenizer.vocab_size, method.rows_per_sample) as arrays:
             for row in _encoded_rows(source_rows, tokenizer, method, max_length, augmentation):
                 num_rows += 1
                 if isinstance(row, Sample):
@@ -143,6 +143,7 @@ def encode_dataset(
         meta = {
             "format": method.format,
             "rows": arrays.num_rows,
+            "sources": arrays.num_sources,
             "tokens": arrays.num_tokens,
             "trained_tokens": arrays.num_trained,
             "token_dtype": arrays.token_dtype,
@@ -322,18 +323,21 @@ _METHODS: dict[Format, _Method] = {
 class _ArrayWriter(ExitStack):
     """Appends rows to the arrays of an encoded data set."""
 
-    def __init__(self, directory: Path, vocab_size: int) -> None:
+    def __init__(self, directory: Path, vocab_size: int, rows_per_sample: int) -> None:
         super().__init__()
         self.token_dtype = "uint16" if vocab_size <= 2**16 else "uint32"
         self._typecode = "H" if vocab_size <= 2**16 else "I"
-        self.num_rows = self.num_tokens = self.num_trained = 0
-        self._tokens, self._classes, self._offsets, self._trained_offsets = (
+        self._rows_per_sample = rows_per_sample
+        self.num_rows = self.num_tokens = self.num_trained = self.num_sources = 0
+        self._tokens, self._classes, self._offsets, self._trained_offsets, self._sources = (
             self.enter_context((directory / f"{name}.bin").open("wb"))
-            for name in ("tokens", "classes", "offsets", "trained_offsets")
+            for name in ("tokens", "classes", "offsets", "trained_offsets", "sources")
         )
         self._write_offsets()
+        self._write_source()
 
     def write(self, rows: Iterable[EncodedRow]) -> None:
+        """Append what one row of the source became."""
         for row in rows:
             self._tokens.write(array(self._typecode, row.ids))
             self._classes.write(row.classes)
@@ -341,10 +345,15 @@ class _ArrayWriter(ExitStack):
             self.num_tokens += len(row.ids)
             self.num_trained += row.num_trained
             self._write_offsets()
+        self.num_sources += 1
+        self._write_source()
 
     def _write_offsets(self) -> None:
         self._offsets.write(array("q", [self.num_tokens]))
         self._trained_offsets.write(array("q", [self.num_trained]))
+
+    def _write_source(self) -> None:
+        self._sources.write(array("q", [self.num_rows // self._rows_per_sample]))
 
 
 def _list_skipped(file: Path, row: BadRowError) -> None:

@@ -4,6 +4,9 @@ tokens.bin           uint16 or uint32, the ids of all rows end to end
 classes.bin          uint8 for each token: 0 context, 1 trained, 2 trained and part of a tag
 offsets.bin          int64 [rows + 1], row r is tokens[offsets[r]:offsets[r + 1]]
 trained_offsets.bin  int64 [rows + 1], trained tokens before each row
+sources.bin          int64 [sources + 1], samples before each row of the source, which became the
+                     samples sources[s] up to sources[s + 1]: pieces of a text, a chat and its
+                     variations, or one
 meta.json            the sizes of these, the row format and the tokenizer's fingerprint
 """
 
@@ -28,14 +31,16 @@ class EncodedDataset:
     directory: Path
     format: str  # "text", "chat" or "preference"
     rows: int
+    num_sources: int  # rows of the source that became these
     rows_per_sample: int  # 2 for preference pairs: chosen, rejected, chosen, ...
     max_length: int
-    copies: int  # variations that follow each original sample
+    copies: int  # variations that follow the original among the samples of a source row
     tokenizer: str  # fingerprint of the tokenizer that encoded it
     tokens: NDArray[np.uint16] | NDArray[np.uint32]
     classes: NDArray[np.uint8]
     offsets: NDArray[np.int64]
     trained_offsets: NDArray[np.int64]
+    sources: NDArray[np.int64]
 
     @classmethod
     def open(cls, directory: Path) -> "EncodedDataset":
@@ -46,11 +51,12 @@ class EncodedDataset:
                 contradict one another.
         """
         meta = _read_meta(directory / "meta.json")
-        rows, num_tokens = meta["rows"], meta["tokens"]
+        rows, num_tokens, num_sources = meta["rows"], meta["tokens"], meta["sources"]
         dataset = cls(
             directory=directory,
             format=meta["format"],
             rows=rows,
+            num_sources=num_sources,
             rows_per_sample=meta["rows_per_sample"],
             max_length=meta["max_length"],
             copies=meta.get("copies", 0),
@@ -59,6 +65,7 @@ class EncodedDataset:
             classes=_map(directory / "classes.bin", np.dtype(np.uint8), num_tokens),
             offsets=_map(directory / "offsets.bin", np.dtype(np.int64), rows + 1),
             trained_offsets=_map(directory / "trained_offsets.bin", np.dtype(np.int64), rows + 1),
+            sources=_map(directory / "sources.bin", np.dtype(np.int64), num_sources + 1),
         )
         ends = [int(dataset.offsets[-1]), int(dataset.trained_offsets[-1])]
         if ends != [num_tokens, meta["trained_tokens"]]:
@@ -98,12 +105,21 @@ class EncodedDataset:
             )
 
     def _check_rows(self) -> None:
-        """Each row has a token or more, and as many trained ones as the index says."""
+        """Each source row has a sample or more, each row a token or more, and as many trained ones
+        as the index says.
+        """
         damaged = UserError(f"{self.directory} contradicts itself; encode it again.")
         if (
             self.offsets[0]
             or self.trained_offsets[0]
             or (self.offsets[1:] <= self.offsets[:-1]).any()
+        ):
+            raise damaged
+        if (
+            self.sources[0]
+            or self.sources[-1] != self.num_samples
+            or (self.sources[1:] <= self.sources[:-1]).any()
+            or (np.diff(self.sources) % (1 + self.copies)).any()
         ):
             raise damaged
         if self.rows % self.rows_per_sample or self.classes.max() > LARGEST_CLASS:
@@ -124,6 +140,7 @@ def _read_meta(file: Path) -> dict[str, Any]:
     types = {
         "format": str,
         "rows": int,
+        "sources": int,
         "tokens": int,
         "trained_tokens": int,
         "token_dtype": str,
@@ -136,6 +153,9 @@ def _read_meta(file: Path) -> dict[str, Any]:
         valid = all(type(meta[key]) is expected for key, expected in types.items())
         valid = valid and meta["token_dtype"] in ("uint16", "uint32")
         valid = valid and meta["rows_per_sample"] in (1, 2) and 0 < meta["rows"] <= meta["tokens"]
+        valid = valid and 0 < meta["sources"] <= meta["rows"]
+        copies = meta.get("copies", 0)
+        valid = valid and type(copies) is int and copies >= 0
     except (ValueError, KeyError, TypeError, RecursionError):
         valid = False
     if not valid:

@@ -100,17 +100,18 @@ def fit(
     """
     extras = dict(extras or {})
     train, held_out = split_samples(
-        dataset.num_samples, config.validation_share, config.seed, dataset.copies
+        dataset.sources, config.validation_share, config.seed, dataset.copies
     )
     if not len(train):
         raise UserError(
-            f"{dataset.directory} has {dataset.num_samples} samples and validation_share "
+            f"{dataset.directory} has {dataset.num_sources} source rows and validation_share "
             f"{config.validation_share} leaves none to train on; add data or lower the share."
         )
     if config.patience and not len(held_out):
         raise UserError(
             f"patience is {config.patience}, but validation_share {config.validation_share} of "
-            f"{dataset.num_samples} samples holds none out; raise the share or set patience to 0."
+            f"{dataset.num_sources} source rows holds none out; raise the share, or set patience "
+            "to 0."
         )
     batches = Batches(
         dataset,
