@@ -85,15 +85,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
     is one too: so a turn's header and content encode the same together and apart.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split("\n", behavior="isolated"),
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False),
-        ]
-    )
-    # And no post-processor: one that trims offsets hides a leading space from transformers, which
-    # then leaves the whole assistant turn out of its mask.
+    # SmolLM's, which llama.cpp has as "smollm".
+    known = [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+    # Learned from text that is split at newlines besides, so that no piece holds one with something
+    # else. Then the split makes no difference to encoding: what is left out below is never missed.
+    newlines = pre_tokenizers.Split("\n", behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([newlines, *known])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(TAGS),
@@ -104,6 +104,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
     # Tokens added by name must not also be learned piece by piece.
     pieces = (piece for text in texts for piece in _ADDED_PATTERN.split(text))
     tokenizer.train_from_iterator(pieces, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(known)
     # Not special: those vanish from text decoded with skip_special_tokens=True.
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
     return tokenizer

@@ -76,6 +76,31 @@ def assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
+FRAGMENTS = st.sampled_from(
+    [
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\t",
+        "\u3000",
+        "\n\n",
+        "\u2028",
+        "\x85",
+        "你好，",
+        "Hello",
+        " it's",
+        "12",
+        "😀",
+        "é",
+        "<",
+        "<|",
+        *TAGS,
+    ]
+)
+TEXTS = st.lists(FRAGMENTS | st.text(max_size=6), max_size=7).map("".join)
+
+
 def test_ids_of_the_added_tokens(tokenizer: ChatTokenizer) -> None:
     assert (tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id) == (0, 1, 2)
     for tag in TAGS:
@@ -83,9 +108,45 @@ def test_ids_of_the_added_tokens(tokenizer: ChatTokenizer) -> None:
     assert tokenizer.vocab_size == 330
 
 
-def test_digits_and_newlines_are_pieces_of_their_own(tokenizer: ChatTokenizer) -> None:
+def test_digits_and_newlines_are_pieces_of_their_own(
+    tokenizer: ChatTokenizer, directory: Path
+) -> None:
     assert len(tokenizer.encode_text("12345")) == 5
     assert len(tokenizer.encode_text("\n\n\n")) == 3
+    vocabulary = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab()
+    newline = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("\n")[0][0]
+    assert [piece for piece in vocabulary if newline in piece] == [newline]
+
+
+def test_the_pre_tokenizer_is_smollms(directory: Path) -> None:
+    """The regular expressions of llama.cpp's pre-tokenizer "smollm", one after the other."""
+    saved = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    assert saved["pre_tokenizer"] == {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Digits", "individual_digits": True},
+            {
+                "type": "ByteLevel",
+                "add_prefix_space": False,
+                "trim_offsets": True,
+                "use_regex": True,
+            },
+        ],
+    }
+    assert saved["normalizer"] is saved["post_processor"] is None
+
+
+@settings(max_examples=300, deadline=None)
+@given(before=TEXTS, after=TEXTS)
+def test_text_encodes_the_same_whole_and_cut_at_a_newline(
+    tokenizer: ChatTokenizer, before: str, after: str
+) -> None:
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode_text(text)
+
+    whole = ids(f"{before}\n{after}")
+    assert whole == ids(f"{before}\n") + ids(after)
+    assert whole == ids(before) + ids(f"\n{after}")
 
 
 @pytest.mark.parametrize(
@@ -126,25 +187,6 @@ def test_chats_are_encoded_as_the_template_says(
     assert_as_transformers(tokenizer, transformers_tokenizer, CHATS[name])
 
 
-FRAGMENTS = st.sampled_from(
-    [
-        " ",
-        "  ",
-        "\n",
-        "\r\n",
-        "\t",
-        "\u3000",
-        "你好，",
-        "Hello",
-        " it's",
-        "12",
-        "😀",
-        "é",
-        "<",
-        "<|",
-        *TAGS,
-    ]
-)
 MESSAGES = st.fixed_dictionaries(
     {
         "role": st.sampled_from(["user", "assistant", "tool", "system"]),
@@ -161,6 +203,16 @@ def test_any_chat_is_encoded_as_the_template_says(
     tokenizer: ChatTokenizer, transformers_tokenizer: PreTrainedTokenizerBase, chat: list[Message]
 ) -> None:
     assert_as_transformers(tokenizer, transformers_tokenizer, chat)
+
+
+@settings(max_examples=100, deadline=None)
+@given(corpus=st.lists(TEXTS, min_size=1, max_size=4), before=TEXTS, after=TEXTS)
+def test_no_corpus_teaches_a_piece_that_spans_a_line_break(
+    corpus: list[str], before: str, after: str
+) -> None:
+    made = train_tokenizer(corpus * 3, 400)
+    ids = [made.encode(text).ids for text in (f"{before}\n{after}", f"{before}\n", after)]
+    assert ids[0] == ids[1] + ids[2]
 
 
 @pytest.mark.parametrize("name", CHATS)
