@@ -1,32 +1,31 @@
 """Text and chats as token ids, and which of those tokens a model is trained to predict.
 
-A chat is ChatML: each turn is ``<|im_start|>role\\n``, the content, ``<|im_end|>`` and ``\\n``.
+What a chat's turns are, :mod:`minimind.chat_format` says.
 Starts fast: needs ``tokenizers`` only, neither transformers nor torch.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import tokenizers
 
+from minimind.chat_format import Message, turns
 from minimind.errors import UserError
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONTROL_TOKENS = (PAD, START, END)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+TOOL_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 # Class of a token: is it predicted in training, given the tokens before it?
 CONTEXT, TRAINED, TAG = 0, 1, 2
 
-Message = Mapping[str, str]
-"""``{"role": ..., "content": ...}``."""
-
-_TAG_PATTERN = re.compile(f"({'|'.join(TAGS)})")
+_TAG_PATTERN = re.compile(f"({'|'.join(TAGS + TOOL_TAGS)})")
 
 
 class EncodedRow(NamedTuple):
@@ -43,17 +42,18 @@ class EncodedRow(NamedTuple):
 class ChatTokenizer:
     """Encodes documents and chats with any tokenizer that has the three control tokens.
 
-    Header and content of a turn are encoded apart, so white space at the beginning of a content
-    never merges with the header. Control tokens written inside a content stay text. In assistant
-    turns the text between tags and each tag are encoded apart, so a tag's tokens are exactly the
-    tag, also with a tokenizer that has no single token for it.
+    Header and text of a turn are encoded apart, so white space at the beginning of a content never
+    merges with the header, and control tokens written inside a content stay text. So are tags and
+    the text between them: a tag's tokens are exactly the tag, also with a tokenizer that has no
+    single token for it. With a tokenizer trained here all of this changes nothing: the ids are
+    those of the rendered template encoded as a whole.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         # Encoded before special tokens become plain text: a foreign tag may be a special token.
-        self._tag_ids = {tag: _encode(tokenizer, tag) for tag in TAGS}
+        self._tag_ids = {tag: _encode(tokenizer, tag) for tag in TAGS + TOOL_TAGS}
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         self._newline_ids = _encode(tokenizer, "\n")
@@ -109,7 +109,10 @@ class ChatTokenizer:
         return row.ids, list(row.classes)
 
     def encode_chat(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """Ids and classes of a chat; assistant turns are trained, their ``<|im_end|>`` included."""
+        """Ids and classes of a chat.
+
+        Assistant turns are trained: thought, content, calls of tools and ``<|im_end|>``.
+        """
         (row,) = self.encode_chats([messages])
         return row.ids, list(row.classes)
 
@@ -162,14 +165,12 @@ class ChatTokenizer:
         self, messages: Sequence[Message], num_context: int
     ) -> Iterator[tuple[str | list[int], int]]:
         """A chat as text still to encode, or ids, each with the class of its tokens."""
-        for index, message in enumerate(messages):
-            role, content = message["role"], message["content"]
-            speaks = role == "assistant"
-            trained = TRAINED if speaks and index >= num_context else CONTEXT
-            yield self._header(role), CONTEXT
-            for text in _TAG_PATTERN.split(content) if speaks else [content]:
-                if speaks and text in self._tag_ids:
-                    yield self._tag_ids[text], TAG if trained else CONTEXT
+        for turn in turns(messages):
+            trained = TRAINED if turn.speaks and turn.position >= num_context else CONTEXT
+            yield self._header(turn.role), CONTEXT
+            for text in _TAG_PATTERN.split(turn.text):
+                if text in self._tag_ids:
+                    yield self._tag_ids[text], TAG if trained and text in TAGS else trained
                 elif text:
                     yield text, trained
             yield [self.end_id], trained

@@ -16,25 +16,12 @@ import tokenizers
 from pydantic import Field
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from minimind.chat_format import CHAT_TEMPLATE
 from minimind.datasets.formats import parse_chat, parse_text, read_rows
 from minimind.errors import UserError
 from minimind.files import replacing
 from minimind.params import Section
-from minimind.tokenizer import CONTROL_TOKENS, END, PAD, START, TAGS, ChatTokenizer
-
-# The markers tell transformers which tokens the assistant wrote (return_assistant_tokens_mask).
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}"
-    "{%- else -%}"
-    "{{- message['content'] + '<|im_end|>' -}}"
-    "{%- endif -%}"
-    "{{- '\\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-)
+from minimind.tokenizer import CONTROL_TOKENS, END, PAD, START, TAGS, TOOL_TAGS, ChatTokenizer
 
 # Of a directory that is taken over: a checkpoint's holds weights too.
 TOKENIZER_FILES = (
@@ -46,7 +33,7 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 
-SMALLEST_VOCAB = 256 + len(CONTROL_TOKENS) + len(TAGS)
+SMALLEST_VOCAB = 256 + len(CONTROL_TOKENS) + len(TAGS + TOOL_TAGS)
 """One piece for every byte, so that any text can be encoded, and the tokens added by name."""
 
 
@@ -56,7 +43,7 @@ class TokenizerConfig(Section):
     vocab_size: int = Field(ge=SMALLEST_VOCAB, le=2**24)
 
 
-_ADDED_PATTERN = re.compile("|".join(map(re.escape, CONTROL_TOKENS + TAGS)))
+_ADDED_PATTERN = re.compile("|".join(map(re.escape, CONTROL_TOKENS + TAGS + TOOL_TAGS)))
 _CHINESE = re.compile("[\u4e00-\u9fff]")
 
 
@@ -81,7 +68,7 @@ def read_texts(source: Path) -> Iterator[str]:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     """A byte-level BPE of at most ``vocab_size`` pieces; fewer where the texts do not give more.
 
-    Ids 0, 1, 2 are the control tokens, the last four the tags. Digits are single pieces. A newline
+    Ids 0, 1, 2 are the control tokens, the last eight the tags. Digits are single pieces. A newline
     is one too: so a turn's header and content encode the same together and apart.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
@@ -96,7 +83,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([newlines, *known])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(TAGS),
+        vocab_size=vocab_size - len(TAGS + TOOL_TAGS),
         special_tokens=[AddedToken(t, special=True, normalized=False) for t in CONTROL_TOKENS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -106,7 +93,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
     tokenizer.train_from_iterator(pieces, trainer)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(known)
     # Not special: those vanish from text decoded with skip_special_tokens=True.
-    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    tags = [AddedToken(tag, special=False, normalized=False) for tag in TAGS + TOOL_TAGS]
+    tokenizer.add_tokens(tags)
     return tokenizer
 
 

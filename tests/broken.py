@@ -55,7 +55,7 @@ TINY: dict[str, dict[str, Any]] = {
         "num_eval_per_level": 2,
         "num_eval_text": 2,
     },
-    "tokenizer": {"vocab_size": 264},
+    "tokenizer": {"vocab_size": 268},
     "model": SHAPE,
     "pretrain": STEPS,
     "sft": STEPS,

@@ -11,12 +11,13 @@ import tokenizers
 import yaml
 from typer.testing import CliRunner
 
+from minimind.chat_format import Message
 from minimind.datasets import encode
 from minimind.datasets.encode import encode_dataset, split_document
 from minimind.datasets.encoded import EncodedDataset
 from minimind.datasets.mini_world import MiniWorldConfig, write_mini_world
 from minimind.errors import UserError
-from minimind.tokenizer import ChatTokenizer, EncodedRow, Message
+from minimind.tokenizer import ChatTokenizer, EncodedRow
 from minimind.tokenizer_training import save_tokenizer, train_tokenizer
 from stages.encode import app
 from tests.graph import ROOT

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minimind.chat_format import Message
 from minimind.datasets import formats
 from minimind.datasets.formats import (
     BadRowError,
@@ -21,7 +22,6 @@ from minimind.datasets.formats import (
     read_rows_and_bad_rows,
 )
 from minimind.errors import UserError
-from minimind.tokenizer import Message
 
 Parse = Callable[[dict[str, Any]], Any]
 PARSERS: list[Parse] = [parse_text, parse_chat, parse_reasoning, parse_preference, parse_prompt]

@@ -10,13 +10,14 @@ import pytest
 import tokenizers
 from typer.testing import CliRunner, Result
 
+from minimind.chat_format import Message
 from minimind.cli.main import app
 from minimind.datasets.formats import Place, parse_chat
 from minimind.datasets.lint import Against, LintFormat, detect_format, lint
 from minimind.datasets.near_duplicates import NearDuplicates, jaccard, numbers, shingles
 from minimind.datasets.row_checks import FirstSeen, questions
 from minimind.errors import UserError
-from minimind.tokenizer import ChatTokenizer, Message
+from minimind.tokenizer import ChatTokenizer
 from minimind.tokenizer_training import save_tokenizer, train_tokenizer
 
 NOTHING = Against.read([], 0.7)
@@ -51,7 +52,7 @@ def write(path: Path, rows: Sequence[Any]) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_tokenizer(["user assistant"], 263), folder)
+    save_tokenizer(train_tokenizer(["user assistant"], 267), folder)
     return folder
 
 

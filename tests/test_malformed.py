@@ -267,7 +267,7 @@ CAUSES["sections that do not fit together"] = [
     Case("distill", with_params(distill__student__num_heads=8), ("distill.student", "even")),
     Case("sft", with_params(sft__patience=1, sft__validation_share=0.0), ("patience",)),
     Case("pretrain", with_params(model__num_experts=2, model__num_experts_per_token=3), ("3",)),
-    key_case(("tokenizer", "tokenizer.vocab_size"), 262, "263"),
+    key_case(("tokenizer", "tokenizer.vocab_size"), 266, "267"),
     key_case(("encode sft", "encode.sft.max_length"), 7, "8"),
     Case("mini_world", with_params(mini_world__num_eval_per_level=10**9), ("num_eval_per_level",)),
     key_case(("grpo", "grpo.num_generations"), 1, "2"),
@@ -827,7 +827,7 @@ CAUSES["weights that are whole numbers"] = [
 CAUSES["a head of its own"] = [
     base_case(
         command,
-        with_weights(BASE, lambda w: w.update({"lm_head.weight": torch.ones(264, 8)})),
+        with_weights(BASE, lambda w: w.update({"lm_head.weight": torch.ones(268, 8)})),
         BASE,
         "lm_head.weight",
     )
@@ -877,7 +877,7 @@ CAUSES["a tokenizer that is not the data's"] = [
     for folder in ["models/tokenizer" if command == "pretrain" else BASE]
 ] + [Case("distill", with_other_tokenizer("models/tokenizer"), ("encoded/sft",))]
 CAUSES["a tokenizer that is larger than its model"] = [
-    Case(command, with_larger_tokenizer(BASE), (BASE, "265"))
+    Case(command, with_larger_tokenizer(BASE), (BASE, "269"))
     for command in ("grpo", "spo", "traces", "thinking", "evaluate", "export")
 ]
 TOKENIZERS = {"adopt": "foreign", "encode sft": "models/tokenizer", "pretrain": "models/tokenizer"}

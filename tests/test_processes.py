@@ -322,7 +322,7 @@ def start_stage(folder: Path) -> subprocess.Popen[str]:
 def test_a_stage_stops_as_a_whole_goes_on_and_writes_once(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(tmp_path / "models/tokenizer")
     fingerprint = ChatTokenizer.load(tokenizer).fingerprint
-    save_checkpoint(tmp_path / "models/start", tiny_model(vocab_size=263), tokenizer)
+    save_checkpoint(tmp_path / "models/start", tiny_model(vocab_size=267), tokenizer)
     write_rows(tmp_path / "data", random_rows(47), tokenizer=fingerprint)
     section = FIT | {"init": "start", "max_steps": 60, "epochs": 100.0}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump({"sft": section}))
@@ -347,5 +347,5 @@ def test_a_stage_stops_as_a_whole_goes_on_and_writes_once(tmp_path: Path) -> Non
     assert said.count("going on from step") == 1
     assert json.loads((tmp_path / "runs/sft.json").read_text())["processes"] == 2
     assert json.loads((tmp_path / "sft.json").read_text())["sft"]["steps"] == 60
-    assert load_model(tmp_path / "models/sft").config.vocab_size == 263
+    assert load_model(tmp_path / "models/sft").config.vocab_size == 267
     assert not list(tmp_path.glob(".resume/sft/*"))

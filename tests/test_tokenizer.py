@@ -1,9 +1,12 @@
 import json
+import re
 import subprocess
 import sys
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
+import jinja2
 import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
@@ -12,14 +15,10 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
+from minimind.chat_format import CHAT_TEMPLATE, Message
 from minimind.errors import UserError
-from minimind.tokenizer import CONTROL_TOKENS, TAG, TAGS, TRAINED, ChatTokenizer, Message
-from minimind.tokenizer_training import (
-    CHAT_TEMPLATE,
-    adopt_tokenizer,
-    save_tokenizer,
-    train_tokenizer,
-)
+from minimind.tokenizer import CONTROL_TOKENS, TAG, TAGS, TOOL_TAGS, TRAINED, ChatTokenizer
+from minimind.tokenizer_training import adopt_tokenizer, save_tokenizer, train_tokenizer
 from stages.tokenizer import app
 
 CORPUS = [
@@ -96,6 +95,10 @@ FRAGMENTS = st.sampled_from(
         "<",
         "<|",
         *TAGS,
+        *TOOL_TAGS,
+        "user",
+        "assistant",
+        "system",
     ]
 )
 TEXTS = st.lists(FRAGMENTS | st.text(max_size=6), max_size=7).map("".join)
@@ -103,7 +106,7 @@ TEXTS = st.lists(FRAGMENTS | st.text(max_size=6), max_size=7).map("".join)
 
 def test_ids_of_the_added_tokens(tokenizer: ChatTokenizer) -> None:
     assert (tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id) == (0, 1, 2)
-    for tag in TAGS:
+    for tag in TAGS + TOOL_TAGS:
         assert len(tokenizer.encode_text(tag)) == 1
     assert tokenizer.vocab_size == 330
 
@@ -169,40 +172,110 @@ CHATS = {
 }
 
 
-def assert_as_transformers(
+def parsed(listed: Any) -> Any:
+    return json.loads(listed) if isinstance(listed, str) else listed
+
+
+PLAIN = jinja2.Environment().from_string(CHAT_TEMPLATE)
+TRIMMED = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(CHAT_TEMPLATE)
+
+
+def render(chat: list[Message], **variables: Any) -> str:
+    """The chat as plain jinja2 renders the template: no extensions, no functions of its own.
+
+    Spaces and line breaks of the template itself never show, whatever is set.
+    """
+    tools = parsed(chat[0].get("tools"))
+    messages = [
+        message | {"tool_calls": parsed(message["tool_calls"])}
+        if message.get("tool_calls")
+        else message
+        for message in map(dict, chat)
+    ]
+    variables |= {"messages": messages, "tools": tools}
+    rendered = PLAIN.render(variables)
+    assert TRIMMED.render(variables) == rendered
+    return rendered
+
+
+def assert_as_the_template(
     ours: ChatTokenizer, theirs: PreTrainedTokenizerBase, chat: list[Message]
 ) -> None:
-    ids, classes = ours.encode_chat(chat)
-    encoded = theirs.apply_chat_template(chat, return_assistant_tokens_mask=True, return_dict=True)
-    assert ids == encoded["input_ids"]
-    assert [int(c > 0) for c in classes] == encoded["assistant_masks"]
-    prompt = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
-    assert ours.encode_prompt(chat) == prompt["input_ids"]
+    """Ids are those of the whole rendered text; trained is what stands in assistant turns."""
+    row = ours.encode_chats([chat])[0]
+    text = render(chat)
+    whole = theirs(text, return_offsets_mapping=True)
+    assert row.ids == whole["input_ids"]
+    spoken = [
+        m.span(1) for m in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.S)
+    ]
+    trained = [
+        any(a <= start and end <= b for a, b in spoken) for start, end in whole["offset_mapping"]
+    ]
+    tags = set(theirs.convert_tokens_to_ids(list(TAGS)))
+    classes = [TAG if t and id in tags else int(t) for id, t in zip(row.ids, trained, strict=True)]
+    assert list(row.classes) == classes
+
+    if not any(isinstance(message.get("tool_calls"), str) for message in chat):
+        tools = parsed(chat[0].get("tools"))
+        applied = theirs.apply_chat_template(chat, tools=tools, return_dict=True)
+        assert applied["input_ids"] == row.ids
+    prompt = render(chat, add_generation_prompt=True)
+    assert ours.encode_prompt(chat) == theirs(prompt)["input_ids"]
 
 
 @pytest.mark.parametrize("name", CHATS)
 def test_chats_are_encoded_as_the_template_says(
     tokenizer: ChatTokenizer, transformers_tokenizer: PreTrainedTokenizerBase, name: str
 ) -> None:
-    assert_as_transformers(tokenizer, transformers_tokenizer, CHATS[name])
+    assert_as_the_template(tokenizer, transformers_tokenizer, CHATS[name])
 
 
-MESSAGES = st.fixed_dictionaries(
-    {
-        "role": st.sampled_from(["user", "assistant", "tool", "system"]),
-        "content": st.lists(FRAGMENTS, min_size=1, max_size=7).map("".join),
-    }
+# Control characters without a letter in JSON are the one thing that the template writes otherwise.
+JSON_TEXTS = TEXTS.map(lambda text: re.sub(r"[\0-\x07\x0b\x0e-\x1f]", "", text))
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | JSON_TEXTS,
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(JSON_TEXTS, values, max_size=3),
+    max_leaves=6,
 )
-
-
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+CALLS = st.fixed_dictionaries(
+    {"name": JSON_TEXTS},
+    optional={"arguments": JSON_TEXTS | st.dictionaries(JSON_TEXTS, JSON, max_size=3)},
 )
-@given(chat=st.lists(MESSAGES, min_size=1, max_size=5))
+CALLS = CALLS | CALLS.map(lambda call: {"type": "function", "function": call})
+CALL_LISTS = st.lists(CALLS, max_size=3)
+SPOKEN = st.fixed_dictionaries(
+    {"role": st.just("assistant"), "content": TEXTS},
+    optional={
+        "reasoning_content": TEXTS | st.none(),
+        "tool_calls": CALL_LISTS | CALL_LISTS.map(json.dumps) | st.none() | st.just(""),
+    },
+)
+HEARD = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "tool", "system"]), "content": TEXTS | st.none()}
+)
+TOOL_LISTS = st.lists(st.dictionaries(JSON_TEXTS, JSON, max_size=3), max_size=3)
+FIRST = st.fixed_dictionaries(
+    {"role": st.just("system"), "content": TEXTS},
+    optional={"tools": TOOL_LISTS | TOOL_LISTS.map(json.dumps) | st.none()},
+)
+ANY_CHAT = st.builds(
+    lambda first, others: [*first, *others],
+    st.lists(FIRST, max_size=1),
+    st.lists(SPOKEN | HEARD, min_size=1, max_size=5),
+).filter(lambda chat: not any(t in json.dumps(chat, ensure_ascii=False) for t in CONTROL_TOKENS))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(chat=ANY_CHAT)
 def test_any_chat_is_encoded_as_the_template_says(
     tokenizer: ChatTokenizer, transformers_tokenizer: PreTrainedTokenizerBase, chat: list[Message]
 ) -> None:
-    assert_as_transformers(tokenizer, transformers_tokenizer, chat)
+    assert_as_the_template(tokenizer, transformers_tokenizer, chat)
 
 
 @settings(max_examples=100, deadline=None)
@@ -213,6 +286,129 @@ def test_no_corpus_teaches_a_piece_that_spans_a_line_break(
     made = train_tokenizer(corpus * 3, 400)
     ids = [made.encode(text).ids for text in (f"{before}\n{after}", f"{before}\n", after)]
     assert ids[0] == ids[1] + ids[2]
+
+
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"a": "数", "b": "<n>"}}}
+TOOL_CHAT: list[Message] = [
+    {"role": "system", "content": "Be brief.", "tools": [ADD]},
+    user("  2+3, 4+5?"),
+    {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "two sums",
+        "tool_calls": [
+            {"name": "add", "arguments": {"a": 2, "b": 3}},
+            {"function": {"name": "add", "arguments": '{"a": 4, "b": 5}'}},
+        ],
+    },
+    {"role": "tool", "content": "5"},
+    {"role": "tool", "content": "9"},
+    {"role": "assistant", "content": "5 and 9", "reasoning_content": "done"},
+    user("thanks"),
+    assistant("<think>\n\n</think>\n\nwelcome"),
+]
+RENDERED = """<|im_start|>system
+Be brief.
+
+# Tools
+
+These functions can be called:
+<tools>
+{"type": "function", "function": {"name": "add", "parameters": {"a": "数", "b": "<n>"}}}
+</tools>
+
+A call is one JSON object between tags:
+<tool_call>
+{"name": <name>, "arguments": <object>}
+</tool_call><|im_end|>
+<|im_start|>user
+  2+3, 4+5?<|im_end|>
+<|im_start|>assistant
+<think>
+two sums
+</think>
+
+<tool_call>
+{"name": "add", "arguments": {"a": 2, "b": 3}}
+</tool_call>
+<tool_call>
+{"name": "add", "arguments": {"a": 4, "b": 5}}
+</tool_call><|im_end|>
+<|im_start|>user
+<tool_response>
+5
+</tool_response>
+<tool_response>
+9
+</tool_response><|im_end|>
+<|im_start|>assistant
+<think>
+done
+</think>
+
+5 and 9<|im_end|>
+<|im_start|>user
+thanks<|im_end|>
+<|im_start|>assistant
+<think>
+
+</think>
+
+welcome<|im_end|>
+"""
+
+
+def test_tools_thoughts_and_calls_have_their_tags(
+    tokenizer: ChatTokenizer, transformers_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    assert render(TOOL_CHAT) == RENDERED
+    assert_as_the_template(tokenizer, transformers_tokenizer, TOOL_CHAT)
+    ids, classes = tokenizer.encode_chat(TOOL_CHAT)
+    trained = tokenizer.decode(id for id, c in zip(ids, classes, strict=True) if c)
+    assert trained.count("<tool_call>") == 2
+    assert "<tool_response>" not in trained
+    # MiniMind's data holds lists as JSON text.
+    as_text = [
+        {k: json.dumps(v) if isinstance(v, list) else v for k, v in message.items()}
+        for message in TOOL_CHAT
+    ]
+    assert tokenizer.encode_chat(as_text) == (ids, classes)
+    with pytest.raises(jinja2.UndefinedError, match="raise_exception"):
+        PLAIN.render(messages=as_text)
+
+
+def test_tools_need_no_system_message() -> None:
+    chat = CHATS["english"]
+    rendered = PLAIN.render(messages=chat, tools=[ADD])
+    assert rendered == render([{"role": "system", "content": "", "tools": [ADD]}, *chat])
+    assert rendered.startswith("<|im_start|>system\n# Tools")
+
+
+@pytest.mark.parametrize(
+    ("variables", "beginning"),
+    [
+        ({}, ""),
+        ({"open_thinking": True}, "<think>\n"),
+        ({"open_thinking": False}, "<think>\n\n</think>\n\n"),
+        ({"enable_thinking": True}, ""),
+        ({"enable_thinking": False}, "<think>\n\n</think>\n\n"),
+    ],
+)
+def test_a_thought_can_be_begun_or_left_out(variables: dict[str, bool], beginning: str) -> None:
+    prompt = render([user("x")], add_generation_prompt=True, **variables)
+    assert prompt == f"<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n{beginning}"
+
+
+@settings(max_examples=100, deadline=None)
+@given(chat=ANY_CHAT)
+def test_what_comes_before_an_answer_is_its_prompt(
+    tokenizer: ChatTokenizer, chat: list[Message]
+) -> None:
+    (row,) = tokenizer.encode_chats([chat])
+    for number, message in enumerate(chat):
+        if message["role"] == "assistant" and number:
+            prompt = tokenizer.encode_prompt(chat[:number])
+            assert row.ids[: len(prompt)] == prompt
 
 
 @pytest.mark.parametrize("name", CHATS)

@@ -11,7 +11,7 @@ from minimind.model.transformer import ModelConfig, Transformer
 from minimind.tokenizer_training import save_tokenizer, train_tokenizer
 
 VOCAB_SIZE = 97
-TOKENIZER_SIZE = 263  # of the tiny tokenizer: single bytes and the control tokens
+TOKENIZER_SIZE = 267  # of the tiny tokenizer: single bytes, control tokens and tags
 
 
 def tiny_config(**changes: int | float) -> ModelConfig:

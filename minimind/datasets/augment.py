@@ -12,9 +12,9 @@ from pathlib import Path
 
 from pydantic import Field
 
+from minimind.chat_format import Message
 from minimind.errors import UserError
 from minimind.params import Section, Seed
-from minimind.tokenizer import Message
 
 SHORT_TURN = 5  # words; of so few, each is needed
 

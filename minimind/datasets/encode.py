@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
+from minimind.chat_format import Message
 from minimind.datasets.augment import Augmentation, AugmentConfig
 from minimind.datasets.formats import (
     BadRowError,
@@ -35,7 +36,7 @@ from minimind.errors import UserError
 from minimind.files import replacing
 from minimind.metrics import Number, rounded
 from minimind.params import Section
-from minimind.tokenizer import CONTEXT, ChatTokenizer, EncodedRow, Message
+from minimind.tokenizer import CONTEXT, ChatTokenizer, EncodedRow
 
 Format = Literal["text", "chat", "reason", "preference"]
 OnBadRow = Literal["error", "skip"]

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
+from minimind.chat_format import Message
 from minimind.errors import UserError
-from minimind.tokenizer import TAGS, Message
+from minimind.tokenizer import TAGS
 
 ROLES = ("system", "user", "assistant", "tool")
 

@@ -10,6 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from minimind.chat_format import Message
 from minimind.datasets.formats import (
     FaultError,
     Place,
@@ -21,7 +22,7 @@ from minimind.datasets.formats import (
     parse_text,
     read_rows,
 )
-from minimind.tokenizer import ChatTokenizer, Message
+from minimind.tokenizer import ChatTokenizer
 
 Doubt = Literal[
     "duplicate",
