@@ -250,7 +250,10 @@ def test_muon_in_batches_is_pytorchs_muon() -> None:
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     settings = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
-    optimizers = [Muon(ours, **settings), torch.optim.Muon(theirs, **settings)]
+    optimizers = [
+        Muon(ours, dtype=torch.bfloat16, **settings),
+        torch.optim.Muon(theirs, **settings),
+    ]
     for _ in range(4):
         for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn_like(a)

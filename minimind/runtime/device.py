@@ -6,14 +6,16 @@ import torch
 
 from minimind.errors import UserError
 from minimind.runtime.launch import is_worker
+from minimind.runtime.products import choose_products
 from minimind.runtime.settings import RuntimeSettings
 
 
 def prepare_device(settings: RuntimeSettings) -> torch.device:
-    """The device asked for, or the best there is; sets threads and matmul precision."""
+    """The device asked for, or the best there is; sets threads and how products are computed."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.set_float32_matmul_precision(settings.matmul_precision)
+    choose_products(settings.cpu_products)
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available() and not is_worker(),  # one process's alone

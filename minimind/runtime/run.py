@@ -26,6 +26,7 @@ from minimind.runtime.processes import (
     join_processes,
     leave_processes,
 )
+from minimind.runtime.products import products_in_float32
 from minimind.runtime.progress import Progress
 from minimind.runtime.provenance import Provenance
 from minimind.runtime.records import Records
@@ -82,6 +83,7 @@ class Run:
             "threads": torch.get_num_threads(),
             "compile": self.is_compiled,
             "matmul_precision": torch.get_float32_matmul_precision(),
+            "cpu_products_in_float32": products_in_float32(),
             "torch": torch.__version__,
             "processor": torch.backends.cpu.get_cpu_capability(),
         }

@@ -395,7 +395,9 @@ def _restore(model: nn.Module, optimizer: Optimizer, run: Run) -> tuple[History,
     run.say(f"going on from step {history.step}")
     before, now = state.values["computed_with"], run.computed_with()
     if before != now:
-        changed = ", ".join(f"{k} {before[k]} -> {now[k]}" for k in now if before[k] != now[k])
+        changed = ", ".join(
+            f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]
+        )
         run.say(f"computed otherwise than before ({changed}): the last bits may differ")
     parameters = dict(model.named_parameters())
     best = {

@@ -1,11 +1,11 @@
 """Muon for many small matrices: PyTorch's, with matrices of one shape orthogonalized together."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimind.runtime.parallel import part_like, whole
 
@@ -13,11 +13,19 @@ from minimind.runtime.parallel import part_like, whole
 class Muon(torch.optim.Muon):
     """The same update as :class:`torch.optim.Muon`, a product for all matrices of a shape at once.
 
+    PyTorch's always orthogonalizes in bfloat16, ours in the type it is given.
+
     One after the other, the matrices of a small model take hundreds of products too small to keep
     two cores busy: a fifth of a training step at the built-in size.
 
     Where processes hold parts of each matrix, all of them orthogonalize the whole of it.
     """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], *, dtype: torch.dtype, **settings: Any
+    ) -> None:
+        super().__init__(params, **settings)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -45,7 +53,7 @@ class Muon(torch.optim.Muon):
             update = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
             update = whole(update)
             updates.append(update.T if _is_tall(parameter) else update)
-        stacked = torch.stack(updates).bfloat16()
+        stacked = torch.stack(updates).to(self.dtype)
         orthogonal = orthogonalize(
             stacked, group["ns_coefficients"], group["ns_steps"], group["eps"]
         )
@@ -62,7 +70,7 @@ def orthogonalize(
 ) -> Tensor:
     """Newton-Schulz iteration towards the nearest orthogonal matrices.
 
-    matrices: bfloat16 [n, rows, columns], rows <= columns. Returns the same shape, singular values
+    matrices: [n, rows, columns], rows <= columns. Returns the same shape and type, singular values
     near 1 (Jordan et al., 2024: https://kellerjordan.github.io/posts/muon/).
     """
     a, b, c = coefficients

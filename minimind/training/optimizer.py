@@ -116,6 +116,8 @@ def _build(model: nn.Module, config: OptimizerConfig) -> Iterable[torch.optim.Op
         matrices = [(name, p) for name, p in matrices if ".layers." not in name]
         muon = Muon(
             inside,
+            # Not in float16: gradients below its range would be zero before they are normalized.
+            dtype=torch.float32 if config.dtype == "float32" else torch.bfloat16,
             lr=config.lr,
             weight_decay=config.weight_decay,
             adjust_lr_fn="match_rms_adamw",
