@@ -89,7 +89,7 @@ def build_project(directory: Path, kinds: list[str]) -> dict[str, Stage]:
         params[section] |= values
     params["distill"]["student"] |= STUDENT
     for section in STARTING_FROM_SFT:
-        params[section]["init"] = "sft"
+        params[section]["init"] = "models/sft"
     (directory / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     stages = {entry[0]: Stage(*entry) for entry in list_stages(directory, kinds)}
     for stage in stages.values():

@@ -60,6 +60,13 @@ def change_graph(project: Path, stage: str, command: str) -> None:
             "data/mini_world, metrics/mini_world.json",
         ),
         (
+            "mini_world",
+            "sed -i 's/^seed: 1/seed: 2/' params.yaml",
+            "tokenizer",
+            "seed in params.yaml",
+            "data/mini_world, metrics/mini_world.json",
+        ),
+        (
             "encode@pretrain",
             "sed -i 's/on_bad_row: error/on_bad_row: skip/' params.yaml",
             "pretrain",

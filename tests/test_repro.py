@@ -87,7 +87,7 @@ def test_an_experiment_runs_what_depends_on_it_and_nothing_else(project: Path) -
 
 
 def test_where_a_stage_starts_from_rewires_the_graph(project: Path) -> None:
-    printed = dvc(project, "exp", "run", "-S", "reason.init=sft")
+    printed = dvc(project, "exp", "run", "-S", "reason.init=models/sft")
     assert stages_run(printed) == AFTER_REASON
     lock = yaml.safe_load((project / "dvc.lock").read_text(encoding="utf-8"))
     assert "--checkpoint 'models/sft' " in lock["stages"]["reason"]["cmd"][-1]
