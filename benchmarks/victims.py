@@ -36,7 +36,7 @@ NUMBERS: dict[str, dict[str, Any]] = {
 STARTING_FROM_SFT = ("grpo", "spo", "traces", "thinking")  # so that a short run builds less
 LEFT_OUT = ("export", "report")  # copy files; `merge` and `evaluate` stand for them
 EVALUATED = ("sft", "reason")
-STATELESS = ("mini_world", "tokenizer", "encode", "reference", "merge", "evaluate")
+STATELESS = ("check", "mini_world", "tokenizer", "encode", "reference", "merge", "evaluate")
 CLOCK_TICK = 0.01  # seconds that a file may seem older than it is
 
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import minimind.cli.main
 from minimind.runtime.command import StageApp
 from stages import (
+    check,
     distill,
     dpo,
     encode,
@@ -81,6 +82,7 @@ ENCODED = (
     "--output out/data --metrics out/metrics.json"
 )
 COMMANDS: dict[str, tuple[StageApp, str]] = {
+    "check": (check.app, "--output out/checked.txt"),
     "mini_world": (mini_world.app, "--output out/world --metrics out/metrics.json"),
     "tokenizer": (
         tokenizer.app,
@@ -196,7 +198,10 @@ def build(directory: Path) -> Path:
         assert set(values) <= set(params[section]), f"tiny values of {section} are not parameters"
         student = params[section].get("student", {}) | values.get("student", {})
         params[section] |= values | ({"student": student} if student else {})
+    params["data"]["synonyms"] = "synonyms.json"
+    params["grpo"]["custom_reward"] = params["spo"]["custom_reward"] = "custom.py"
     write_params(directory, params | {"dtype": "float32"})
+    shutil.copyfile(ROOT / "dvc.yaml", directory / "dvc.yaml")
     write_rows(directory / "text.jsonl", [{"text": f"{n} + 1 = {n + 1}"} for n in range(12)])
     chats = [chat(f"{n} + 1 = ?", str(n + 1)) for n in range(12)]
     write_rows(directory / "chats.jsonl", chats)

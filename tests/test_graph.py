@@ -12,8 +12,10 @@ import pytest
 import yaml
 from dvc.dependency import ParamsDependency
 from dvc.repo import Repo
+from networkx import ancestors
 
 from minimind.params import SHARED, Section, shared_keys
+from minimind.paths import keys_of, path_templates
 from tests.graph import ROOT, UNTRACKED, code_dependencies, project_imports
 
 GRAPH: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
@@ -163,6 +165,49 @@ def test_stages_that_share_a_section_see_a_seed_and_number_format_of_its_own(
     for key in ("seed", "dtype", "lr"):
         assert tracked.changed(**{f"distill__{key}": 5}) == {"distill", "twin"}
     assert tracked.changed(distill__alpha=0.2) == {"distill"}
+
+
+def test_check_tracks_every_parameter_that_is_a_path() -> None:
+    keys = {key for template in path_templates(GRAPH["stages"]) for key in keys_of(template)}
+    tracked = {*STAGES["check"]["params"]}
+    assert len(keys) > 20
+    assert {"data" if key.startswith("data.") else key for key in keys} == tracked
+
+
+def test_check_is_upstream_of_every_stage_that_has_such_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where all of them lead out of the graph, or nowhere."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    having_paths = {
+        name for name, stage in GRAPH["stages"].items() if path_templates({name: stage})
+    }
+    for template in path_templates(GRAPH["stages"]):
+        for key in keys_of(template):
+            section, name = key.split(".")
+            params[section][name] = f"nowhere/{key}"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    (tmp_path / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    with Repo.init(no_scm=True) as repo:
+        (check,) = repo.stage.collect("check")
+        behind = {stage.name.split("@")[0] for stage in ancestors(repo.index.graph, check)}
+    assert len(having_paths) > 15
+    assert having_paths <= behind
+
+
+def test_check_says_the_same_whatever_it_was_asked(tmp_path: Path) -> None:
+    """Or every stage behind it would run when a path changes."""
+    outputs = set()
+    for sft in ("models/pretrain", "models/dpo"):
+        params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+        params["sft"]["init"] = sft
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+        command = [sys.executable, "-m", "stages.check", "--output", str(tmp_path / "checked.txt")]
+        command += ["--params", str(tmp_path / "params.yaml")]
+        subprocess.run(command, cwd=ROOT, check=True)
+        outputs.add((tmp_path / "checked.txt").read_bytes())
+    assert len(outputs) == 1
 
 
 @pytest.mark.parametrize("name", STAGES)

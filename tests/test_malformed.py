@@ -326,6 +326,24 @@ PARAMS_FILES = {
     "many digits": b"sft: " + b"9" * 5_000 + b"\n",
     "an unhashable key": b"{[1]: 2, {a: b}: 3}\n",
 }
+CAUSES["a path leads nowhere"] = [
+    key_case(("check", key), value, f"{key} is {value!r}, ", "does not exist", advice)
+    for key, value, advice in [
+        ("reason.init", "dpo", "; write models/dpo."),
+        ("pretrain.init", "tokenizer", "; write models/tokenizer."),
+        ("sft.init", "models/pretain", "; did you mean models/pretrain?"),
+        ("lora.init", "Qwen/Qwen3-0.6B", "; write the path of something"),
+        ("grpo.init", 5, "; write the path of something"),
+        ("distill.teacher", "sft", "; write models/sft."),
+        ("spo.reward_model", "reward", "; write models/reward."),
+        ("grpo.custom_reward", "custm.py", "; did you mean custom.py?"),
+        ("encode.tokenizer", "models/tokeniser", "; did you mean models/tokenizer?"),
+        ("data.sft", "sft", "; write the path of something"),
+        ("data.problems", "./problem.jsonl", "; did you mean problems.jsonl?"),
+        ("distill.data", "chats", "for data/encoded/chats, a path that"),
+        ("lora.data", "chats", "; write one of pretrain, sft, dpo, reason, lora."),
+    ]
+]
 CAUSES["params.yaml cannot be read"] = [
     Case("sft", with_text("params.yaml", text), ("params.yaml",)) for text in PARAMS_FILES.values()
 ]

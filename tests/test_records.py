@@ -18,7 +18,7 @@ from tests.project import copy_project, dvc, git, stages_run
 from tests.test_report import prediction, write
 
 pytestmark = pytest.mark.xdist_group("records")
-STAGES = {"mini_world", "tokenizer", "encode@pretrain", "pretrain", "encode@sft"}
+STAGES = {"check", "mini_world", "tokenizer", "encode@pretrain", "pretrain", "encode@sft"}
 COMMENT = "\n# a comment\n"
 FAILED = 255  # DVC's exit code
 
