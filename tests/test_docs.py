@@ -23,7 +23,7 @@ _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _INLINE_CODE = re.compile(r"`([^`\n]+)`")
 _KEY = re.compile(r"(<stage>|[a-z][a-z0-9_]*)((?:\.[a-z][a-z0-9_]*)+)(?::? .*)?")
 _SET_KEY = re.compile(r"-S '?\+{0,2}([\w.]+)=")
-_FILE = re.compile(r".*\.(py|md|json|jsonl|yaml|toml|lock|csv|npy|safetensors|pth)")
+_FILE = re.compile(r".*\.(py|md|json|jsonl|yaml|toml|lock|txt|csv|npy|safetensors|pth)")
 _VARIABLE = re.compile(r"MINIMIND_[A-Z]+(?:_[A-Z]+)*")
 _NOT_OURS = ("torch",)  # of dotted names
 # A secret: read where it is used, so that it is in no settings and no record.
