@@ -87,7 +87,7 @@ def measure(folder: Path, gigabytes: float, data_format: str, num_steps: int) ->
     encode = [f"--source={source.name}", "--tokenizer=tokenizer", "--output=encoded"]
     encode += [f"--format={data_format}", f"--name={name}", "--metrics=encode.json"]
     encode += [f"--synonyms={ROOT / params['data']['synonyms']}"]
-    pretrain = ["--tokenizer=tokenizer", "--text=encoded", "--output=model"]
+    pretrain = ["--init=tokenizer", "--text=encoded", "--output=model"]
     pretrain += ["--metrics=pretrain.json", "--curve=curve.csv"]
     alone = ["--alone", source.name, "--format", data_format]
 

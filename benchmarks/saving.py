@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from minimind.model.transformer import ModelConfig, ModelShape, Transformer
+from minimind.params import with_shared
 from minimind.presets import merge, read_preset
 from minimind.runtime.run import SAVE_SPACING
 from minimind.runtime.settings import load_settings
@@ -32,8 +33,8 @@ def state_of(params: dict[str, Any]) -> TrainingState:
         ModelConfig(vocab_size=params["tokenizer"]["vocab_size"], **shape.model_dump())
     )
     model.initialize(1)
-    keys = OptimizerConfig.model_fields
-    config = OptimizerConfig(**{key: params["pretrain"][key] for key in keys})
+    values = with_shared(params["pretrain"], params, OptimizerConfig)
+    config = OptimizerConfig(**{key: values[key] for key in OptimizerConfig.model_fields})
     optimizer = Optimizer(model, config, torch.device("cpu"))
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)

@@ -36,7 +36,7 @@ NUMBERS: dict[str, dict[str, Any]] = {
 STARTING_FROM_SFT = ("grpo", "spo", "traces", "thinking")  # so that a short run builds less
 LEFT_OUT = ("export", "report")  # copy files; `merge` and `evaluate` stand for them
 EVALUATED = ("sft", "reason")
-STATELESS = ("mini_world", "tokenizer", "encode", "reference", "merge", "evaluate")
+STATELESS = ("check", "mini_world", "tokenizer", "encode", "reference", "merge", "evaluate")
 CLOCK_TICK = 0.01  # seconds that a file may seem older than it is
 
 
@@ -89,7 +89,7 @@ def build_project(directory: Path, kinds: list[str]) -> dict[str, Stage]:
         params[section] |= values
     params["distill"]["student"] |= STUDENT
     for section in STARTING_FROM_SFT:
-        params[section]["init"] = "sft"
+        params[section]["init"] = "models/sft"
     (directory / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     stages = {entry[0]: Stage(*entry) for entry in list_stages(directory, kinds)}
     for stage in stages.values():

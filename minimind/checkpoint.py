@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import UserError, complaint
 from minimind.files import replacing
-from minimind.model.transformer import ModelConfig, Transformer
+from minimind.model.transformer import ModelConfig, ModelShape, Transformer
 from minimind.tokenizer import ChatTokenizer
 
 WEIGHTS = "model.safetensors"
@@ -93,6 +93,31 @@ def load_model(directory: Path) -> Transformer:
     _require_room(directory, config)
     model = Transformer(config)
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return model
+
+
+def start_model(init: Path, shape: ModelShape, seed: int, asked_by: str) -> Transformer:
+    """The checkpoint in `init`; a new model where there is nothing but a tokenizer.
+
+    asked_by: the section that `shape` is of.
+
+    Raises:
+        UserError: the checkpoint has another shape, or cannot be read.
+    """
+    if (init / "config.json").exists():
+        model = load_model(init)
+        wanted = ModelConfig(vocab_size=model.config.vocab_size, **shape.model_dump()).model_dump()
+        found = model.config.model_dump()
+        for key in wanted:
+            if wanted[key] != found[key]:
+                raise UserError(
+                    f"{asked_by}.{key} is {wanted[key]}, but {init} has {found[key]}; "
+                    "make them agree."
+                )
+        return model
+    vocab_size = ChatTokenizer.load(init).vocab_size
+    model = Transformer(ModelConfig(vocab_size=vocab_size, **shape.model_dump()))
+    model.initialize(seed)
     return model
 
 

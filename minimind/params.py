@@ -2,6 +2,7 @@
 
 A section is a pydantic class that stands next to the code it configures. It has no
 defaults: what is not in params.yaml does not exist, so what DVC tracks is all there is.
+Only the seed and the number format may stand once, at the top, for all sections that have none.
 """
 
 from pathlib import Path
@@ -24,6 +25,7 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=Section)
+SHARED = ("seed", "dtype")  # a section that does not set them has them from the top level
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what every random generator takes
 
 
@@ -45,27 +47,49 @@ class _Loader(yaml.SafeLoader):
 def load_section(path: Path, name: str, section: type[S]) -> S:
     """Read the section ``name`` of a params file; dots descend, as in ``encode.sft``.
 
+    What it shares with the others and does not set itself is the top level's.
+
     Raises:
         UserError: the file or section is missing, a key is unknown or missing, or a value is
             out of range; the message names file, key, value found and what is allowed.
     """
-    value: Any = _read(path)
+    tree = value = read_params(path)
     for depth, part in enumerate(parts := name.split(".")):
-        if not isinstance(value, dict) or part not in value:
+        is_mapping = isinstance(value, dict)
+        if not is_mapping or part not in value:
             where = ".".join(parts[:depth]) or "the file"
-            known = ", ".join(map(str, value)) if isinstance(value, dict) else "none"
+            sections = [str(key) for key in value if key not in SHARED] if is_mapping else []
+            known = ", ".join(sections) or "none"
             raise UserError(f"{path}: {name} is missing; {where} has the sections: {known}.")
         value = value[part]
     if not isinstance(value, dict):
         raise UserError(f"{path}: {name} is {value!r}; it must be a section with keys.")
     try:
-        return section.model_validate(value)
+        return section.model_validate(with_shared(value, tree, section))
     except ValidationError as error:
-        problems = [_describe(name, detail, section) for detail in error.errors()]
+        inherited = [key for key in shared_keys(section) if value.get(key) is None]
+        problems = [_describe(name, detail, section, inherited) for detail in error.errors()]
         raise UserError(f"{path}: {'; '.join(problems)}") from None
 
 
-def _read(path: Path) -> Any:
+def shared_keys(section: type[Section]) -> list[str]:
+    """Those keys that a section of this class has from the top level, unless it sets them."""
+    return [key for key in SHARED if key in section.model_fields]
+
+
+def with_shared(values: dict[str, Any], tree: Any, section: type[Section]) -> dict[str, Any]:
+    """A section's values, with those from the top level of `tree` that it does not set itself."""
+    inherited = [key for key in shared_keys(section) if values.get(key) is None]
+    own = {key: value for key, value in values.items() if key not in inherited}
+    return own | {key: tree[key] for key in inherited if key in tree}
+
+
+def read_params(path: Path) -> Any:
+    """What a params file holds.
+
+    Raises:
+        UserError: it is missing, not UTF-8 or not YAML, or a key stands there twice.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -83,8 +107,9 @@ def _read(path: Path) -> Any:
         raise UserError(f"{path}: not valid YAML: {error}; correct it.") from None
 
 
-def _describe(name: str, detail: ErrorDetails, section: type[Section]) -> str:
-    key = ".".join([name, *map(str, detail["loc"])])
+def _describe(name: str, detail: ErrorDetails, section: type[Section], inherited: list[str]) -> str:
+    where = [] if detail["loc"][:1] in [(key,) for key in inherited] else [name]
+    key = ".".join([*where, *map(str, detail["loc"])])
     match detail["type"]:
         case "extra_forbidden":
             allowed = ", ".join(sorted(section.model_fields))

@@ -8,6 +8,7 @@ from ruamel.yaml.error import YAMLError
 
 from minimind.errors import UserError
 from minimind.files import replacing
+from minimind.params import SHARED
 
 Values = dict[str, Any]
 
@@ -65,6 +66,8 @@ def _update(section: Any, values: Values, prefix: str) -> list[str]:
     changes = []
     for key, value in values.items():
         name = f"{prefix}{key}"
+        if isinstance(section, dict) and prefix and key in SHARED:
+            section.setdefault(key)  # which a section need not have
         if not isinstance(section, dict) or key not in section:
             raise UserError(f"the preset sets {name}, which params.yaml does not have.")
         if isinstance(value, dict) != isinstance(section[key], dict):

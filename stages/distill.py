@@ -6,18 +6,16 @@ from typing import Annotated
 import typer
 from pydantic import ConfigDict, Field
 
-from minimind.checkpoint import load_model, require_same_tokenizer, save_checkpoint
+from minimind.checkpoint import require_same_tokenizer, save_checkpoint, start_model
 from minimind.datasets.encoded import EncodedDataset
 from minimind.distillation.outputs import TeacherOutputs
 from minimind.distillation.teacher import load_teacher
-from minimind.errors import UserError
 from minimind.metrics import write_curve, write_metrics
-from minimind.model.transformer import ModelConfig, ModelShape, Transformer
+from minimind.model.transformer import ModelShape
 from minimind.objectives.distill import Distill
 from minimind.params import load_section
 from minimind.runtime.command import stage_app
 from minimind.runtime.run import start_training
-from minimind.tokenizer import ChatTokenizer
 from minimind.training.fit import FitConfig, fit, summary
 
 app = stage_app("distill")
@@ -30,7 +28,7 @@ class TwinConfig(FitConfig):
 
     teacher: str  # a checkpoint's or any Hugging Face directory
     data: str  # data/encoded/<data>
-    init: str  # models/<init>: tokenizer, for a new student, or a checkpoint of its shape
+    init: str  # the path of a tokenizer, for a new student, or of a checkpoint of its shape
     student: ModelShape
 
 
@@ -63,7 +61,8 @@ def main(
         dataset = EncodedDataset.open(conversations)
         dataset.check_format("chat", "text")
         require_same_tokenizer(init, dataset)
-        student = _student(init, config, params)
+        asked_by = f"{params}: distill.student"
+        student = start_model(init, config.student, config.seed, asked_by)
         run.say(f"{student.num_parameters:,} parameters")
         outputs = TeacherOutputs.open(teacher_outputs, dataset, student.config.vocab_size)
         beside = None
@@ -78,22 +77,6 @@ def main(
             save_checkpoint(output, student, init)
             write_curve(curve, history.curve)
             write_metrics(metrics, stage, results)
-
-
-def _student(init: Path, config: TwinConfig, params: Path) -> Transformer:
-    vocab_size = ChatTokenizer.load(init).vocab_size
-    shape = ModelConfig(vocab_size=vocab_size, **config.student.model_dump())
-    if not (init / "config.json").exists():
-        student = Transformer(shape)
-        student.initialize(config.seed)
-        return student
-    student = load_model(init)
-    if student.config != shape:
-        raise UserError(
-            f"{params}: distill.student asks for {shape}, but distill.init {init} has "
-            f"{student.config}; make them agree."
-        )
-    return student
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ app = stage_app("dpo")
 class DpoConfig(FitConfig):
     """The `dpo` section."""
 
-    init: str  # the checkpoint to start from, and the reference: models/<init>
+    init: str  # the path of the checkpoint to start from, and of the reference
     beta: float = Field(gt=0)  # strength of the pull towards the reference
     nll_weight: float = Field(ge=0)  # of the chosen answers' own loss; 0: DPO alone
     reduction: Reduction  # log-probabilities of an answer: sum or mean over its tokens

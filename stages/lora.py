@@ -21,7 +21,7 @@ app = stage_app("lora")
 class LoraStageConfig(FitConfig, AdapterShape):
     """The `lora` section."""
 
-    init: str  # the checkpoint beneath the adapter: models/<init>
+    init: str  # the path of the checkpoint beneath the adapter
     data: str  # what the adapter learns: data/encoded/<data>
 
 

@@ -1,19 +1,18 @@
-"""Teach a new model the statistics of plain text."""
+"""Teach a model, a new one if it has no weights yet, the statistics of plain text."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from minimind.checkpoint import require_same_tokenizer, save_checkpoint
+from minimind.checkpoint import require_same_tokenizer, save_checkpoint, start_model
 from minimind.datasets.encoded import EncodedDataset
 from minimind.metrics import write_curve, write_metrics
-from minimind.model.transformer import ModelConfig, ModelShape, Transformer
+from minimind.model.transformer import ModelShape
 from minimind.objectives.next_token import NextToken
 from minimind.params import load_section
 from minimind.runtime.command import stage_app
 from minimind.runtime.run import start_training
-from minimind.tokenizer import ChatTokenizer
 from minimind.training.fit import FitConfig, fit, summary
 
 app = stage_app("pretrain")
@@ -22,30 +21,30 @@ app = stage_app("pretrain")
 class PretrainConfig(FitConfig):
     """The `pretrain` section."""
 
+    init: str  # the path of a tokenizer, for a new model, or of a checkpoint of its shape
+
 
 @app.command()
 def main(
-    tokenizer: Annotated[Path, typer.Option()],
+    init: Annotated[Path, typer.Option(help="a tokenizer, or a checkpoint to start from")],
     text: Annotated[Path, typer.Option(help="encoded text")],
     output: Annotated[Path, typer.Option()],
     metrics: Annotated[Path, typer.Option()],
     curve: Annotated[Path, typer.Option()],
     params: Annotated[Path, typer.Option()] = Path("params.yaml"),
 ) -> None:
-    """Pretrain a model from nothing; its shape is the `model` section's."""
+    """Pretrain a model, from nothing or a checkpoint; its shape is the `model` section's."""
     config = load_section(params, "pretrain", PretrainConfig)
     shape = load_section(params, "model", ModelShape)
     sections = {"pretrain": config, "model": shape}
-    with start_training("pretrain", params, sections, [tokenizer, text]) as run:
-        vocab_size = ChatTokenizer.load(tokenizer).vocab_size
-        model = Transformer(ModelConfig(vocab_size=vocab_size, **shape.model_dump()))
-        model.initialize(config.seed)
+    with start_training("pretrain", params, sections, [init, text]) as run:
+        model = start_model(init, shape, config.seed, f"{params}: model")
         run.say(f"{model.num_parameters:,} parameters")
         dataset = EncodedDataset.open(text)
-        require_same_tokenizer(tokenizer, dataset)
+        require_same_tokenizer(init, dataset)
         history = fit(model, NextToken(), dataset, config, run)
         with run.saving(metrics):
-            save_checkpoint(output, model, tokenizer)
+            save_checkpoint(output, model, init)
             write_curve(curve, history.curve)
             write_metrics(
                 metrics, "pretrain", {"parameters": model.num_parameters, **summary(history)}

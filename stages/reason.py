@@ -21,7 +21,7 @@ app = stage_app("reason")
 class ReasonConfig(FitConfig):
     """The `reason` section."""
 
-    init: str  # the checkpoint to start from: models/<init>, as dvc.yaml has it
+    init: str  # the path of the checkpoint to start from
     tag_weight: float = Field(gt=0)  # of <think>, </think>, <answer>, </answer> in the loss
     final_tag_weight: float = Field(gt=0)  # reached linearly at the last step
 

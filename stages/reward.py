@@ -22,7 +22,7 @@ app = stage_app("reward")
 class RewardConfig(FitConfig):
     """The `reward` section."""
 
-    init: str  # the checkpoint to start from: models/<init>; of a mixture, its dense part
+    init: str  # the path of the checkpoint to start from; of a mixture, its dense part
 
 
 @app.command()

@@ -20,7 +20,7 @@ app = stage_app("sft")
 class SftConfig(FitConfig):
     """The `sft` section."""
 
-    init: str  # the checkpoint to start from: models/<init>, as dvc.yaml has it
+    init: str  # the path of the checkpoint to start from
 
 
 @app.command()

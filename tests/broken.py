@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import minimind.cli.main
 from minimind.runtime.command import StageApp
 from stages import (
+    check,
     distill,
     dpo,
     encode,
@@ -40,9 +41,9 @@ from stages import (
 from tests.graph import ROOT
 
 STEPS = {"max_steps": 2, "batch_size": 2, "warmup_steps": 0, "validation_share": 0.25}
-STEPS |= {"eval_interval": 1, "curve_interval": 1, "dtype": "float32"}
+STEPS |= {"eval_interval": 1, "curve_interval": 1}
 SHAPE = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "max_positions": 256}
-SAMPLED = {"max_new_tokens": 4, "batch_size": 2, "dtype": "float32"}
+SAMPLED = {"max_new_tokens": 4, "batch_size": 2}
 POLICY = SAMPLED | {"max_steps": 1, "warmup_steps": 0}
 TINY: dict[str, dict[str, Any]] = {
     "mini_world": {
@@ -68,8 +69,8 @@ TINY: dict[str, dict[str, Any]] = {
     "spo": POLICY,
     "traces": SAMPLED | {"num_prompts": 2, "num_samples": 2},
     "thinking": SAMPLED | {"num_prompts": 2},
-    "teacher_outputs": {"top_k": 8, "dtype": "float32", "batch_size": 4},
-    "evaluate": {"batch_size": 4, "max_new_tokens": 4, "dtype": "float32"},
+    "teacher_outputs": {"top_k": 8, "batch_size": 4},
+    "evaluate": {"batch_size": 4, "max_new_tokens": 4},
 }
 
 TRAINED = "--output out/model --metrics out/metrics.json --curve out/curve.csv"
@@ -81,6 +82,7 @@ ENCODED = (
     "--output out/data --metrics out/metrics.json"
 )
 COMMANDS: dict[str, tuple[StageApp, str]] = {
+    "check": (check.app, "--output out/checked.txt"),
     "mini_world": (mini_world.app, "--output out/world --metrics out/metrics.json"),
     "tokenizer": (
         tokenizer.app,
@@ -99,7 +101,7 @@ COMMANDS: dict[str, tuple[StageApp, str]] = {
     ),
     "pretrain": (
         pretrain.app,
-        f"--tokenizer models/tokenizer --text encoded/pretrain {TRAINED}",
+        f"--init models/tokenizer --text encoded/pretrain {TRAINED}",
     ),
     "sft": (sft.app, f"{BASE_AND_CHATS} {TRAINED}"),
     "reference": (
@@ -196,7 +198,10 @@ def build(directory: Path) -> Path:
         assert set(values) <= set(params[section]), f"tiny values of {section} are not parameters"
         student = params[section].get("student", {}) | values.get("student", {})
         params[section] |= values | ({"student": student} if student else {})
-    write_params(directory, params)
+    params["data"]["synonyms"] = "synonyms.json"
+    params["grpo"]["custom_reward"] = params["spo"]["custom_reward"] = "custom.py"
+    write_params(directory, params | {"dtype": "float32"})
+    shutil.copyfile(ROOT / "dvc.yaml", directory / "dvc.yaml")
     write_rows(directory / "text.jsonl", [{"text": f"{n} + 1 = {n + 1}"} for n in range(12)])
     chats = [chat(f"{n} + 1 = ?", str(n + 1)) for n in range(12)]
     write_rows(directory / "chats.jsonl", chats)

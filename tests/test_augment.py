@@ -30,7 +30,7 @@ def augmentation(
     copies: int = 1, dropout: float = 0.0, synonyms: float = 0.0, seed: int = 1
 ) -> Augmentation:
     config = AugmentConfig(
-        augment_copies=copies, augment_seed=seed, word_dropout=dropout, synonym_share=synonyms
+        augment_copies=copies, seed=seed, word_dropout=dropout, synonym_share=synonyms
     )
     return Augmentation(config, TABLE)
 
@@ -199,7 +199,7 @@ def run(folder: Path, tokenizer: Path, data_format: str, **keys: Any) -> Any:
     )
 
 
-KEYS = {"augment_copies": 2, "augment_seed": 1, "word_dropout": 0.2, "synonym_share": 0.5}
+KEYS = {"augment_copies": 2, "seed": 1, "word_dropout": 0.2, "synonym_share": 0.5}
 
 
 def test_every_chat_is_followed_by_its_copies(tmp_path: Path, tokenizer_directory: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_copy_too_long_to_train_on_gives_way_to_its_original(
     tokenizer = ChatTokenizer.load(tokenizer_directory)
     source = tmp_path / "chats.jsonl"
     source.write_text(json.dumps({"conversations": chat("friend " * 20)}))
-    longer = AugmentConfig(augment_copies=1, augment_seed=1, word_dropout=0, synonym_share=1)
+    longer = AugmentConfig(augment_copies=1, seed=1, word_dropout=0, synonym_share=1)
     ids, _ = tokenizer.encode_chat(chat("friend " * 20))
     encode_dataset(
         source,

@@ -9,18 +9,21 @@ from typing import Any
 import pytest
 import yaml
 
+from minimind.params import SHARED
 from minimind.runtime.settings import RuntimeSettings
 from tests.graph import ROOT
 
 PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-TRAINED = [name for name, section in PARAMS.items() if "lr" in section]
+TRAINED = [
+    name for name, section in PARAMS.items() if isinstance(section, dict) and "lr" in section
+]
 
 _CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _INLINE_CODE = re.compile(r"`([^`\n]+)`")
 _KEY = re.compile(r"(<stage>|[a-z][a-z0-9_]*)((?:\.[a-z][a-z0-9_]*)+)(?::? .*)?")
-_SET_KEY = re.compile(r"-S \+?([\w.]+)=")
-_FILE = re.compile(r".*\.(py|md|json|jsonl|yaml|toml|lock|csv|npy|safetensors|pth)")
+_SET_KEY = re.compile(r"-S '?\+{0,2}([\w.]+)=")
+_FILE = re.compile(r".*\.(py|md|json|jsonl|yaml|toml|lock|txt|csv|npy|safetensors|pth)")
 _VARIABLE = re.compile(r"MINIMIND_[A-Z]+(?:_[A-Z]+)*")
 _NOT_OURS = ("torch",)  # of dotted names
 # A secret: read where it is used, so that it is in no settings and no record.
@@ -49,7 +52,10 @@ def prose(text: str) -> str:
 
 def is_param(dotted: str) -> bool:
     value: Any = PARAMS
-    for key in dotted.split("."):
+    keys = dotted.split(".")
+    if len(keys) > 1 and keys[-1] in SHARED:  # a section may have its own
+        keys.pop()
+    for key in keys:
         if not isinstance(value, dict) or key not in value:
             return False
         value = value[key]

@@ -22,7 +22,7 @@ from minimind.tokenizer_training import save_tokenizer, train_tokenizer
 from stages.encode import app
 from tests.graph import ROOT
 
-NO_COPIES = {"augment_copies": 0, "augment_seed": 1, "word_dropout": 0.1, "synonym_share": 0.5}
+NO_COPIES = {"augment_copies": 0, "seed": 1, "word_dropout": 0.1, "synonym_share": 0.5}
 SYSTEM: Message = {"role": "system", "content": "你是 helper"}
 
 
@@ -162,7 +162,7 @@ def test_the_built_in_data_overlaps_in_nothing(stage: Stage, directory: Path) ->
     sizes = {"num_tokenizer": 10, "num_pretrain": 1000, "num_sft": 600, "num_dpo": 400}
     sizes |= {"num_reason": 600, "num_prompts": 10, "num_eval_per_level": 200, "num_eval_text": 50}
     world = stage.folder / "mini_world"
-    write_mini_world(world, MiniWorldConfig(**params | sizes))
+    write_mini_world(world, MiniWorldConfig(**params | sizes, seed=1))
     formats: dict[str, encode.Format] = {
         "pretrain": "text",
         "sft": "chat",

@@ -3,13 +3,19 @@
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from dvc.dependency import ParamsDependency
 from dvc.repo import Repo
+from networkx import ancestors
 
+from minimind.params import SHARED, Section, shared_keys
+from minimind.paths import keys_of, path_templates
 from tests.graph import ROOT, UNTRACKED, code_dependencies, project_imports
 
 GRAPH: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
@@ -62,13 +68,22 @@ def test_the_library_never_imports_stages_nor_does_a_stage_import_another() -> N
 
 REWIRED = [
     # section, key, value, stages that then depend on this path
-    ("sft", "init", "tokenizer", {"sft": "models/tokenizer"}),
-    ("reason", "init", "sft", {"reason": "models/sft"}),
-    ("grpo", "init", "dpo", {"grpo": "models/dpo"}),
-    ("spo", "init", "grpo", {"spo": "models/grpo"}),
-    ("lora", "init", "reason", {"lora": "models/reason", "merge": "models/reason"}),
-    ("reward", "init", "pretrain", {"reward": "models/pretrain"}),
-    ("traces", "init", "grpo", {"traces": "models/grpo"}),
+    ("pretrain", "init", "mine/llama", {"pretrain": "mine/llama"}),
+    ("sft", "init", "models/tokenizer", {"sft": "models/tokenizer"}),
+    ("dpo", "init", "/elsewhere/llama", dict.fromkeys(("reference", "dpo"), "/elsewhere/llama")),
+    ("reason", "init", "models/sft", {"reason": "models/sft"}),
+    ("grpo", "init", "models/dpo", {"grpo": "models/dpo"}),
+    ("spo", "init", "models/grpo", {"spo": "models/grpo"}),
+    ("lora", "init", "models/reason", {"lora": "models/reason", "merge": "models/reason"}),
+    ("reward", "init", "exports/reason", {"reward": "exports/reason"}),
+    ("traces", "init", "models/grpo", {"traces": "models/grpo"}),
+    ("distill", "init", "../llama", {"distill": "../llama", "twin": "../llama"}),
+    (
+        "encode",
+        "tokenizer",
+        "mine/llama",
+        {"encode@pretrain": "mine/llama", "encode@lora": "mine/llama"},
+    ),
     ("distill", "teacher", "mine/llama", {"teacher_outputs": "mine/llama", "twin": "mine/llama"}),
     ("data", "sft", "mine/chats", {"encode@sft": "mine/chats"}),
 ]
@@ -89,6 +104,125 @@ def test_a_parameter_rewires_the_graph(
             (found,) = repo.stage.collect(stage)
             assert path in [dep.def_path for dep in found.deps], stage
             assert path in found.cmd[-1], stage
+
+
+class Tracked:
+    """What the stages track of params.yaml, as if all had been run with what stands there."""
+
+    def __init__(self, repo: Repo) -> None:
+        self.deps: dict[str, ParamsDependency] = {}
+        for stage in repo.index.stages:
+            for dep in stage.deps:
+                if isinstance(dep, ParamsDependency):
+                    dep.save()
+                    self.deps[stage.addressing] = dep
+
+    def changed(self, **values: Any) -> set[str]:
+        """Stages that DVC would run for some values, given by dotted name, and nothing else."""
+        before = Path("params.yaml").read_bytes()
+        params = yaml.safe_load(before)
+        for name, value in values.items():
+            *parents, key = name.split("__")
+            section = params
+            for parent in parents:
+                section = section[parent]
+            section[key] = value
+        Path("params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+        found = {name for name, dep in self.deps.items() if dep.status()}
+        Path("params.yaml").write_bytes(before)
+        return found
+
+
+@pytest.fixture
+def tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracked]:
+    for name in ("params.yaml", "dvc.yaml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    with Repo.init(no_scm=True) as repo:
+        yield Tracked(repo)
+
+
+VARIED = {"encode@sft", "encode@reason", "encode@lora"}  # whose chats may be varied at random
+SAMPLING = {"grpo", "spo", "traces", "thinking"}
+FITTED = {"pretrain", "sft", "dpo", "reason", "reward", "distill", "twin", "lora"}
+
+
+def test_the_seed_and_the_number_format_are_of_all_stages_that_use_one(tracked: Tracked) -> None:
+    evaluations = {name for name in tracked.deps if name.startswith("evaluate@")}
+    assert tracked.changed(seed=2) == {"mini_world"} | VARIED | FITTED | SAMPLING
+    computing = FITTED | SAMPLING | evaluations | {"reference", "teacher_outputs"}
+    assert tracked.changed(dtype="float32") == computing
+
+
+def test_stages_that_share_a_section_see_a_seed_and_number_format_of_its_own(
+    tracked: Tracked,
+) -> None:
+    assert tracked.changed(sft__seed=5) == {"sft"}
+    assert tracked.changed(mini_world__seed=5) == {"mini_world"}
+    assert tracked.changed(encode__lora__seed=5) == {"encode@lora"}
+    assert tracked.changed(dpo__dtype="float32") == {"dpo", "reference"}
+    assert tracked.changed(dpo__seed=5) == tracked.changed(dpo__beta=0.2) == {"dpo"}
+    for key in ("seed", "dtype", "lr"):
+        assert tracked.changed(**{f"distill__{key}": 5}) == {"distill", "twin"}
+    assert tracked.changed(distill__alpha=0.2) == {"distill"}
+
+
+def test_check_tracks_every_parameter_that_is_a_path() -> None:
+    keys = {key for template in path_templates(GRAPH["stages"]) for key in keys_of(template)}
+    tracked = {*STAGES["check"]["params"]}
+    assert len(keys) > 20
+    assert {"data" if key.startswith("data.") else key for key in keys} == tracked
+
+
+def test_check_is_upstream_of_every_stage_that_has_such_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where all of them lead out of the graph, or nowhere."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    having_paths = {
+        name for name, stage in GRAPH["stages"].items() if path_templates({name: stage})
+    }
+    for template in path_templates(GRAPH["stages"]):
+        for key in keys_of(template):
+            section, name = key.split(".")
+            params[section][name] = f"nowhere/{key}"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    (tmp_path / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    with Repo.init(no_scm=True) as repo:
+        (check,) = repo.stage.collect("check")
+        behind = {stage.name.split("@")[0] for stage in ancestors(repo.index.graph, check)}
+    assert len(having_paths) > 15
+    assert having_paths <= behind
+
+
+def test_check_says_the_same_whatever_it_was_asked(tmp_path: Path) -> None:
+    """Or every stage behind it would run when a path changes."""
+    outputs = set()
+    for sft in ("models/pretrain", "models/dpo"):
+        params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+        params["sft"]["init"] = sft
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+        command = [sys.executable, "-m", "stages.check", "--output", str(tmp_path / "checked.txt")]
+        command += ["--params", str(tmp_path / "params.yaml")]
+        subprocess.run(command, cwd=ROOT, check=True)
+        outputs.add((tmp_path / "checked.txt").read_bytes())
+    assert len(outputs) == 1
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_tracks_what_its_section_has_from_the_top_level(name: str) -> None:
+    module = import_module(stage_file(STAGES[name]).removesuffix(".py").replace("/", "."))
+    sections = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Section)
+    ]
+    needed = {key for section in sections for key in shared_keys(section)}
+    listed = {*STAGES[name].get("params", [])}
+    if name == "encode":
+        listed |= {variant["params"] for variant in GRAPH["stages"]["encode"]["foreach"].values()}
+    assert listed & {*SHARED} == needed
 
 
 def test_what_is_untracked_is_named_once() -> None:

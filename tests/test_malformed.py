@@ -27,6 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from minimind.params import SHARED
 from tests.broken import COMMANDS, build, chat, contents, run, write_params
 from tests.graph import ROOT
 
@@ -197,7 +198,7 @@ def a_key(*with_type: type) -> st.SearchStrategy[tuple[str, str]]:
         pairs += [
             (command, f"{section}.{key}")
             for key, found in value.items()
-            if not with_type or type(found) in with_type
+            if key not in SHARED and (not with_type or type(found) in with_type)
         ]
     return st.sampled_from(pairs)
 
@@ -233,7 +234,7 @@ CAUSES["a number is NaN or infinite"] = st.builds(
 )
 CAUSES["a number is below what is allowed"] = st.builds(
     key_case,
-    a_key(int, float).filter(lambda pair: pair != ("mini_world", "mini_world.seed")),
+    a_key(int, float),
     st.sampled_from([-1, -(10**30)]),
 )
 CAUSES["a number is a fraction"] = st.builds(key_case, a_key(int), st.just(1.5))
@@ -247,12 +248,22 @@ CAUSES["a choice that there is not"] = [
     key_case(("teacher_outputs", "teacher_outputs.mode"), "offline", "'offline'"),
     key_case(("lora", "lora.projections"), ["q_proj", "x_proj"], "x_proj"),
     key_case(("encode sft", "data.on_bad_row"), "ignore", "'ignore'"),
+    key_case(("evaluate", "dtype"), "best", "'best'"),
+]
+CAUSES["a key that sections share is missing or of another type"] = [
+    Case("sft", with_params(seed=...), ("params.yaml: seed is missing",)),
+    Case("reference", with_params(dtype=...), ("params.yaml: dtype is missing",)),
+    Case("distill", with_params(dtype=None), ("params.yaml: dtype is None",)),
+    Case("encode sft", with_params(seed="x"), ("params.yaml: seed is 'x'",)),
+    Case("mini_world", with_params(seed=[1]), ("params.yaml: seed is [1]",)),
+    Case("grpo", with_params(grpo__seed="x"), ("params.yaml: grpo.seed is 'x'",)),
+    Case("evaluate", with_params(evaluate__seed=1), ("evaluate.seed is not a known key",)),
 ]
 CAUSES["a number is far too large"] = [
     key_case(("pretrain", "pretrain.seed"), 10**30),
     key_case(("sft", "sft.seed"), 2**64),
     key_case(("grpo", "grpo.seed"), 10**20),
-    key_case(("traces", "traces.seed"), 10**20),
+    key_case(("traces", "seed"), 10**20),
     key_case(("lora", "lora.seed"), 10**20),
     key_case(("tokenizer", "tokenizer.vocab_size"), 10**30),
     key_case(("pretrain", "model.hidden_size"), 10**12),
@@ -315,6 +326,24 @@ PARAMS_FILES = {
     "many digits": b"sft: " + b"9" * 5_000 + b"\n",
     "an unhashable key": b"{[1]: 2, {a: b}: 3}\n",
 }
+CAUSES["a path leads nowhere"] = [
+    key_case(("check", key), value, f"{key} is {value!r}, ", "does not exist", advice)
+    for key, value, advice in [
+        ("reason.init", "dpo", "; write models/dpo."),
+        ("pretrain.init", "tokenizer", "; write models/tokenizer."),
+        ("sft.init", "models/pretain", "; did you mean models/pretrain?"),
+        ("lora.init", "Qwen/Qwen3-0.6B", "; write the path of something"),
+        ("grpo.init", 5, "; write the path of something"),
+        ("distill.teacher", "sft", "; write models/sft."),
+        ("spo.reward_model", "reward", "; write models/reward."),
+        ("grpo.custom_reward", "custm.py", "; did you mean custom.py?"),
+        ("encode.tokenizer", "models/tokeniser", "; did you mean models/tokenizer?"),
+        ("data.sft", "sft", "; write the path of something"),
+        ("data.problems", "./problem.jsonl", "; did you mean problems.jsonl?"),
+        ("distill.data", "chats", "for data/encoded/chats, a path that"),
+        ("lora.data", "chats", "; write one of pretrain, sft, dpo, reason, lora."),
+    ]
+]
 CAUSES["params.yaml cannot be read"] = [
     Case("sft", with_text("params.yaml", text), ("params.yaml",)) for text in PARAMS_FILES.values()
 ]
@@ -989,10 +1018,12 @@ CAUSES["a student of another shape than its checkpoint"] = [
     Case(
         "distill",
         with_params(**{f"distill__student__{key}": value}),
-        ("distill.student", BASE),
+        (f"distill.student.{key} is {value}", BASE),
         ("--init", BASE),
     )
     for key, value in (("hidden_size", 16), ("num_layers", 2), ("max_positions", 99))
+] + [
+    Case("pretrain", with_params(model__num_layers=2), ("model.num_layers", BASE), ("--init", BASE))
 ]
 
 

@@ -26,6 +26,7 @@ TRAINING_FILES = ("tokenizer", "pretrain", "sft", "dpo", "reason", "prompts")
 ALL_FILES = (*TRAINING_FILES, "eval", "eval_text")
 SECTION: dict[str, Any] = {
     "seed": 7,
+    "held_out_seed": 7,
     "max_value": 99,
     "held_out_percent": 10,
     "num_tokenizer": 400,
@@ -207,12 +208,15 @@ def is_held_out(problem: ReadProblem) -> bool:
 
 def test_equal_seeds_give_equal_bytes_and_other_seeds_other_ones(tmp_path: Path) -> None:
     sizes = dict.fromkeys(SIZES, 100)
-    for directory, seed in (("a", 7), ("b", 7), ("c", 8)):
-        write_mini_world(tmp_path / directory, config(**sizes, seed=seed))
+    seeds = {"a": (7, 7), "b": (7, 7), "c": (8, 7), "d": (7, 8)}
+    for directory, (seed, held_out_seed) in seeds.items():
+        seeded = config(**sizes, seed=seed, held_out_seed=held_out_seed)
+        write_mini_world(tmp_path / directory, seeded)
     for name in ALL_FILES:
-        a, b, c = ((tmp_path / d / f"{name}.jsonl").read_bytes() for d in "abc")
+        a, b, c, d = ((tmp_path / d / f"{name}.jsonl").read_bytes() for d in seeds)
         assert a == b
-        assert a != c
+        assert (a != c) == (name in TRAINING_FILES)
+        assert (a != d) == (name not in TRAINING_FILES)
         assert b"\r" not in a
         assert b"\\u" not in a
         assert a.endswith(b"}\n")

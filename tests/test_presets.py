@@ -93,6 +93,17 @@ def test_a_preset_applied_twice_changes_nothing_more(tmp_path: Path) -> None:
     assert params.read_bytes() == once
 
 
+def test_a_preset_may_give_a_section_a_seed_of_its_own(tmp_path: Path) -> None:
+    params, _ = applied(tmp_path, "small")
+    (tmp_path / "mine.yaml").write_text("seed: 2\nsft: {seed: 5}\nevaluate: {dtype: float32}\n")
+    where = ["--presets", str(tmp_path), "--params", str(params)]
+    said = CliRunner().invoke(app, ["preset", "mine", *where]).output
+    assert "sft.seed: None -> 5" in said
+    assert "seed: 1 -> 2" in said
+    values = yaml.safe_load(params.read_text(encoding="utf-8"))
+    assert (values["seed"], values["sft"]["seed"], values["evaluate"]["dtype"]) == (2, 5, "float32")
+
+
 def test_an_unknown_preset_or_key_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
     params, _ = applied(tmp_path, "small")
     once = params.read_bytes()

@@ -324,7 +324,7 @@ def test_a_stage_stops_as_a_whole_goes_on_and_writes_once(tmp_path: Path) -> Non
     fingerprint = ChatTokenizer.load(tokenizer).fingerprint
     save_checkpoint(tmp_path / "models/start", tiny_model(vocab_size=267), tokenizer)
     write_rows(tmp_path / "data", random_rows(47), tokenizer=fingerprint)
-    section = FIT | {"init": "start", "max_steps": 60, "epochs": 100.0}
+    section = FIT | {"init": "models/start", "max_steps": 60, "epochs": 100.0}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump({"sft": section}))
 
     stage = start_stage(tmp_path)

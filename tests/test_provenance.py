@@ -144,7 +144,7 @@ def test_a_short_stage_notices_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     Path("params.yaml").write_text(yaml.safe_dump(params))
 
     def write(output: Path, config: minimind.datasets.mini_world.MiniWorldConfig) -> dict[str, int]:
-        params["mini_world"]["seed"] += 1
+        params["seed"] += 1
         Path("params.yaml").write_text(yaml.safe_dump(params))
         return {}
 

@@ -18,7 +18,7 @@ from tests.project import copy_project, dvc, git, stages_run
 from tests.test_report import prediction, write
 
 pytestmark = pytest.mark.xdist_group("records")
-STAGES = {"mini_world", "tokenizer", "encode@pretrain", "pretrain", "encode@sft"}
+STAGES = {"check", "mini_world", "tokenizer", "encode@pretrain", "pretrain", "encode@sft"}
 COMMENT = "\n# a comment\n"
 FAILED = 255  # DVC's exit code
 
@@ -57,6 +57,13 @@ def change_graph(project: Path, stage: str, command: str) -> None:
             "echo >> minimind/datasets/mini_world.py",
             "tokenizer",
             "minimind/datasets/mini_world.py",
+            "data/mini_world, metrics/mini_world.json",
+        ),
+        (
+            "mini_world",
+            "sed -i 's/^seed: 1/seed: 2/' params.yaml",
+            "tokenizer",
+            "seed in params.yaml",
             "data/mini_world, metrics/mini_world.json",
         ),
         (

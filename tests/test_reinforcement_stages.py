@@ -30,7 +30,7 @@ from stages import grpo, reward, spo
 from tests.tiny import tiny_model
 
 SHARED: dict[str, Any] = {
-    "init": "start",
+    "init": "models/start",
     "seed": 3,
     "epochs": 100.0,
     "max_steps": 4,
@@ -78,7 +78,7 @@ TRACKER = {
 GRPO = SHARED | {"num_generations": 4, "rewards": REWARDS}
 SPO = SHARED | {"tracker": TRACKER, "rewards": REWARDS}
 REWARD: dict[str, Any] = {
-    "init": "start",
+    "init": "models/start",
     "seed": 1,
     "epochs": 6.0,
     "max_steps": 0,

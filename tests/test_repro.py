@@ -87,12 +87,48 @@ def test_an_experiment_runs_what_depends_on_it_and_nothing_else(project: Path) -
 
 
 def test_where_a_stage_starts_from_rewires_the_graph(project: Path) -> None:
-    printed = dvc(project, "exp", "run", "-S", "reason.init=sft")
-    assert stages_run(printed) == AFTER_REASON
+    printed = dvc(project, "exp", "run", "-S", "reason.init=models/sft")
+    assert stages_run(printed) == ["check", *AFTER_REASON]
     lock = yaml.safe_load((project / "dvc.lock").read_text(encoding="utf-8"))
     assert "--checkpoint 'models/sft' " in lock["stages"]["reason"]["cmd"][-1]
     git(project, "checkout", "-q", ".")
     dvc(project, "checkout")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "advice"),
+    [
+        ("reason.init", "dpo", "write models/dpo."),
+        ("encode.tokenizer", "tokenizer", "write models/tokenizer."),
+        (
+            "data.sft",
+            "data/chats.jsonl",
+            "write the path of something that is there, or that a stage",
+        ),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_one_line_and_nothing_is_run_or_lost(
+    project: Path, key: str, value: str, advice: str
+) -> None:
+    """DVC alone would remove the stage's outputs, then say `[Errno 2]`."""
+    before = file_bytes(project, *RESULTS)
+    printed = dvc(project, "exp", "run", "-S", f"{key}={value}", expect=255)
+    assert stages_run(printed) == ["check"]
+    said = f"check: params.yaml: {key} is {value!r}, a path that does not exist and that no stage"
+    (line,) = (line for line in printed.splitlines() if line.startswith("check: "))
+    assert line.startswith(f"{said} makes; {advice}")
+    assert "Errno" not in printed
+    assert file_bytes(project, *RESULTS) == before
+    git(project, "checkout", "-q", ".")
+    assert stages_run(dvc(project, "repro")) == []  # what check had written comes from the cache
+
+
+def test_in_a_fresh_clone_it_is_said_before_anything_is_run(tmp_path: Path) -> None:
+    project = copy_project(tmp_path / "project")
+    text = (project / "params.yaml").read_text(encoding="utf-8")
+    (project / "params.yaml").write_text(text.replace("init: models/dpo", "init: dpo"))
+    assert stages_run(dvc(project, "repro", expect=255)) == ["check"]
+    assert stages_run(dvc(project, "repro", "evaluate@sft", expect=255)) == ["check"]
 
 
 def test_a_stage_runs_on_read_only_links_after_a_checkout(project: Path) -> None:
@@ -117,7 +153,7 @@ def test_your_own_file_takes_the_same_door(project: Path) -> None:
     }
     own.write_text(json.dumps(chat, ensure_ascii=False) + "\n", encoding="utf-8")
     printed = dvc(project, "exp", "run", "-S", "data.sft=mine.jsonl", "encode@sft")
-    assert stages_run(printed) == ["encode@sft"]
+    assert stages_run(printed) == ["check", "encode@sft"]
     counts = json.loads((project / "metrics/encode/sft.json").read_text())["encode"]["sft"]
     assert counts["rows"] == 1
     git(project, "checkout", "-q", ".")

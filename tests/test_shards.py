@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     sizes = {name: 20 for name in params["mini_world"] if name.startswith("num_")}
-    world = params["mini_world"] | sizes | {"num_eval_per_level": 3}
+    world = params["mini_world"] | sizes | {"num_eval_per_level": 3, "seed": 1}
     write_mini_world(folder / "world", MiniWorldConfig(**world))
     (folder / "whole").mkdir()
     for key, file in FILES.items():

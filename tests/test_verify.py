@@ -43,9 +43,9 @@ stages:
     outs: [models/pretrain]
     metrics: [metrics/pretrain.json: {cache: false}]
   sft:
-    cmd: python step.py 'models/${sft.init}' data/world models/sft metrics/sft.json
+    cmd: python step.py '${sft.init}' data/world models/sft metrics/sft.json
     params: [sft]
-    deps: [step.py, 'models/${sft.init}', data/world]
+    deps: [step.py, '${sft.init}', data/world]
     outs: [models/sft]
     metrics: [metrics/sft.json: {cache: false}]
   export:
@@ -60,7 +60,9 @@ stages:
     deps: [metrics/sft.json]
     outs: [report.md]
 """
-PARAMS = "world: {seed: 1}\npretrain: {lr: 1e-06}\nsft: {init: pretrain, lr: 5.0e-4, n: [1, 2]}\n"
+PARAMS = (
+    "world: {seed: 1}\npretrain: {lr: 1e-06}\nsft: {init: models/pretrain, lr: 5.0e-4, n: [1, 2]}\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +240,9 @@ BREAKS: dict[str, tuple[Callable[[Path], None], set[str], list[str]]] = {
         leave_record(
             "sft",
             "metrics/sft.json",
-            params={"params.yaml": {"sft": {"init": "pretrain", "lr": "6e-4", "n": ["1", "2"]}}},
+            params={
+                "params.yaml": {"sft": {"init": "models/pretrain", "lr": "6e-4", "n": ["1", "2"]}}
+            },
         ),
         {"models/sft", "exports/sft"},
         [
@@ -299,7 +303,7 @@ def test_a_record_of_another_run_is_no_evidence(project: Path) -> None:
 
 
 def test_a_record_that_agrees_is_no_break(project: Path) -> None:
-    params = {"sft": {"init": "pretrain", "lr": "5.0e-4", "n": ["1", "2"]}}
+    params = {"sft": {"init": "models/pretrain", "lr": "5.0e-4", "n": ["1", "2"]}}
     listed = {
         f"models/pretrain/{n}": md5 for n, md5 in listing_of(project / "models/pretrain").items()
     }

@@ -18,6 +18,7 @@ from minimind.objectives.distill import TEACHER_IDS, TEACHER_LOGPROBS, Distill, 
 from minimind.objectives.dpo import Dpo, row_logprobs
 from minimind.objectives.loss import Objective
 from minimind.objectives.next_token import NextToken
+from minimind.params import with_shared
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.group_relative import GroupRelative
 from minimind.reinforcement.loop import ReinforcementConfig, reinforce
@@ -90,7 +91,7 @@ def bare_run(compile: bool) -> Any:
 
 def _supervised(material: Material, work: str, compile: bool) -> Step:
     objective, extras = _objective(material, work)
-    section = material.params[work]
+    section = with_shared(material.params[work], material.params, OptimizerConfig)
     config = OptimizerConfig(**{key: section[key] for key in OptimizerConfig.model_fields})
     run = bare_run(compile)
     trained, forward = spread(material.model(), Layer, run)
@@ -185,7 +186,7 @@ class _PacedMethod(GroupRelative):
 
 def _grpo(material: Material, compile: bool) -> Step:
     sizes = material.sizes
-    section = dict(material.params["grpo"])
+    section = with_shared(material.params["grpo"], material.params, ReinforcementConfig)
     del section["num_generations"]
     rewards = dict.fromkeys(("format", "answer", "length", "repetition", "reward_model"), 0.0)
     config = ReinforcementConfig(

@@ -43,7 +43,7 @@ class AugmentConfig(Section):
     """The keys of an `encode.<name>` section that are about variations."""
 
     augment_copies: int = Field(ge=0, le=100)  # of each chat, beside the original
-    augment_seed: Seed
+    seed: Seed
     word_dropout: float = Field(ge=0, lt=1)  # share of the words left out
     synonym_share: float = Field(ge=0, le=1)  # of the words that have synonyms, replaced
 
@@ -67,7 +67,7 @@ class Augmentation:
         return [self._vary(chat, row, copy) for copy in range(self.config.augment_copies)]
 
     def _vary(self, chat: Sequence[Message], row: int, copy: int) -> list[Message]:
-        rng = random.Random(f"{self.config.augment_seed} {row} {copy}")
+        rng = random.Random(f"{self.config.seed} {row} {copy}")
         return [
             {**turn, "content": self._vary_text(turn["content"], rng)}
             if turn["role"] == "user"

@@ -1,8 +1,9 @@
 """The built-in data: short Chinese and English stories about counting, generated from a seed.
 
-Every file has a random stream of its own, drawn from the seed and the file's name: changing the
-size of one file leaves the others as they are. Training files hold nothing of what the eval files
-hold (see ``mini_world_problems.py``).
+Every file has a random stream of its own, drawn from a seed and the file's name: changing the
+size of one file leaves the others as they are. Held-out files have a seed of their own, so that
+models of other seeds are evaluated on the same. Training files hold nothing of what they hold (see
+``mini_world_problems.py``).
 """
 
 import json
@@ -25,7 +26,7 @@ from minimind.datasets.mini_world_stories import (
 )
 from minimind.errors import UserError
 from minimind.files import replacing
-from minimind.params import Section
+from minimind.params import Section, Seed
 
 LEVELS = (1, 2, 3, 4)
 
@@ -46,7 +47,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class MiniWorldConfig(Section):
     """Sizes and mixes of the built-in data. Level weights are for levels 1 to 4, of any sum."""
 
-    seed: int
+    seed: Seed  # of the training files
+    held_out_seed: Seed
     max_value: int = Field(ge=20, le=999)
     # More than 30 % would leave next to no four-step problem free of held-out parts.
     held_out_percent: int = Field(ge=1, le=30)
@@ -89,7 +91,8 @@ def write_mini_world(directory: Path, config: MiniWorldConfig) -> dict[str, int]
     with replacing(directory) as partial:
         partial.mkdir()
         for name, rows_of_file in ROWS_OF_FILE.items():
-            rng = random.Random(f"{config.seed}/{name}")
+            seed = config.held_out_seed if name in HELD_OUT else config.seed
+            rng = random.Random(f"{seed}/{name}")
             num_rows[name] = 0
             with open(partial / f"{name}.jsonl", "w", encoding="utf-8", newline="\n") as file:
                 for row in rows_of_file(config, space, rng):
@@ -202,6 +205,7 @@ ROWS_OF_FILE: dict[str, Callable[[MiniWorldConfig, ProblemSpace, random.Random],
     "reason": reason_rows,
     "prompts": prompts_rows,
 }
+HELD_OUT = ("eval", "eval_text")
 
 
 def _language(index: int) -> Language:

@@ -34,7 +34,7 @@ from minimind.training.schedule import ScheduleName, learning_rate
 class ReinforcementConfig(OptimizerConfig):
     """Keys that the sections of grpo and spo share."""
 
-    init: str  # the checkpoint to start from, and the reference: models/<init>
+    init: str  # the path of the checkpoint to start from, and of the reference
     seed: Seed
     epochs: float = Field(gt=0, le=1e6)  # over the prompts
     max_steps: int = Field(ge=0)  # rollouts, each with its updates; 0: as the epochs say

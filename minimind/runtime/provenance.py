@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind.errors import UserError
-from minimind.params import Section, load_section
+from minimind.params import Section, load_section, shared_keys
 from minimind.runtime.code import was_edited
 from minimind.runtime.dvc_files import md5_of_content, read_as_written, value_at
 from minimind.runtime.records import Records
@@ -106,9 +106,11 @@ class Provenance:
         """
         self.check()
         tree = read_as_written(self.params) if self.sections else {}
+        shared = {key for section in self.sections.values() for key in shared_keys(type(section))}
+        names = [*self.sections, *sorted(shared)]
         made_from = {
             "files": self.digests(),
-            "params": {str(self.params): {name: value_at(tree, name) for name in self.sections}},
+            "params": {str(self.params): {name: value_at(tree, name) for name in names}},
         }
         file = records.write(stage, {**contents, **made_from})
         try:

@@ -28,7 +28,7 @@ _SPACED_SIGN = re.compile(r"(?<=[0-9)])[ \t]*([-+*/=])[ \t]*")
 class ThinkingConfig(CompletionConfig):
     """The `thinking` section."""
 
-    init: str  # the checkpoint that thinks: models/<init>, as dvc.yaml has it
+    init: str  # the path of the checkpoint that thinks
 
 
 @dataclass(frozen=True)

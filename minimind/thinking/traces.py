@@ -15,7 +15,7 @@ from minimind.thinking.completions import Completion, CompletionConfig, Prompt
 class TracesConfig(CompletionConfig):
     """The `traces` section."""
 
-    init: str  # the checkpoint that thinks: models/<init>, as dvc.yaml has it
+    init: str  # the path of the checkpoint that thinks
     num_samples: PositiveInt  # of each prompt
     max_kept_per_prompt: PositiveInt
     endpoint: str | None  # an OpenAI-compatible server instead of the checkpoint

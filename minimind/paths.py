@@ -1,0 +1,77 @@
+"""Paths in params.yaml that lead nowhere.
+
+DVC only says `[Errno 2] No such file or directory`, after it has removed the outputs of the stage
+that it was about to run, and of which parameter that is it says nothing.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from minimind.runtime.dvc_files import output_paths, value_at, variants
+
+_PARAMETER = re.compile(r"\$\{(?!(?:item|key)\b)([\w.]+)\}")
+
+
+def path_templates(stages: Mapping[str, Any]) -> list[str]:
+    """The dependencies in dvc.yaml that a parameter stands in: `data/encoded/${lora.data}`."""
+    texts: list[str] = []
+    for stage in stages.values():
+        texts += stage.get("do", stage).get("deps", [])
+        of_variants = stage.get("foreach", {})
+        for variant in of_variants.values() if isinstance(of_variants, dict) else ():
+            texts += variant.values() if isinstance(variant, dict) else [variant]
+    return [text for text in dict.fromkeys(texts) if _PARAMETER.search(text)]
+
+
+def keys_of(template: str) -> list[str]:
+    """The parameters in a dependency."""
+    return [str(key) for key in _PARAMETER.findall(template)]
+
+
+def lost_paths(stages: Mapping[str, Any], params: Any) -> Iterator[str]:
+    """What is to be said of each path that does not exist and that no stage makes."""
+    made: list[str] = []
+    for _, stage, variant in variants(stages):
+        made += output_paths(stage.get("outs"), variant)
+    for template in path_templates(stages):
+        path = _PARAMETER.sub(lambda match: str(value_at(params, match[1])), template)
+        if not _leads_somewhere(path, made):
+            key = keys_of(template)[0]
+            value = value_at(params, key)
+            what = "a path" if path == value else f"for {path}, a path"
+            yield (
+                f"{key} is {value!r}, {what} that does not exist and that no stage makes; "
+                f"{_advice(key, path, template, made)}"
+            )
+
+
+def _leads_somewhere(path: str, made: list[str]) -> bool:
+    place = PurePosixPath(os.path.normpath(path))
+    if Path(place).exists():
+        return True
+    if any(Path(f"{p}.dvc").is_file() for p in (place, *place.parents)):  # `dvc pull` brings it
+        return True
+    return any(
+        place.is_relative_to(out) or PurePosixPath(out).is_relative_to(place) for out in made
+    )
+
+
+def _advice(key: str, path: str, template: str, made: list[str]) -> str:
+    before, after = _PARAMETER.split(template)[::2]
+    if before or after:
+        fitting = [out for out in made if out.startswith(before) and out.endswith(after)]
+        names = [out.removeprefix(before).removesuffix(after) for out in fitting]
+        return f"write one of {', '.join(names)}."
+    folder = Path(path).parent
+    known = sorted(map(str, folder.iterdir())) if folder.is_dir() else []
+    if not key.startswith("data."):
+        if f"models/{path}" in made:
+            return f"write models/{path}."
+        known += [out for out in made if out.startswith("models/")]
+    if close := get_close_matches(path, known, 1):
+        return f"did you mean {close[0]}?"
+    return "write the path of something that is there, or that a stage makes."

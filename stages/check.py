@@ -1,0 +1,38 @@
+"""Check the paths in params.yaml before anything is run that depends on them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minimind.errors import UserError
+from minimind.files import replacing
+from minimind.params import read_params
+from minimind.paths import lost_paths
+from minimind.runtime.command import stage_app
+from minimind.runtime.dvc_files import stages_as_written
+from minimind.runtime.provenance import unchanged
+
+app = stage_app("check")
+
+
+@app.command()
+def main(
+    output: Annotated[Path, typer.Option(help="A file that always says the same.")],
+    params: Annotated[Path, typer.Option(help="Parameters.")] = Path("params.yaml"),
+    graph: Annotated[Path, typer.Option(help="The graph.")] = Path("dvc.yaml"),
+) -> None:
+    """Name each path that neither exists nor is made by a stage.
+
+    The stages behind this one depend on a file that never changes: they run after it, and what
+    it has found does not make them run.
+    """
+    with unchanged(params, {}, inputs=[]):
+        if lost := list(lost_paths(stages_as_written(graph), read_params(params))):
+            raise UserError(f"{params}: {' '.join(lost)}")
+        with replacing(output) as partial:
+            partial.write_text("Each path in params.yaml is there, or a stage makes it.\n")
+
+
+if __name__ == "__main__":
+    app()
