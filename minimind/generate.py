@@ -58,12 +58,13 @@ def generate(
     *,
     max_new_tokens: int,
     end_id: int,
+    other_end_ids: Sequence[int] = (),
     dtype: DType,
     sampling: Sampling | None = None,
     num_samples_per_prompt: int = 1,
     with_logprobs: bool = False,
 ) -> Completions:
-    """Continue each prompt up to the end token; greedily without `sampling`.
+    """Continue each prompt up to the end token, or one of others; greedily without `sampling`.
 
     A row stops at `max_new_tokens`, and where it fills the model's `max_positions`.
     Log-probabilities are at the sampling temperature and over the whole vocabulary, whatever
@@ -90,6 +91,7 @@ def generate(
     cache = _Cache(prompt_lengths, num_samples_per_prompt)
     lengths = prompt_lengths.repeat_interleave(num_samples_per_prompt)
     limits = (max_positions - lengths).clamp(max=max_new_tokens)
+    ends = torch.tensor([end_id, *other_end_ids], device=device)
     uniforms = _uniforms(sampling, max_new_tokens, device) if sampling else None
     ids = torch.zeros(num_rows, max_new_tokens, dtype=torch.int64, device=device)
     logprobs = torch.zeros(num_rows, max_new_tokens, device=device)
@@ -103,7 +105,8 @@ def generate(
         for step in range(int(limits.max())):
             logits = model.logits(hidden)
             if sampling is None or uniforms is None:
-                tokens = logits.argmax(-1)
+                tokens = logits.argmax(-1)  # of a NaN, if there is one
+                _require_in_bounds(logits.gather(-1, tokens[:, None]))
                 probabilities = logits.softmax(-1) if with_logprobs else logits
             else:
                 probabilities = (logits / sampling.temperature).softmax(-1)
@@ -112,7 +115,7 @@ def generate(
             if with_logprobs:
                 logprobs[rows, step] = probabilities.gather(-1, tokens[:, None])[:, 0].log()
 
-            running &= (tokens != end_id) & (step + 1 < limits[rows])
+            running &= ~torch.isin(tokens, ends) & (step + 1 < limits[rows])
             num_running = int(running.sum())
             if num_running == 0:
                 break
@@ -122,7 +125,7 @@ def generate(
                 rows, tokens, running = rows[kept], tokens[kept], running[kept]
             cache.add_column()
             hidden = model.model(tokens, lengths[rows] + step, cache.attend)
-    return _completions(ids, logprobs if with_logprobs else None, limits, end_id)
+    return _completions(ids, logprobs if with_logprobs else None, limits, ends)
 
 
 class _Cache:
@@ -203,6 +206,14 @@ def _prefill(model: Transformer, prompts: Sequence[Sequence[int]], cache: _Cache
     return model.model(packed.ids, packed.positions, attend)[torch.from_numpy(ends - 1).to(device)]
 
 
+def _require_in_bounds(values: Tensor) -> None:
+    if not values.isfinite().all():
+        raise UserError(
+            "the model's probabilities are no numbers: its weights are out of bounds; take a "
+            "checkpoint from before they became so, or lower lr."
+        )
+
+
 def _uniforms(sampling: Sampling, num_tokens: int, device: torch.device) -> Tensor:
     """Numbers in (0, 1], float64 [B, tokens], that depend on (seed, row's key, token) alone."""
     streams = [
@@ -214,11 +225,7 @@ def _uniforms(sampling: Sampling, num_tokens: int, device: torch.device) -> Tens
 
 def _draw(probabilities: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
     """A token a row, [B, V] -> [B], by inverting the cumulative distribution."""
-    if probabilities[:, 0].isnan().any():  # softmax makes the whole row so
-        raise UserError(
-            "the model's probabilities are no numbers: its weights are out of bounds; take a "
-            "checkpoint from before they became so, or lower lr."
-        )
+    _require_in_bounds(probabilities[:, 0])  # softmax makes NaN of a whole row
     if top_p < 1:
         threshold = _nucleus_threshold(probabilities, top_p)
         probabilities = probabilities.where(probabilities >= threshold, 0)
@@ -261,13 +268,14 @@ def _filled_up(running: Tensor) -> Tensor:
     return kept
 
 
-def _completions(ids: Tensor, logprobs: Tensor | None, limits: Tensor, end_id: int) -> Completions:
-    rows = [row[:limit] for row, limit in zip(ids.tolist(), limits.tolist(), strict=True)]
-    finished = [end_id in row for row in rows]
-    rows = [
-        row[: row.index(end_id) + 1] if ends else row
-        for row, ends in zip(rows, finished, strict=True)
-    ]
+def _completions(ids: Tensor, logprobs: Tensor | None, limits: Tensor, ends: Tensor) -> Completions:
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    is_end = torch.isin(ids, ends) & (columns < limits[:, None])
+    has_end = is_end.any(1)
+    # Of several largest values argmax gives the first.
+    lengths = torch.where(has_end, is_end.int().argmax(1) + 1, limits).tolist()
+    finished = has_end.tolist()
+    rows = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
     if logprobs is None:
         return Completions(rows, finished, None)
     kept = [values[: len(row)] for values, row in zip(logprobs.tolist(), rows, strict=True)]

@@ -1,4 +1,4 @@
-"""White-box distillation of a smaller student, and its twin, which has no teacher."""
+"""White-box distillation of a smaller student, and its no-teacher baseline, stage twin."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,13 +16,15 @@ from minimind.objectives.distill import Distill
 from minimind.params import load_section
 from minimind.runtime.command import stage_app
 from minimind.runtime.run import start_training
+from minimind.tokenizer import ChatTokenizer
+from minimind.training.bits import bits_per_byte
 from minimind.training.fit import FitConfig, fit, summary
 
 app = stage_app("distill")
 
 
 class TwinConfig(FitConfig):
-    """Those keys of the `distill` section that decide the twin."""
+    """Those keys of the `distill` section that decide the no-teacher baseline."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -52,7 +54,7 @@ def main(
     params: Annotated[Path, typer.Option()] = Path("params.yaml"),
     twin: Annotated[bool, typer.Option(help="learn without the teacher, for comparison")] = False,
 ) -> None:
-    """Train a student on data and teacher, or its twin, which is only measured against it."""
+    """Train a student on data and teacher, or the baseline, only measured against the teacher."""
     app.stage = stage = "twin" if twin else "distill"
     config = load_section(params, "distill", TwinConfig if twin else DistillConfig)
     alpha = config.alpha if isinstance(config, DistillConfig) else 1.0
@@ -76,6 +78,7 @@ def main(
         with run.saving(metrics):
             save_checkpoint(output, student, init)
             write_curve(curve, history.curve)
+            results |= bits_per_byte(history, dataset, config, ChatTokenizer.load(init))
             write_metrics(metrics, stage, results)
 
 

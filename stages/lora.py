@@ -13,6 +13,8 @@ from minimind.objectives.next_token import NextToken
 from minimind.params import load_section
 from minimind.runtime.command import stage_app
 from minimind.runtime.run import start_training
+from minimind.tokenizer import ChatTokenizer
+from minimind.training.bits import bits_per_byte
 from minimind.training.fit import FitConfig, fit, summary
 
 app = stage_app("lora")
@@ -47,7 +49,9 @@ def main(
         with run.saving(metrics):
             save_adapter(output, model)
             write_curve(curve, history.curve)
-            write_metrics(metrics, "lora", {"parameters": num_trained, **summary(history)})
+            held_out = bits_per_byte(history, dataset, config, ChatTokenizer.load(checkpoint))
+            values = {"parameters": num_trained, **summary(history), **held_out}
+            write_metrics(metrics, "lora", values)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from minimind.objectives.next_token import NextToken
 from minimind.params import load_section
 from minimind.runtime.command import stage_app
 from minimind.runtime.run import start_training
+from minimind.tokenizer import ChatTokenizer
+from minimind.training.bits import bits_per_byte
 from minimind.training.fit import FitConfig, fit, summary
 
 app = stage_app("pretrain")
@@ -46,9 +48,9 @@ def main(
         with run.saving(metrics):
             save_checkpoint(output, model, init)
             write_curve(curve, history.curve)
-            write_metrics(
-                metrics, "pretrain", {"parameters": model.num_parameters, **summary(history)}
-            )
+            held_out = bits_per_byte(history, dataset, config, ChatTokenizer.load(init))
+            values = {"parameters": model.num_parameters, **summary(history), **held_out}
+            write_metrics(metrics, "pretrain", values)
 
 
 if __name__ == "__main__":

@@ -387,6 +387,10 @@ def test_a_student_comes_nearer_to_its_teacher_than_its_twin(project: Project) -
     )
     for name in ("steps", "tokens", "parameters"):
         assert student[name] == twin[name]
+    # Of the same rows: what a byte costs is what a token costs, times a constant.
+    assert student["bits_per_byte"] / student["val_ce"] == pytest.approx(
+        twin["bits_per_byte"] / twin["val_ce"], rel=1e-4
+    )
     header = Path("twin.csv").read_text().splitlines()[0].split(",")
     assert {"step", "loss", "ce", "val_loss", "val_ce", "val_kl"} <= set(header)
     assert "kl" not in header

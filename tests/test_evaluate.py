@@ -12,8 +12,21 @@ from typer.testing import CliRunner
 
 from minimind.checkpoint import load_model, save_checkpoint
 from minimind.datasets.formats import BadRowError
-from minimind.evaluation.answers import find_answer, is_full_sentence, normalise, thought_of
-from minimind.evaluation.evaluate import EvaluateConfig, Prediction, evaluate, perplexity
+from minimind.errors import UserError
+from minimind.evaluation.answers import (
+    answer_like,
+    find_answer,
+    is_full_sentence,
+    is_number,
+    normalise,
+    thought_of,
+)
+from minimind.evaluation.evaluate import (
+    EvaluateConfig,
+    Prediction,
+    evaluate,
+    text_bits_per_byte,
+)
 from minimind.evaluation.likelihood import Fork, branch_logprobs
 from minimind.evaluation.problems import read_problems
 from minimind.evaluation.wilson import wilson_interval
@@ -63,6 +76,33 @@ def test_answers_are_found(output: str, answer: str | None) -> None:
     assert (found.value if found else None) == answer
     if found:
         assert normalise(output[found.start : found.end]) == found.value
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("7", True), ("-2.50", True), ("1,000", True), ("7 ", False), ("x7", False), ("", False)],
+)
+def test_numbers_are_told_from_other_answers(text: str, expected: bool) -> None:
+    assert is_number(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("expected", "output", "answer"),
+    [
+        ("5", "apples: 3+5", "5"),
+        ("5", "many", None),
+        ("apples: 3+5", " apples: 3+5\n", "apples: 3+5"),
+        ("apples: 3+5", "5", "5"),
+        ("apples: 3+5", "it is apples: 3+5", "it is apples: 3+5"),
+        ("five", "<think>3</think>\n<answer> five </answer>", "five"),
+        ("five", "<answer>five</answer><answer>", "<answer>five</answer><answer>"),
+        ("five", "", ""),
+    ],
+)
+def test_an_output_is_read_as_the_expected_answer_is(
+    expected: str, output: str, answer: str | None
+) -> None:
+    assert answer_like(expected, output) == answer
 
 
 @pytest.mark.parametrize(
@@ -169,7 +209,7 @@ def test_batches_do_not_change_likelihoods(monkeypatch: pytest.MonkeyPatch) -> N
 
 # ---- a model that has learnt some rows by heart ----
 
-ENDLESS = "1 and 2 and " * 20
+LONG = "1 and 2 and " * 20
 CHATS = [  # question, what the model says, the row's other keys
     ("How many are 3+4?", "7", {"answer": "7", "choices": ["9", "7", "17"], "label": 1}),
     (
@@ -187,11 +227,16 @@ CHATS = [  # question, what the model says, the row's other keys
         "<think>3+4=7，7-2=5</think>\n<answer>5</answer>",
         {"answer": "5", "level": 2, "choices": ["6", "7", "5", "3"], "label": 2},
     ),
-    ("Say it all.", ENDLESS, {"answer": "3", "level": 2}),
+    ("Say it all.", LONG, {"answer": "3", "level": 2}),
 ]
 STORIES = [  # beginning, how it goes on, answer
     ("Tom has 3 apples. Tom now has", " 3 apples.\nAmy has 8 books.\n3+4=7", "3"),
     ("小明有5个苹果。小明现在有", "6个苹果。\n7-2=5", "5"),
+]
+EQUATIONS = [("2+6=", "8\n3+5=9", "8"), ("9-3=", "5", "6")]  # raw text, as STORIES are
+FORMULAS = [  # question, what the model says, answer
+    ("3 apples and 4 more, as a formula?", "apples: 3+4", "apples: 3+4"),
+    ("7 books less 2, as a formula?", "books: 9-2", "books: 7-2"),
 ]
 MAX_NEW_TOKENS = 48
 
@@ -215,13 +260,23 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for start, _, answer in STORIES
     ]
     write_jsonl(folder / "stories.jsonl", text_rows)
-    texts = [start + rest for start, rest, _ in STORIES]
+    task_rows: list[dict[str, object]] = [
+        {"task": "equation", "as_text": True, "prompt": start, "answer": answer}
+        | {"choices": ["8", "6", "5"], "label": "865".index(answer), "level": 1}
+        for start, _, answer in EQUATIONS
+    ]
+    task_rows += [
+        {"task": "extraction", "prompt": prompt, "answer": answer} for prompt, _, answer in FORMULAS
+    ]
+    write_jsonl(folder / "tasks.jsonl", task_rows)
+    texts = [start + rest for start, rest, _ in [*STORIES, *EQUATIONS]]
     write_jsonl(folder / "text.jsonl", [{"text": text} for text in texts])
 
-    corpus = [*texts, *(prompt + reply for prompt, reply, _ in CHATS)]
+    replies = [(prompt, reply) for prompt, reply, _ in [*CHATS, *FORMULAS]]
+    corpus = [*texts, *(prompt + reply for prompt, reply in replies)]
     save_tokenizer(train_tokenizer(corpus, 320), folder / "tokenizer")
     tokenizer = ChatTokenizer.load(folder / "tokenizer")
-    chats = tokenizer.encode_chats([chat(prompt, reply) for prompt, reply, _ in CHATS])
+    chats = tokenizer.encode_chats([chat(prompt, reply) for prompt, reply in replies])
     model = Transformer(
         ModelConfig(
             vocab_size=tokenizer.vocab_size,
@@ -263,6 +318,8 @@ def learn_by_heart(model: Transformer, rows: list[list[int]]) -> None:
     )
     targets = tokens.ids.roll(-1)
     targets[ends - 1] = -100
+    # Which of the rows it is, nobody can know: that alone is ln(rows) for each of them.
+    least = len(rows) * math.log(len(rows)) / int((targets >= 0).sum())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(300):
         logits = model(tokens, torch.arange(len(tokens.ids))).logits
@@ -270,9 +327,9 @@ def learn_by_heart(model: Transformer, rows: list[list[int]]) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if loss < 0.05:
+        if loss < least + 0.01:
             return
-    raise AssertionError(f"not learnt: the loss is still {float(loss)}")
+    raise AssertionError(f"not learnt: the loss is still {loss.item()}")
 
 
 def run(
@@ -306,7 +363,7 @@ def test_a_chat_model_is_asked_and_scored(learnt: Path, tmp_path: Path) -> None:
     metrics, predictions = run(learnt, "chatty", "problems.jsonl", tmp_path)
     said = [prediction.output for prediction in predictions]
     assert said[:3] == [reply for _, reply, _ in CHATS][:3]
-    assert ENDLESS.startswith(said[3]) and len(said[3]) > 30
+    assert LONG.startswith(said[3]) and len(said[3]) > 30
     assert [p.parsed for p in predictions] == ["7", "9", "5", said[3].split(" and")[-2].strip()]
     assert [p.correct for p in predictions] == [True, False, True, False]
     assert [p.choice for p in predictions] == ["7", "9", "5", None]
@@ -315,11 +372,11 @@ def test_a_chat_model_is_asked_and_scored(learnt: Path, tmp_path: Path) -> None:
     length = metrics.pop("thinking_tokens")
     tokenizer = ChatTokenizer.load(learnt / "checkpoint")
     assert length == len(tokenizer.encode_text("3+4=7，7-2=5"))
-    assert 1 <= metrics.pop("perplexity") < 1.2
     assert metrics == {
         "exact_l1": 0.5,
         "exact_l2": 0.5,
         "choice": 0.666667,
+        "in_form": 0.5,
         "complete_think": 0.25,
         "full_sentence": 0.25,
         "unfinished": 0.25,
@@ -335,6 +392,53 @@ def test_a_text_model_goes_on_and_its_first_line_counts(learnt: Path, tmp_path: 
     assert metrics["exact"] == 0.5
     assert metrics["unfinished"] == 0
     assert metrics["thinking_tokens"] == 0
+    assert 0 <= metrics["text_bits_per_byte"] < 0.2
+
+
+@pytest.mark.parametrize("name", ["chatty", "raw"])
+def test_a_task_has_metrics_of_its_own(learnt: Path, tmp_path: Path, name: str) -> None:
+    rows = [(learnt / f"{file}.jsonl").read_text("utf-8") for file in ("tasks", "problems")]
+    (tmp_path / "all.jsonl").write_text("".join(rows), "utf-8")
+    metrics, predictions = run(learnt, name, str(tmp_path / "all.jsonl"), tmp_path)
+    equations, formulas = predictions[:2], predictions[2:4]
+    # Asked as raw text of both; what follows a line break is no part of the answer.
+    assert [p.output for p in equations] == ["8", "5"]
+    assert [p.prompt for p in equations] == [start for start, _, _ in EQUATIONS]
+    assert all(p.finished for p in equations)
+    assert [p.choice for p in equations] == ["8", "5"]
+    assert metrics["exact_equation"] == metrics["choice_equation"] == 0.5
+    assert "choice_extraction" not in metrics
+    assert [p.task for p in predictions] == ["equation"] * 2 + ["extraction"] * 2 + [None] * 4
+    if name == "chatty":
+        assert [p.output for p in formulas] == [said for _, said, _ in FORMULAS]
+        assert [p.parsed for p in formulas] == ["apples: 3+4", "books: 9-2"]
+        assert metrics["exact_extraction"] == 0.5
+        stories, _ = run(learnt, name, "problems.jsonl", tmp_path)
+        assert {k: v for k, v in metrics.items() if k in stories} == stories
+        names = ["exact_l1", "exact_l2", "exact_equation", "exact_extraction", "choice"]
+        assert list(metrics)[:6] == [*names, "choice_equation"]
+
+
+def test_tasks_alone_say_nothing_of_form(learnt: Path, tmp_path: Path) -> None:
+    metrics, _ = run(learnt, "chatty", "tasks.jsonl", tmp_path)
+    assert set(metrics) == {"exact_equation", "exact_extraction", "choice_equation"}
+
+
+def test_a_line_break_of_several_tokens_ends_no_output(
+    learnt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them may stand elsewhere: then the output would be cut off too early."""
+    model, tokenizer = load_model(learnt / "checkpoint"), ChatTokenizer.load(learnt / "checkpoint")
+    problems = read_problems(learnt / "stories.jsonl")
+    config = EvaluateConfig(
+        batch_size=3, max_new_tokens=MAX_NEW_TOKENS, dtype="float32", text_checkpoints=[]
+    )
+    expected = evaluate(model, tokenizer, problems, [], config, as_text=True)
+    encode, inside = tokenizer.encode_text, tokenizer.encode_text(" 3")[-1:]
+    monkeypatch.setattr(
+        tokenizer, "encode_text", lambda t: encode(t) + inside if t == "\n" else encode(t)
+    )
+    assert evaluate(model, tokenizer, problems, [], config, as_text=True) == expected
 
 
 def test_the_same_bytes_twice(learnt: Path, tmp_path: Path) -> None:
@@ -365,19 +469,31 @@ def test_batches_do_not_change_predictions(learnt: Path) -> None:
         for size in (1, 10)
     )
     assert alone == together
-    assert "perplexity" not in alone[0]
 
 
-def test_perplexity_is_that_of_the_packed_model(learnt: Path) -> None:
+def test_bits_per_byte_are_those_of_the_packed_model(learnt: Path) -> None:
     tokenizer = ChatTokenizer.load(learnt / "tokenizer")
     model = tiny_model(vocab_size=tokenizer.vocab_size, max_positions=20)
     texts = ["Tom has 3 apples.", "小明有5个苹果。" * 20]
     rows = [tokenizer.encode_document(text)[0][:20] for text in texts]
     assert len(rows[0]) < 20 == len(rows[1]), "one is cut, one is not"
     logprobs = torch.cat([row_logprobs(model, row) for row in rows])
-    found = perplexity(model, tokenizer, texts, "float32")
-    assert found == pytest.approx(math.exp(-float(logprobs.mean())), rel=1e-5)
-    assert found == pytest.approx(tokenizer.vocab_size, rel=0.1), "an untrained model knows nothing"
+    num_bytes = sum(len(tokenizer.decode(row).encode()) for row in rows)
+    found = text_bits_per_byte(model, tokenizer, texts, "float32")
+    assert found == pytest.approx(-float(logprobs.sum()) / math.log(2) / num_bytes, rel=1e-5)
+    whole = text_bits_per_byte(model, tokenizer, texts[:1], "float32")
+    num_tokens = len(rows[0]) - 1
+    guessed = num_tokens * math.log2(tokenizer.vocab_size) / len(texts[0].encode())
+    assert whole == pytest.approx(guessed, rel=0.1), "an untrained model knows nothing"
+
+
+def test_weights_out_of_bounds_are_one_line(learnt: Path, tmp_path: Path) -> None:
+    model = load_model(learnt / "checkpoint")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    tokenizer = ChatTokenizer.load(learnt / "checkpoint")
+    with pytest.raises(UserError, match="nan bits per byte; the checkpoint's weights"):
+        text_bits_per_byte(model, tokenizer, ["3+4=7"], "float32")
 
 
 # ---- people's mistakes ----
@@ -391,6 +507,10 @@ def test_perplexity_is_that_of_the_packed_model(learnt: Path) -> None:
         ('{"prompt": "", "answer": "1"}', "prompt"),
         ('{"prompt": "a", "answer": null}', "answer"),
         ('{"prompt": "a", "answer": "1", "level": "hard"}', "level"),
+        ('{"prompt": "a", "answer": "1", "task": "Sums"}', "task"),
+        ('{"prompt": "a", "answer": "1", "task": "my sums"}', "task"),
+        ('{"prompt": "a", "answer": "1", "task": ""}', "task"),
+        ('{"prompt": "a", "answer": "1", "as_text": "perhaps"}', "as_text"),
         ('{"prompt": "a", "answer": "1", "choices": ["1"], "label": 0}', "two or more"),
         ('{"prompt": "a", "answer": "1", "choices": ["1", "1"], "label": 0}', "different"),
         ('{"prompt": "a", "answer": "1", "choices": ["1", "2"]}', "label is None"),

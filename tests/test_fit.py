@@ -16,8 +16,10 @@ from minimind.errors import Stopped, UserError
 from minimind.model.transformer import Transformer
 from minimind.objectives.next_token import NextToken
 from minimind.runtime.run import Run, start_run
-from minimind.training.fit import FitConfig, History, fit
-from tests.tiny import random_rows, tiny_model, write_rows
+from minimind.tokenizer import ChatTokenizer
+from minimind.training.bits import bits_per_byte
+from minimind.training.fit import FitConfig, History, fit, split, summary
+from tests.tiny import random_rows, tiny_model, tiny_tokenizer, write_rows
 
 CONFIG = {
     "optimizer": "adamw",
@@ -159,6 +161,10 @@ def test_the_loss_falls_and_validation_is_reported(tmp_path: Path, data: Encoded
     evaluated = [row["step"] for row in history.curve if "val_loss" in row]
     assert evaluated[0] == 0 and evaluated[-1] == 60
     assert history.curve[0]["val_nll"] == pytest.approx(math.log(97), rel=0.02)
+    values = summary(history)
+    assert values["initial_val_loss"] == history.curve[0]["val_loss"] != values["val_loss"]
+    unvalidated, _ = train(tmp_path, data, validation_share=0.0)
+    assert not {"val_loss", "initial_val_loss"} & set(summary(unvalidated))
 
 
 def test_accumulation_changes_nothing_but_memory(tmp_path: Path, data: EncodedDataset) -> None:
@@ -209,3 +215,47 @@ def test_too_little_data_is_said(tmp_path: Path) -> None:
     one = write_rows(tmp_path / "data", random_rows(1))
     with pytest.raises(UserError, match="holds none out"):
         train(tmp_path, one, patience=1)
+
+
+TEXTS = ["小明有15个苹果。" * 4, "Tom has 3 apples.", "一", "a", "2+3=5"] * 3
+
+
+def test_bits_per_byte_are_of_what_the_trained_tokens_spell(tmp_path: Path) -> None:
+    """Of documents in pieces, cut inside characters, and of chats with tags and control tokens."""
+    tokenizer = ChatTokenizer.load(tiny_tokenizer(tmp_path / "tokenizer"))
+    rows, sources = [], [0]
+    for text in TEXTS:
+        ids, classes = tokenizer.encode_document(text)
+        pieces = [slice(start, start + 10) for start in range(0, len(ids), 10)]
+        # The first token of a piece is nothing to predict, so it is that of the one before.
+        rows += [([1, *ids[p]], [0, *classes[p]]) for p in pieces]
+        sources.append(len(rows))
+    assert any("\ufffd" in tokenizer.decode(ids) for ids, _ in rows)
+    documents = write_rows(tmp_path / "documents", rows, "text", sources=sources)
+    replies = [f"<think>{text}</think>\n<answer>{text}</answer>" for text in TEXTS]
+    chats = [
+        [{"role": role, "content": text} for role, text in (("user", "?"), ("assistant", reply))]
+        for reply in replies
+    ]
+    dataset = write_rows(tmp_path / "chats", [tokenizer.encode_chat(chat) for chat in chats])
+    config = FitConfig.model_validate(CONFIG | {"validation_share": 0.5})
+    for data, spelt in ((documents, TEXTS), (dataset, replies)):
+        _, held_out = split(data, config)
+        owners = sorted({int(np.searchsorted(data.sources, s, "right")) - 1 for s in held_out})
+        assert len(owners) == len(TEXTS) // 2
+        num_bytes = sum(len(spelt[owner].encode()) for owner in owners)
+        num_tokens = sum(int((data.row(s)[1] > 0).sum()) for s in held_out)
+        expected = pytest.approx({"bits_per_byte": 1.5 * num_tokens / math.log(2) / num_bytes})
+        for name in ("nll", "ce"):  # of next-token stages and of distillation
+            history = History(validation={"loss": 9.0, name: 1.5})
+            assert bits_per_byte(history, data, config, tokenizer) == expected
+
+
+def test_no_bits_per_byte_where_nothing_is_held_out_or_spelt(tmp_path: Path) -> None:
+    tokenizer = ChatTokenizer.load(tiny_tokenizer(tmp_path / "tokenizer"))
+    silent = write_rows(tmp_path / "data", [([1, 2], [0, 1])] * 4)
+    assert tokenizer.decode([2]) == ""
+    config = FitConfig.model_validate(CONFIG | {"validation_share": 0.5})
+    assert bits_per_byte(History(validation={"nll": 1.0}), silent, config, tokenizer) == {}
+    assert bits_per_byte(History(), silent, config, tokenizer) == {}
+    assert bits_per_byte(History(validation={"accuracy": 1.0}), silent, config, tokenizer) == {}

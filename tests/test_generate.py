@@ -1,6 +1,7 @@
 """Generation: cached equals uncached and Hugging Face; a row's noise is its own."""
 
 import copy
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,38 @@ def test_rows_end_with_the_end_token_and_nothing_follows(model: Transformer) -> 
         assert finished == (ids[-1] == end_id)
         assert end_id not in ids[:-1]
         assert len(ids) == 12 or finished
+
+
+def test_rows_end_with_the_first_of_several_end_tokens(model: Transformer) -> None:
+    prompts = random_prompts(40)
+    free = generate(model, prompts, max_new_tokens=30, end_id=-1, dtype="float32")
+
+    def firsts(ends: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Where each end token comes up first in each row; 30 where it does not."""
+        return [tuple(ids.index(e) if e in ids else 30 for e in ends) for ids in free.ids]
+
+    def tells_all(ends: tuple[int, ...]) -> bool:
+        """Whether there are rows where the one comes first, where the other does, and neither."""
+        places = firsts(ends)
+        one, other = any(a < b < 30 for a, b in places), any(b < a < 30 for a, b in places)
+        return one and other and (30, 30) in places
+
+    ends = next(ends for ends in permutations(range(VOCAB_SIZE), 2) if tells_all(ends))
+    assert any(ids.count(end) > 1 for ids in free.ids for end in ends), "it may come up again"
+    found = generate(
+        model,
+        prompts,
+        max_new_tokens=30,
+        end_id=ends[0],
+        other_end_ids=[ends[1], VOCAB_SIZE + 1],
+        dtype="float32",
+        with_logprobs=True,
+    )
+    stops = list(map(min, firsts(ends)))
+    assert found.ids == [ids[: stop + 1] for ids, stop in zip(free.ids, stops, strict=True)]
+    assert found.finished == [stop < 30 for stop in stops]
+    assert found.logprobs is not None
+    assert list(map(len, found.logprobs)) == list(map(len, found.ids))
 
 
 def test_no_row_is_longer_than_the_model_allows() -> None:
@@ -298,11 +331,11 @@ def test_nothing_to_do(model: Transformer) -> None:
     assert generate(model, [], max_new_tokens=5, end_id=END, dtype="float32").ids == []
 
 
-@pytest.mark.parametrize("top_p", [0.9, 1.0])
-def test_weights_out_of_bounds_are_one_line(model: Transformer, top_p: float) -> None:
+@pytest.mark.parametrize("top_p", [0.9, 1.0, None])
+def test_weights_out_of_bounds_are_one_line(model: Transformer, top_p: float | None) -> None:
     huge = copy.deepcopy(model)
     with torch.no_grad():
         huge.model.norm.weight.mul_(3e38)
-    sampling = Sampling(temperature=1.0, top_p=top_p, seed=0, rows=[0])
+    sampling = Sampling(temperature=1.0, top_p=top_p, seed=0, rows=[0]) if top_p else None
     with pytest.raises(UserError, match="probabilities are no numbers"):
         generate(huge, [[5, 6]], max_new_tokens=4, end_id=1, dtype="float32", sampling=sampling)

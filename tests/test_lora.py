@@ -118,6 +118,7 @@ def test_only_the_adapter_learns(project: Path) -> None:
 
 def test_stock_peft_loads_the_adapter_on_the_stock_model(project: Path) -> None:
     adapter = trained()
+    assert json.loads(Path("adapter.json").read_text())["lora"]["bits_per_byte"] > 0
     stock = AutoModelForCausalLM.from_pretrained("base")
     before = logits(stock)
     adapted = logits(PeftModel.from_pretrained(stock, adapter))

@@ -30,17 +30,34 @@ def find_answer(output: str) -> Answer | None:
 
     What stands between the tags is the answer as it is when there is no number in it.
     """
-    start, end = 0, len(output)
-    tagged = None
-    if output.count("<answer>") == output.count("</answer>") == 1:
-        tagged = _TAGGED_ANSWER.search(output)
-    if tagged:
-        start, end = tagged.span(1)
+    tagged = _tagged_answer(output)
+    start, end = tagged.span(1) if tagged else (0, len(output))
     numbers = list(_NUMBER.finditer(output, start, end))
     if numbers:
         return Answer(normalise(numbers[-1].group()), *numbers[-1].span())
     if tagged and tagged.group(1).strip():
         return Answer(normalise(tagged.group(1)), start, end)
+    return None
+
+
+def answer_like(expected: str, output: str) -> str | None:
+    """What an output answers, to be compared with the normalised expected answer.
+
+    Where a number is expected, this is the one that `find_answer` finds. Where it is not, any
+    number in the output may be a part of the answer, which then is all that stands between the
+    answer tags, or the whole output.
+    """
+    if is_number(expected):
+        found = find_answer(output)
+        return found.value if found else None
+    tagged = _tagged_answer(output)
+    return normalise(tagged.group(1) if tagged else output)
+
+
+def _tagged_answer(output: str) -> re.Match[str] | None:
+    """The only pair of answer tags, with what stands between them as group 1."""
+    if output.count("<answer>") == output.count("</answer>") == 1:
+        return _TAGGED_ANSWER.search(output)
     return None
 
 
@@ -51,6 +68,11 @@ def normalise(answer: str) -> str:
         return answer
     number = Decimal(answer.replace(",", ""))
     return f"{number.to_integral_value() if number == int(number) else number.normalize():f}"
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number and nothing else."""
+    return _NUMBER.fullmatch(text) is not None
 
 
 def thought_of(output: str) -> str | None:

@@ -1,19 +1,21 @@
 """What a checkpoint can do: answers to held-out problems, and the likelihood of held-out text.
 
 A chat model is asked as a chat; a model that knows raw text only gets the beginning of a text
-that ends with the answer, and its first line counts.
+that ends with the answer, and its first line counts. Some problems are asked as raw text of all.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pydantic import PositiveInt
 
 from minimind.errors import UserError
 from minimind.evaluation.answers import (
+    answer_like,
     find_answer,
     is_full_sentence,
+    is_number,
     normalise,
     thought_of,
 )
@@ -25,8 +27,6 @@ from minimind.model.transformer import Transformer
 from minimind.params import Section
 from minimind.tokenizer import CONTEXT, ChatTokenizer
 from minimind.training.precision import DType
-
-LARGEST_LOSS = 700.0  # whose exponential is a number; guessing gives the logarithm of V
 
 
 class EvaluateConfig(Section):
@@ -44,6 +44,7 @@ class Prediction:
 
     id: str
     level: int | None
+    task: str | None
     prompt: str
     output: str
     parsed: str | None  # the output's answer
@@ -51,6 +52,7 @@ class Prediction:
     correct: bool
     finished: bool  # whether the output came to its end
     full_sentence: bool
+    in_form: bool  # whether the output is an answer and nothing else
     complete_think: bool
     thinking_tokens: int | None  # None without a complete thought
     choice: str | None  # the likeliest of the problem's choices
@@ -69,52 +71,73 @@ def evaluate(
 
     Metrics, shares from 0 to 1 where nothing else is said:
         exact_l1, ..: right answers among the problems of a level; exact: of those without one
-        choice: problems whose right choice is the likeliest (see `_choose`)
-        perplexity: of the texts, per token, end token included
-        complete_think: outputs that are one <think>..</think> and one <answer>..</answer>
-        full_sentence: outputs that answer in a whole sentence, be it right or wrong
-        unfinished: outputs cut off before they came to an end
+        exact_<task>: right answers among the problems of a task
+        choice, choice_<task>: problems whose right choice is the likeliest (see `_choose`)
+        text_bits_per_byte: of the texts, if the model knows raw text only
+
+    and of the outputs to problems without a task, if there are any:
+        in_form: those that are an answer and nothing else: a number, or a whole sentence
+        complete_think: those that are one <think>..</think> and one <answer>..</answer>
+        full_sentence: those that answer in a whole sentence, be it right or wrong
+        unfinished: those cut off before they came to an end
         thinking_tokens: mean length of the complete thoughts, 0 if there are none
 
     Raises:
-        UserError: a problem is too long for the model, or the model's loss is out of bounds.
+        UserError: a problem is too long for the model, or the model's weights are out of bounds.
     """
     predictions = _answer(model, tokenizer, problems, config, as_text)
     predictions = _choose(model, tokenizer, problems, predictions, config, as_text)
     metrics: dict[str, Number] = {}
-    for level in sorted({p.level for p in predictions}, key=lambda level: level or 0):
-        name = "exact" if level is None else f"exact_l{level}"
-        metrics[name] = _share([p.correct for p in predictions if p.level == level])
-    chosen = [p.choice_correct for p in predictions if p.choice_correct is not None]
-    if chosen:
-        metrics["choice"] = _share(chosen)
-    if texts:
-        metrics["perplexity"] = perplexity(model, tokenizer, texts, config.dtype)
-    metrics["complete_think"] = _share([p.complete_think for p in predictions])
-    metrics["full_sentence"] = _share([p.full_sentence for p in predictions])
-    metrics["unfinished"] = _share([not p.finished for p in predictions])
-    lengths = [p.thinking_tokens for p in predictions if p.thinking_tokens is not None]
-    metrics["thinking_tokens"] = sum(lengths) / len(lengths) if lengths else 0.0
+    for name, group in _groups(predictions, by_level=True).items():
+        metrics[f"exact{name}"] = _share([p.correct for p in group])
+    for name, group in _groups(predictions, by_level=False).items():
+        if chosen := [p.choice_correct for p in group if p.choice_correct is not None]:
+            metrics[f"choice{name}"] = _share(chosen)
+    if texts and as_text:
+        metrics["text_bits_per_byte"] = text_bits_per_byte(model, tokenizer, texts, config.dtype)
+    if without_task := [p for p in predictions if p.task is None]:
+        metrics["in_form"] = _share([p.in_form for p in without_task])
+        metrics["complete_think"] = _share([p.complete_think for p in without_task])
+        metrics["full_sentence"] = _share([p.full_sentence for p in without_task])
+        metrics["unfinished"] = _share([not p.finished for p in without_task])
+        lengths = [p.thinking_tokens for p in without_task if p.thinking_tokens is not None]
+        metrics["thinking_tokens"] = sum(lengths) / len(lengths) if lengths else 0.0
     return metrics, predictions
 
 
-def perplexity(
+def _groups(predictions: Sequence[Prediction], by_level: bool) -> dict[str, list[Prediction]]:
+    """Predictions by what the names of their metrics end with.
+
+    This is _<task> for those of a task, whatever their level. For the others it is _l<level>
+    if they are told apart by their levels and have one, and nothing otherwise. They come first.
+    """
+    groups: dict[tuple[str, int], list[Prediction]] = {}
+    for p in predictions:
+        level = p.level if by_level and p.task is None and p.level is not None else -1
+        groups.setdefault((p.task or "", level), []).append(p)
+    return {
+        f"_{task}" if task else "" if level < 0 else f"_l{level}": groups[task, level]
+        for task, level in sorted(groups)
+    }
+
+
+def text_bits_per_byte(
     model: Transformer, tokenizer: ChatTokenizer, texts: Sequence[str], dtype: DType
 ) -> float:
-    """exp of the mean negative log-probability of a token, as documents are trained on.
+    """-log2 probability of documents, end tokens included, per byte (arXiv:2101.00027, sec. 3.1).
 
     What goes beyond the model's positions is cut off.
     """
     rows = [row.ids[: model.config.max_positions] for row in tokenizer.encode_documents(texts)]
     logprobs = branch_logprobs(model, [Fork(row[:1], [row[1:]]) for row in rows], dtype)
-    num_scored = sum(len(row) - 1 for row in rows)
-    mean = -sum(text for (text,) in logprobs) / num_scored
-    if not mean < LARGEST_LOSS:  # also if it is NaN
+    num_bytes = sum(len(tokenizer.decode(row).encode()) for row in rows)
+    bits = -sum(text for (text,) in logprobs) / math.log(2) / num_bytes
+    if not math.isfinite(bits):
         raise UserError(
-            f"the loss of the held-out text is {mean:g}; the checkpoint's weights are out of "
+            f"the held-out text has {bits:g} bits per byte; the checkpoint's weights are out of "
             "bounds: take one from before they became so."
         )
-    return math.exp(mean)
+    return bits
 
 
 def _answer(
@@ -125,7 +148,9 @@ def _answer(
     as_text: bool,
 ) -> list[Prediction]:
     """The greedy answers."""
-    prompts = [_encode_prompt(tokenizer, problem, as_text) for problem in problems]
+    prompts = [
+        _encode_prompt(tokenizer, problem, as_text or problem.as_text) for problem in problems
+    ]
     max_positions = model.config.max_positions
     for problem, prompt in zip(problems, prompts, strict=True):
         if len(prompt) >= max_positions:
@@ -133,23 +158,37 @@ def _answer(
                 f"{problem.place}: the prompt has {len(prompt)} tokens; the model has only "
                 f"{max_positions} positions for prompt and answer: shorten it or leave it out."
             )
+    # Only a matter of speed, since what follows a line is cut off anyway. With a tokenizer that
+    # spells a line break in several tokens, each of them may stand elsewhere too.
+    line_break = tokenizer.encode_text("\n")
+    line_break = line_break if len(line_break) == 1 else []
     outputs: list[tuple[str, bool]] = [("", False)] * len(problems)
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(by_length), config.batch_size):
-        batch = by_length[start : start + config.batch_size]
+    for batch in _batches(problems, prompts, config.batch_size, as_text):
+        asked_as_text = as_text or problems[batch[0]].as_text
         completions = generate(
             model,
             [prompts[index] for index in batch],
             max_new_tokens=config.max_new_tokens,
             end_id=tokenizer.end_id,
+            other_end_ids=line_break if asked_as_text else (),
             dtype=config.dtype,
         )
         for index, ids, finished in zip(batch, completions.ids, completions.finished, strict=True):
             outputs[index] = (tokenizer.decode(ids), finished)
     return [
-        _prediction(tokenizer, problem, *output, as_text)
+        _prediction(tokenizer, problem, *output, as_text or problem.as_text)
         for problem, output in zip(problems, outputs, strict=True)
     ]
+
+
+def _batches(
+    problems: Sequence[Problem], prompts: Sequence[Sequence[int]], size: int, as_text: bool
+) -> Iterator[list[int]]:
+    """Numbers of problems that are asked alike, those with prompts of similar length together."""
+    for kind in (False, True):
+        asked = [i for i, problem in enumerate(problems) if (as_text or problem.as_text) == kind]
+        asked.sort(key=lambda index: len(prompts[index]))
+        yield from (asked[start : start + size] for start in range(0, len(asked), size))
 
 
 def _encode_prompt(tokenizer: ChatTokenizer, problem: Problem, as_text: bool) -> list[int]:
@@ -163,18 +202,21 @@ def _prediction(
 ) -> Prediction:
     if as_text and "\n" in output:
         output, finished = output.split("\n", 1)[0], True
-    found = find_answer(output)
+    expected = normalise(problem.answer)
+    said = answer_like(expected, output)
     thought = thought_of(output)
     return Prediction(
         id=problem.id,
         level=problem.level,
+        task=problem.task,
         prompt=problem.text_prompt if as_text else problem.prompt,
         output=output,
-        parsed=found.value if found else None,
+        parsed=said,
         answer=problem.answer,
-        correct=found is not None and found.value == normalise(problem.answer),
+        correct=said == expected,
         finished=finished,
         full_sentence=is_full_sentence(output, problem.full),
+        in_form=is_number(output.strip()) or is_full_sentence(output, problem.full),
         complete_think=thought is not None,
         thinking_tokens=None if thought is None else len(tokenizer.encode_text(thought)),
         choice=None,
@@ -202,7 +244,8 @@ def _choose(
     for index in asked:
         problem, output = problems[index], predictions[index].output
         outputs = [_put(choice, output) for choice in problem.choices]
-        forks.append(Fork.of_rows(_encode_rows(tokenizer, problem, outputs, as_text)))
+        rows = _encode_rows(tokenizer, problem, outputs, as_text or problem.as_text)
+        forks.append(Fork.of_rows(rows))
     for index, logprobs in zip(asked, branch_logprobs(model, forks, config.dtype), strict=True):
         best = max(range(len(logprobs)), key=lambda choice: logprobs[choice])
         chosen[index] = replace(

@@ -1,4 +1,4 @@
-"""Log-probabilities of given continuations: for multiple choice and for perplexity.
+"""Log-probabilities of given continuations: for multiple choice and for held-out text.
 
 Shapes: T tokens laid end to end, H query heads, K key/value heads, E head size.
 """

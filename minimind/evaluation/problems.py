@@ -3,6 +3,9 @@
 {"prompt", "answer"}      and optionally
  "id"                     a name for it; without one, the number of its row, over all shards
  "level"                  how hard it is: each level has a metric of its own
+ "task"                   a name of lower-case letters and _, for problems of another kind: they
+                          have metrics of their own and count in no others
+ "as_text"                true: asked as raw text of every checkpoint; its first line is the answer
  "full"                   the answer as a whole sentence
  "choices", "label"       answers to choose from, and the index of the right one
  "completion_prompt"      how raw text would begin that ends with the answer
@@ -32,6 +35,8 @@ class Problem:
     messages: Sequence[Message]
     answer: str
     level: int | None = None
+    task: str | None = None
+    as_text: bool = False
     full: str | None = None
     choices: Sequence[str] = ()
     label: int | None = None
@@ -55,6 +60,8 @@ class _Row(BaseModel):
     answer: str = Field(min_length=1)
     id: str | None = None
     level: int | None = Field(default=None, ge=0)
+    task: str | None = Field(default=None, pattern="^[a-z_]+$")
+    as_text: bool = False
     full: str | None = None
     choices: list[str] = Field(default=[])
     label: int | None = None
@@ -117,6 +124,8 @@ def _parse(place: Place, record: dict[str, Any], number: str) -> Problem:
         messages=[{"role": "user", "content": row.prompt}],
         answer=row.answer,
         level=row.level,
+        task=row.task,
+        as_text=row.as_text,
         full=row.full,
         choices=row.choices,
         label=row.label,

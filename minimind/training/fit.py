@@ -99,9 +99,7 @@ def fit(
         UserError: no sample to train on, or the loss is not finite.
     """
     extras = dict(extras or {})
-    train, held_out = split_samples(
-        dataset.sources, config.validation_share, config.seed, dataset.copies
-    )
+    train, held_out = split(dataset, config)
     if not len(train):
         raise UserError(
             f"{dataset.directory} has {dataset.num_sources} source rows and validation_share "
@@ -229,11 +227,22 @@ def fit(
     return history
 
 
+def split(dataset: EncodedDataset, config: FitConfig) -> tuple[Rows, Rows]:
+    """Numbers of the samples that a run trains on, and of those that it holds out."""
+    return split_samples(dataset.sources, config.validation_share, config.seed, dataset.copies)
+
+
 def summary(history: History) -> dict[str, Number]:
-    """The few numbers that stand for a run in its metrics: of the curve's last row, but lr."""
-    last = {name: value for name, value in history.curve[-1].items() if name not in HIDDEN}
-    last |= _prefixed(history.validation)  # of the step that the weights are of
-    return {"steps": history.step, "tokens": history.tokens, **last}
+    """The few numbers that stand for a run in its metrics: of the curve's last row, but lr.
+
+    With validation also the loss before the first step.
+    """
+    first, last = history.curve[0], history.curve[-1]
+    values = {name: value for name, value in last.items() if name not in HIDDEN}
+    values |= _prefixed(history.validation)  # of the step that the weights are of
+    if first["step"] == 0:
+        values["initial_val_loss"] = first["val_loss"]
+    return {"steps": history.step, "tokens": history.tokens, **values}
 
 
 def take_step(
