@@ -39,6 +39,7 @@ from stages import (
     traces,
 )
 from tests.graph import ROOT
+from tests.shipped import shipped_params
 
 STEPS = {"max_steps": 2, "batch_size": 2, "warmup_steps": 0, "validation_share": 0.25}
 STEPS |= {"eval_interval": 1, "curve_interval": 1}
@@ -52,9 +53,13 @@ TINY: dict[str, dict[str, Any]] = {
         "num_sft": 2,
         "num_dpo": 2,
         "num_reason": 2,
+        "num_distill": 2,
+        "num_lora": 2,
         "num_prompts": 2,
-        "num_eval_per_level": 2,
+        "num_eval_per_level": [2, 2, 2, 2],
         "num_eval_text": 2,
+        "num_eval_equation": 2,
+        "num_eval_extraction": 2,
     },
     "tokenizer": {"vocab_size": 268},
     "model": SHAPE,
@@ -150,7 +155,7 @@ COMMANDS: dict[str, tuple[StageApp, str]] = {
     "report": (
         report.app,
         "--evaluation evaluated.json --predictions predictions --output out/report.md "
-        "--training trained.json",
+        "--training trained.json --record record.json",
     ),
     "preset": (minimind.cli.main.app, "preset mine"),
 }
@@ -193,7 +198,7 @@ def build(directory: Path) -> Path:
     """The whole workspace, made by the stages themselves; what they are to write, is in out/."""
     torch.set_num_threads(1)
     directory.mkdir()
-    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params = shipped_params()
     for section, values in TINY.items():
         assert set(values) <= set(params[section]), f"tiny values of {section} are not parameters"
         student = params[section].get("student", {}) | values.get("student", {})
@@ -218,6 +223,9 @@ def build(directory: Path) -> Path:
     (directory / "presets").mkdir()
     (directory / "presets/mine.yaml").write_text("sft: {lr: 1.0e-4}\n")
     (directory / "trained.json").write_text('{"sft": {"loss": 1.5, "steps": 2}}')
+    recorded = {"seed": 1, "dtype": "float32", "isa": "AVX2"}
+    recorded |= {"metrics": {"training": {}, "evaluation": {"sft": {"exact": 0.5}}}}
+    (directory / "record.json").write_text(json.dumps({"runs": [recorded]}))
 
     made(directory, "tokenizer", out_tokenizer="models/tokenizer")
     shutil.copytree(directory / "models/tokenizer", directory / "foreign")

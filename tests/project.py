@@ -1,4 +1,7 @@
-"""A copy of the project with a tiny configuration, in a git repository of its own."""
+"""A copy of the project with a tiny configuration, in a git repository of its own.
+
+What an experiment has left in the workspace is no part of it: see tests/shipped.py.
+"""
 
 import os
 import shutil
@@ -10,6 +13,7 @@ from typing import Any
 import yaml
 
 from tests.graph import ROOT
+from tests.shipped import shipped_params
 
 TINY_STAGE = {"max_steps": 6, "eval_interval": 3, "curve_interval": 2, "warmup_steps": 2}
 TINY: dict[str, dict[str, Any]] = {
@@ -19,9 +23,13 @@ TINY: dict[str, dict[str, Any]] = {
         "num_sft": 200,
         "num_dpo": 120,
         "num_reason": 200,
+        "num_distill": 20,
+        "num_lora": 20,
         "num_prompts": 40,
-        "num_eval_per_level": 4,
+        "num_eval_per_level": [4, 4, 4, 4],
         "num_eval_text": 10,
+        "num_eval_equation": 4,
+        "num_eval_extraction": 6,
     },
     "tokenizer": {"vocab_size": 300},
     "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2},
@@ -45,7 +53,7 @@ def copy_project(directory: Path) -> Path:
         if (ROOT / name).is_file() and not name.startswith(("metrics/", "dvc.lock", "docs/")):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, directory / name)
-    params = yaml.safe_load((directory / "params.yaml").read_text(encoding="utf-8"))
+    params = shipped_params()
     for section, values in TINY.items():
         assert set(values) <= set(params[section]), f"tiny values of {section} are not parameters"
         params[section] |= values

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-import yaml
 from typer.testing import CliRunner
 
 from minimind.chat_format import Message
@@ -20,7 +19,7 @@ from minimind.errors import UserError
 from minimind.tokenizer import ChatTokenizer, EncodedRow
 from minimind.tokenizer_training import save_tokenizer, train_tokenizer
 from stages.encode import app
-from tests.graph import ROOT
+from tests.shipped import shipped_params
 
 NO_COPIES = {"augment_copies": 0, "seed": 1, "word_dropout": 0.1, "synonym_share": 0.5}
 SYSTEM: Message = {"role": "system", "content": "你是 helper"}
@@ -158,16 +157,19 @@ def test_doubtful_rows_are_counted_and_kept(stage: Stage, tokenizer: ChatTokeniz
 
 
 def test_the_built_in_data_overlaps_in_nothing(stage: Stage, directory: Path) -> None:
-    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["mini_world"]
+    params = shipped_params()["mini_world"]
     sizes = {"num_tokenizer": 10, "num_pretrain": 1000, "num_sft": 600, "num_dpo": 400}
-    sizes |= {"num_reason": 600, "num_prompts": 10, "num_eval_per_level": 200, "num_eval_text": 50}
+    sizes |= {"num_reason": 600, "num_distill": 400, "num_lora": 400, "num_prompts": 10}
+    sizes |= {"num_eval_per_level": [200] * 4, "num_eval_text": 50}
+    sizes |= {"num_eval_equation": 200, "num_eval_extraction": 200}
     world = stage.folder / "mini_world"
-    write_mini_world(world, MiniWorldConfig(**params | sizes, seed=1))
+    write_mini_world(world, MiniWorldConfig(**params | sizes | {"seed": 1}))
     formats: dict[str, encode.Format] = {
         "pretrain": "text",
         "sft": "chat",
         "dpo": "preference",
         "reason": "reason",
+        "lora": "chat",
     }
     for name, data_format in formats.items():
         source, output = world / f"{name}.jsonl", stage.folder / name
@@ -176,7 +178,7 @@ def test_the_built_in_data_overlaps_in_nothing(stage: Stage, directory: Path) ->
             output,
             ChatTokenizer.load(directory),
             data_format,
-            512,
+            1024,  # this tokenizer knows bytes and little else
             "error",
             evaluation=[world / "eval.jsonl", world / "eval_text.jsonl"],
         )

@@ -22,7 +22,7 @@ from stages.mini_world import app
 
 World = dict[str, list[dict[str, Any]]]  # rows of each file
 
-TRAINING_FILES = ("tokenizer", "pretrain", "sft", "dpo", "reason", "prompts")
+TRAINING_FILES = (*("tokenizer", "pretrain", "sft", "dpo", "reason", "distill", "lora", "prompts"),)
 ALL_FILES = (*TRAINING_FILES, "eval", "eval_text")
 SECTION: dict[str, Any] = {
     "seed": 7,
@@ -34,18 +34,29 @@ SECTION: dict[str, Any] = {
     "num_sft": 1000,
     "num_dpo": 1000,
     "num_reason": 1000,
+    "num_distill": 800,
+    "num_lora": 600,
     "num_prompts": 600,
-    "num_eval_per_level": 200,
+    "num_eval_per_level": [320, 200, 200, 80],
     "num_eval_text": 60,
+    "num_eval_equation": 200,
+    "num_eval_extraction": 120,
     "sft_level_weights": [1, 1, 1, 0],
     "sft_full_shares": [0.7, 0.3],
     "sft_two_turn_share": 0.25,
+    "sft_equation_share": 0.3,
     "dpo_level_weights": [1, 1, 1, 0],
     "dpo_bare_share": 0.6,
     "reason_level_weights": [20, 39, 39, 2],
+    "distill_wrong_share": 0.4,
+    "lora_level_weights": [2, 1, 1, 0],
     "prompts_level_weights": [0, 1, 1, 2],
 }
 SIZES = [key for key in SECTION if key.startswith("num_")]
+
+
+def sizes_of(number: int) -> dict[str, Any]:
+    return dict.fromkeys(SIZES, number) | {"num_eval_per_level": [number] * 4}
 
 
 def config(**changes: Any) -> MiniWorldConfig:
@@ -63,7 +74,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def crowded_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Few values and much text: a leak of held-out problems would be certain to show."""
     directory = tmp_path_factory.mktemp("crowded")
-    changes = {"max_value": 25, "num_pretrain": 4000, "num_reason": 3000, "num_eval_per_level": 40}
+    changes = {"max_value": 25, "num_pretrain": 4000, "num_reason": 3000}
+    changes |= {"num_eval_per_level": [60, 40, 40, 40], "num_distill": 3000}
+    changes |= {"num_eval_equation": 40, "num_eval_text": 150}
     write_mini_world(directory, config(**changes))
     return read_all(directory)
 
@@ -94,6 +107,15 @@ START = re.compile(r"\w+ has (\d+) \w+|\w+有(\d+)\w+")
 RESULT = re.compile(r"\w+ now has (\d+) \w+\.|\w+现在有(\d+)\w+。")
 # The same name, number and thing twice, and nothing in between.
 NO_EVENTS = re.compile(r"(\w+) has (\d+ \w+)\. \1 now has \2\.|(\w+)有(\d+\w+)。\3现在有\4。")
+# What came of a story, in words: fewer, as many or more than at the start.
+OUTCOME = re.compile(
+    r"(?P<name>\w+) now has (?P<en>fewer|as many|more) (?P<item>\w+) (?:than|as) before\.|"
+    r"(?P<chinese_name>\w+)现在的(?P<chinese_item>\w+)(?P<zh>比原来少|和原来一样多|比原来多)。"
+)
+OUTCOMES = {"fewer": -1, "as many": 0, "more": 1, "比原来少": -1, "和原来一样多": 0, "比原来多": 1}
+SUM_QUESTION = re.compile(r"What is (\d+[-+*]\d+)\?|(\d+[-+*]\d+)等于几？")
+EXTRACTION_REQUEST = re.compile(r"(.+?) ?(?:Who has what\?|是谁的什么？)")
+EXTRACTION = re.compile(r"([A-Z]\w+) has ([a-z]+)\.|([^的]+)的([^的]+)。")
 EQUATION = re.compile(r"(\d+)([-+*])(\d+)=(\d+)")
 COMPARISON = re.compile(r"(\d+)(?: is |比)(?:(\d+)大|(\d+)小|more than (\d+)|less than (\d+))[.。]")
 
@@ -131,6 +153,18 @@ def read_story(text: str) -> ReadProblem:
     return tuple(steps)
 
 
+def read_question(text: str) -> ReadProblem:
+    """What a user's turn or a prompt asks: for a sum, who has what, or about a story."""
+    if asked := SUM_QUESTION.fullmatch(text):
+        (asked_for,) = [group for group in asked.groups() if group]
+        before, operator, amount = re.split(r"([-+*])", asked_for)
+        after = calculate(int(before), operator, int(amount))
+        return (ReadStep(int(before), operator, int(amount), after),)
+    if request := EXTRACTION_REQUEST.fullmatch(text):
+        return read_story(request[1])
+    return read_story(text)
+
+
 def read_equations(text: str) -> ReadProblem:
     steps = tuple(ReadStep(int(a), op, int(b), int(c)) for a, op, b, c in EQUATION.findall(text))
     assert steps, text
@@ -148,6 +182,19 @@ def read_line(line: str) -> ReadProblem | None:
         return None
     if NO_EVENTS.fullmatch(line):
         return None
+    if outcome := OUTCOME.search(line):
+        assert outcome.end() == len(line), line
+        problem = read_story(line[: outcome.start()].rstrip(" "))
+        said = OUTCOMES[outcome["en"] or outcome["zh"]]
+        # Boxes are opened before anything happens.
+        first = problem[0]
+        start = first.after if first.operator == "*" else first.before
+        end = problem[-1].after
+        assert (end > start) - (end < start) == said, line
+        name, item = outcome["name"] or outcome["chinese_name"], outcome["item"]
+        assert line.startswith(name), line
+        assert (item or outcome["chinese_item"]) in line[: outcome.start()], line
+        return problem
     return read_story(line)
 
 
@@ -161,20 +208,35 @@ def read_row(row: dict[str, Any]) -> Iterator[ReadProblem]:
     """Every problem in a row of any training file, from stories and from equations."""
     if "conversations" in row:
         texts = [turn["content"] for turn in row["conversations"]]
-        yield from (read_story(text) for text in texts[::2])
+        yield from map(read_question, texts[::2])
         yield from (read_equations(text) for text in texts[1::2] if "=" in text)
     elif "prompt" in row:
         yield read_story(row["prompt"])
     elif row["text"].startswith("user\n"):
         _, prompt, _, *reply = row["text"].split("\n")
-        yield read_story(prompt)
+        yield read_question(prompt)
         yield from (read_equations(text) for text in reply if "=" in text)
     else:
         yield from read_document(row["text"])
 
 
-def training_problems(world: World) -> Iterator[ReadProblem]:
-    for name in TRAINING_FILES:
+def stories_of(world: World) -> list[dict[str, Any]]:
+    return [row for row in world["eval"] if "task" not in row]
+
+
+def of_task(world: World, task: str) -> list[dict[str, Any]]:
+    return [row for row in world["eval"] if row.get("task") == task]
+
+
+def read_evaluated(row: dict[str, Any]) -> ReadProblem:
+    """The problem of a row of eval.jsonl."""
+    if row.get("task") == "equation":
+        return read_equations(row["prompt"] + row["answer"])
+    return read_question(row["prompt"])
+
+
+def training_problems(world: World, leave_out: str = "") -> Iterator[ReadProblem]:
+    for name in set(TRAINING_FILES) - {leave_out}:
         for row in world[name]:
             yield from read_row(row)
 
@@ -207,7 +269,7 @@ def is_held_out(problem: ReadProblem) -> bool:
 
 
 def test_equal_seeds_give_equal_bytes_and_other_seeds_other_ones(tmp_path: Path) -> None:
-    sizes = dict.fromkeys(SIZES, 100)
+    sizes = sizes_of(100)
     seeds = {"a": (7, 7), "b": (7, 7), "c": (8, 7), "d": (7, 8)}
     for directory, (seed, held_out_seed) in seeds.items():
         seeded = config(**sizes, seed=seed, held_out_seed=held_out_seed)
@@ -225,10 +287,10 @@ def test_equal_seeds_give_equal_bytes_and_other_seeds_other_ones(tmp_path: Path)
 @pytest.mark.parametrize(
     ("size", "changed"),
     [(f"num_{name}", name) for name in (*TRAINING_FILES, "eval_text")]
-    + [("num_eval_per_level", "eval")],
+    + [(f"num_eval_{what}", "eval") for what in ("equation", "extraction")],
 )
 def test_a_changed_size_changes_one_file_only(tmp_path: Path, size: str, changed: str) -> None:
-    sizes = dict.fromkeys(SIZES, 20)
+    sizes = sizes_of(20)
     write_mini_world(tmp_path / "before", config(**sizes))
     write_mini_world(tmp_path / "after", config(**sizes | {size: 30}))
     for name in ALL_FILES:
@@ -248,8 +310,10 @@ def test_the_stage_writes_all_files_and_their_sizes(tmp_path: Path) -> None:
         "sft": 1000,
         "dpo": 1000,
         "reason": 1000,
+        "distill": 800,
+        "lora": 600,
         "prompts": 600,
-        "eval": 800,
+        "eval": 1120,
         "eval_text": 60,
     }
     metrics = json.loads((tmp_path / "metrics/mini_world.json").read_text())
@@ -273,7 +337,11 @@ def run_stage(directory: Path, section: dict[str, Any]) -> Any:
         ({"dpo_bare_share": 1.5}, "it should be less than or equal to 1"),
         ({"reason_level_weights": [0, 0, 0, 0]}, "at least one level must have a weight above 0"),
         ({"reason_level_weights": [1, 1, 1]}, "mini_world.reason_level_weights.3 is missing"),
-        ({"num_eval_per_level": 5000}, "held-out problems of level 1 were found with max_value 99"),
+        ({"num_eval_per_level": [9000, 1, 1, 1]}, "calls for 4500 held-out problems of level 1"),
+        ({"num_eval_per_level": [9000, 1, 1, 1]}, "were found with max_value 99"),
+        ({"num_eval_per_level": [9, 9, 9]}, "mini_world.num_eval_per_level.3 is missing"),
+        ({"num_eval_equation": 5000}, "mini_world.num_eval_equation calls for 5000 held-out"),
+        ({"distill_wrong_share": -0.1}, "it should be greater than or equal to 0"),
     ],
 )
 def test_a_bad_parameter_is_one_clear_line(
@@ -294,7 +362,7 @@ def test_no_training_text_contains_an_evaluated_problem(
     which: str, request: pytest.FixtureRequest
 ) -> None:
     rows = request.getfixturevalue(which)
-    evaluated = {key(read_story(row["prompt"])) for row in rows["eval"]}
+    evaluated = {key(read_evaluated(row)) for row in rows["eval"]}
     evaluated |= {
         key(problem) for row in rows["eval_text"] for problem in read_document(row["text"])
     }
@@ -310,7 +378,7 @@ def test_the_hash_alone_decides_what_is_held_out(
     rows = request.getfixturevalue(which)
     for problem in training_problems(rows):
         assert not any(is_held_out(part) for part in parts(problem)), problem
-    evaluated = [read_story(row["prompt"]) for row in rows["eval"]]
+    evaluated = [read_evaluated(row) for row in rows["eval"]]
     evaluated += [p for row in rows["eval_text"] for p in read_document(row["text"])]
     for problem in evaluated:
         assert is_held_out(problem), problem
@@ -343,7 +411,8 @@ def test_every_number_lies_between_1_and_max_value(world: World) -> None:
         assert min(values) >= 1, name
         assert max(values) == 99, name
     for row in world["eval"]:
-        numbers_of_row = re.findall(r"\d+", " ".join([row["prompt"], row["full"], *row["choices"]]))
+        texts = [row["prompt"], row["answer"], row.get("full", ""), *row.get("choices", [])]
+        numbers_of_row = re.findall(r"\d+", " ".join(texts))
         assert all(1 <= int(number) <= 99 for number in numbers_of_row)
 
 
@@ -351,7 +420,7 @@ def test_equations_are_right_and_follow_from_one_another(
     world: World,
 ) -> None:
     num_equations = 0
-    for problem in training_problems(world):
+    for problem in training_problems(world, leave_out="distill"):  # whose thoughts are careless
         for step in problem:
             assert step.after == calculate(step.before, step.operator, step.amount)
             num_equations += 1
@@ -367,13 +436,20 @@ def test_sft_answers_are_right_in_two_styles(world: World) -> None:
     styles: Counter[str] = Counter()
     styles_by_question: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     turns_of_chats: Counter[int] = Counter()
+    num_sums = 0
     for row in world["sft"]:
         turns = row["conversations"]
         turns_of_chats[len(turns) // 2] += 1
         assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
         assert len({is_chinese(turn["content"]) for turn in turns[::2]}) == 1
         for question, answer in zip(turns[::2], turns[1::2], strict=True):
-            right = read_story(question["content"])[-1].after
+            problem = read_question(question["content"])
+            right = problem[-1].after
+            if SUM_QUESTION.fullmatch(question["content"]):
+                assert read_equations(answer["content"]) == problem
+                assert EQUATION.fullmatch(answer["content"])
+                num_sums += 1
+                continue
             full = RESULT.fullmatch(answer["content"])
             styles["full" if full else "bare"] += 1
             names_owner = bool(re.search(r"does \w+ have|一共", question["content"]))
@@ -384,6 +460,8 @@ def test_sft_answers_are_right_in_two_styles(world: World) -> None:
     assert share(styles_by_question[False], "full") == pytest.approx(0.3, abs=0.05)
     assert share(turns_of_chats, 2) == pytest.approx(0.25, abs=0.05)
     assert set(turns_of_chats) == {1, 2}
+    num_turns = turns_of_chats[1] + 2 * turns_of_chats[2]
+    assert num_sums / num_turns == pytest.approx(0.3, abs=0.05)
 
 
 def test_dpo_rejects_bare_and_wrong_numbers(world: World) -> None:
@@ -425,6 +503,55 @@ def test_reason_thinks_the_steps_of_the_story(world: World) -> None:
     assert levels[4] > 0
 
 
+def test_distill_thinks_carelessly(world: World) -> None:
+    wrong = right = 0
+    for row in world["distill"]:
+        question, reply = (turn["content"] for turn in row["conversations"])
+        told = read_story(question)
+        match = re.fullmatch(r"<think>(.+)</think>\n<answer>(\d+)</answer>", reply)
+        assert match, reply
+        thought = read_equations(match[1])
+        assert [step[1:3] for step in thought] == [step[1:3] for step in told]
+        assert thought[0].before == told[0].before
+        assert all(before.after == step.before for before, step in pairwise(thought))
+        assert all(2 <= step.after <= 99 for step in thought)
+        assert int(match[2]) == thought[-1].after
+        for step in thought:
+            is_right = step.after == calculate(step.before, step.operator, step.amount)
+            wrong, right = wrong + (not is_right), right + is_right
+    # A little less than the parameter: where a slip would leave the bounds, there is none.
+    assert 0.3 < wrong / (wrong + right) < 0.42
+
+
+def test_careful_thoughts_are_those_of_reason(tmp_path: Path) -> None:
+    write_mini_world(tmp_path, config(**sizes_of(40), distill_wrong_share=0.0))
+    for row in read_all(tmp_path)["distill"]:
+        question, reply = (turn["content"] for turn in row["conversations"])
+        assert read_equations(reply) == read_story(question)
+
+
+def test_lora_says_who_has_what(world: World) -> None:
+    levels: Counter[int] = Counter()
+    for row in world["lora"]:
+        request, reply = (turn["content"] for turn in row["conversations"])
+        require_extraction(request, reply)
+        levels[len(read_question(request))] += 1
+    for level, expected in zip((1, 2, 3, 4), (0.5, 0.25, 0.25, 0.0), strict=True):
+        assert share(levels, level) == pytest.approx(expected, abs=0.06)
+    assert levels[4] == 0
+
+
+def require_extraction(request: str, reply: str) -> None:
+    """The reply names the story's person and thing, in the story's language."""
+    assert EXTRACTION_REQUEST.fullmatch(request), request
+    match = EXTRACTION.fullmatch(reply)
+    assert match, reply
+    name, item = (group for group in match.groups() if group)
+    assert request.startswith(name)
+    assert item in request
+    assert is_chinese(reply) == is_chinese(request)
+
+
 def test_prompts_carry_answer_and_level(world: World) -> None:
     levels: Counter[int] = Counter()
     for row in world["prompts"]:
@@ -440,6 +567,7 @@ def test_documents_mix_all_kinds_of_lines_in_one_language(
     world: World,
 ) -> None:
     kinds: Counter[str] = Counter()
+    outcomes: set[str] = set()
     for row in world["pretrain"] + world["eval_text"]:
         lines = row["text"].split("\n")
         assert 5 <= len(lines) <= 8
@@ -451,11 +579,22 @@ def test_documents_mix_all_kinds_of_lines_in_one_language(
                 kinds["no_events" if NO_EVENTS.fullmatch(line) else "comparison"] += 1
             elif "=" in line:
                 kinds["equation" if len(problem) == 1 else "chain"] += 1
+            elif line[-1] in "?？":
+                kinds["question"] += 1
             else:
-                kinds["story"] += 1
-    expected = {"equation": 40, "chain": 15, "story": 20, "no_events": 15, "comparison": 10}
+                outcomes.add(outcome_said(line))
+                kinds["outcome"] += 1
+    expected = {"equation": 40, "chain": 15, "question": 10, "outcome": 20, "no_events": 10}
     for kind, percent in expected.items():
         assert share(kinds, kind) == pytest.approx(percent / 100, abs=0.03)
+    assert set(kinds) == {*expected, "comparison"}
+    assert outcomes == set(OUTCOMES), "as many as before too: what was gained can be lost again"
+
+
+def outcome_said(line: str) -> str:
+    outcome = OUTCOME.search(line)
+    assert outcome, line
+    return outcome["en"] or outcome["zh"]
 
 
 def test_pretraining_never_tells_the_result_of_events(world: World) -> None:
@@ -465,9 +604,10 @@ def test_pretraining_never_tells_the_result_of_events(world: World) -> None:
                 assert NO_EVENTS.fullmatch(line)
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "reason", "prompts", "eval"])
-def test_half_of_the_stories_are_chinese(world: World, name: str) -> None:
-    prompts = [row.get("prompt") or row["conversations"][0]["content"] for row in world[name]]
+@pytest.mark.parametrize("name", ["sft", "dpo", "reason", "lora", "prompts", "eval"])
+def test_half_of_the_questions_are_chinese(world: World, name: str) -> None:
+    rows = [row for row in world[name] if row.get("task") != "equation"]  # which have no language
+    prompts = [row.get("prompt") or row["conversations"][0]["content"] for row in rows]
     assert sum(map(is_chinese, prompts)) == len(prompts) / 2
 
 
@@ -481,18 +621,21 @@ def test_the_tokenizer_sees_every_word_of_the_other_files(
     assert {"user", "assistant"} <= seen
     # Tags are tokens of their own; pieces of them would waste vocabulary.
     assert not {"think", "answer"} & seen
-    for name in ("sft", "reason"):
+    for name in ("sft", "reason", "distill", "lora"):
         turns = [turn["content"] for row in world[name] for turn in row["conversations"]]
         assert words([re.sub(r"</?(think|answer)>", "", turn) for turn in turns]) <= seen
     assert words([row["text"] for row in world["pretrain"]]) <= seen
-    assert words([row["prompt"] + row["full"] for row in world["eval"]]) <= seen
+    assert words([row["prompt"] + row.get("full", "") for row in world["eval"]]) <= seen
 
 
 def test_eval_rows_are_right_and_distinct(world: World) -> None:
-    rows = world["eval"]
-    assert Counter(row["level"] for row in rows) == {1: 200, 2: 200, 3: 200, 4: 200}
-    assert len({row["id"] for row in rows}) == len(rows)
-    assert len({read_story(row["prompt"]) for row in rows}) == len(rows)
+    rows = stories_of(world)
+    assert Counter(row["level"] for row in rows) == {1: 320, 2: 200, 3: 200, 4: 80}
+    assert len({row["id"] for row in world["eval"]}) == len(world["eval"])
+    tellings = Counter(read_story(row["prompt"]) for row in rows)
+    assert all(times == (2 if len(problem) == 1 else 1) for problem, times in tellings.items())
+    told = {(read_story(row["prompt"]), row["language"]) for row in rows}
+    assert len(told) == len(rows), "one of level 1 is told in both languages"
     for row in rows:
         problem = read_story(row["prompt"])
         right = str(problem[-1].after)
@@ -507,32 +650,61 @@ def test_eval_rows_are_right_and_distinct(world: World) -> None:
         assert numbers(full) == [int(right)]
 
 
+def test_evaluated_equations_are_right_and_distinct(world: World) -> None:
+    rows = of_task(world, "equation")
+    assert len(rows) == 200
+    assert len({row["prompt"] for row in rows}) == len(rows)
+    operators: Counter[str] = Counter()
+    for row in rows:
+        (step,) = read_evaluated(row)
+        assert row["prompt"] == f"{step.before}{step.operator}{step.amount}="
+        assert step.after == calculate(step.before, step.operator, step.amount)
+        assert row["answer"] == str(step.after)
+        assert row["as_text"] is True and "level" not in row
+        operators[step.operator] += 1
+    assert set(operators) == {"+", "-"}, "products are never held out, being the times table"
+
+
+def test_evaluated_extractions_are_right(world: World) -> None:
+    rows = of_task(world, "extraction")
+    assert len(rows) == 120
+    levels: Counter[tuple[str, int]] = Counter()
+    for row in rows:
+        require_extraction(row["prompt"], row["answer"])
+        assert row["language"] == ("zh" if is_chinese(row["prompt"]) else "en")
+        levels[row["language"], len(read_evaluated(row))] += 1
+    assert levels == {(code, level): 20 for code in ("en", "zh") for level in (1, 2, 3)}
+
+
 def test_the_completion_prompt_is_raw_text_up_to_the_number(
     world: World,
 ) -> None:
-    for row in world["eval"]:
+    for row in stories_of(world):
         gap = " " if row["language"] == "en" else ""
         told_out = row["story"] + gap + row["full"]
         assert told_out.startswith(row["completion_prompt"])
         assert read_story(row["story"]) == read_story(row["prompt"])
         continuation = told_out[len(row["completion_prompt"]) :]
         assert continuation.startswith(gap + row["answer"])
-    row = next(row for row in world["eval"] if row["language"] == "en")
+    row = next(row for row in stories_of(world) if row["language"] == "en")
     assert row["completion_prompt"].endswith(" now has")
 
 
-def test_choices_betray_nothing(world: World) -> None:
+@pytest.mark.parametrize("kind", ["stories", "equations"])
+def test_choices_betray_nothing(world: World, kind: str) -> None:
+    rows = stories_of(world) if kind == "stories" else of_task(world, "equation")
     ranks: Counter[int] = Counter()
     labels: Counter[tuple[str, int]] = Counter()
-    for row in world["eval"]:
+    for row in rows:
         choices = [int(choice) for choice in row["choices"]]
         assert len(set(choices)) == 4
         assert row["choices"][row["label"]] == row["answer"]
-        labels[row["language"], row["label"]] += 1
+        labels[row.get("language", ""), row["label"]] += 1
         ranks[sorted(choices).index(int(row["answer"]))] += 1
-    assert set(labels.values()) == {100}
+    assert set(labels.values()) == {len(rows) // len(labels)}
+    assert len(labels) == (8 if kind == "stories" else 4)
     for rank in range(4):
-        assert share(ranks, rank) == pytest.approx(0.25, abs=0.05)
+        assert share(ranks, rank) == pytest.approx(0.25, abs=0.05 if kind == "stories" else 0.1)
 
 
 def is_chinese(text: str) -> bool:

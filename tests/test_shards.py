@@ -20,6 +20,7 @@ from minimind.thinking.completions import read_prompts
 from minimind.tokenizer import ChatTokenizer
 from minimind.tokenizer_training import read_texts, save_tokenizer, train_tokenizer
 from tests.graph import ROOT
+from tests.shipped import shipped_params
 from tests.tiny import tiny_model
 
 # What dvc.yaml gives to stage encode, by the key below `data`.
@@ -32,7 +33,6 @@ FORMATS = {
 }
 FILES = {
     **{name: name for name in (*FORMATS, "tokenizer", "prompts")},
-    "lora": "reason",
     "free_prompts": "prompts",
     "problems": "eval",
     "text": "eval_text",
@@ -43,9 +43,10 @@ FILES = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """whole/ with a file for each key, shards/ with a folder, linked from DVC's cache."""
     folder = tmp_path_factory.mktemp("data")
-    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params = shipped_params()
     sizes = {name: 20 for name in params["mini_world"] if name.startswith("num_")}
-    world = params["mini_world"] | sizes | {"num_eval_per_level": 3, "seed": 1}
+    sizes |= {"num_eval_per_level": [3, 3, 3, 3], "num_eval_equation": 2, "num_eval_extraction": 2}
+    world = params["mini_world"] | sizes | {"seed": 1}
     write_mini_world(folder / "world", MiniWorldConfig(**world))
     (folder / "whole").mkdir()
     for key, file in FILES.items():
@@ -102,7 +103,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def test_every_source_of_the_parameters_is_here() -> None:
-    data = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["data"]
+    data = shipped_params()["data"]
     assert {*FILES} == {name for name, value in data.items() if str(value).endswith(".jsonl")}
     graph = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
     encoded = {key: item["format"] for key, item in graph["stages"]["encode"]["foreach"].items()}
@@ -174,4 +175,4 @@ def test_evaluate(folder: Path, tokenizer: ChatTokenizer, tmp_path: Path) -> Non
 
 def test_problems_without_ids_are_numbered_over_all_shards(folder: Path) -> None:
     problems = read_problems(folder / "shards/problems")
-    assert [problem.id for problem in problems] == [str(n) for n in range(1, 13)]
+    assert [problem.id for problem in problems] == [str(n) for n in range(1, 17)]

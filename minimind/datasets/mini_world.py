@@ -7,8 +7,10 @@ models of other seeds are evaluated on the same. Training files hold nothing of 
 """
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +22,7 @@ from minimind.datasets.mini_world_stories import (
     ENGLISH,
     Language,
     Story,
+    ask_equation,
     compare,
     tell,
     tell_without_events,
@@ -35,7 +38,14 @@ LINES_PER_DOCUMENT = (5, 8)
 # A document tells stories without their results: with them, pretraining alone would learn to
 # answer what sft is there to teach (docs/log.md has numbers). Only where nothing happens is the
 # result told: who has how many of what is then copied, not computed.
-LINE_WEIGHTS = {"equation": 40, "chain": 15, "story": 20, "no_events": 15, "comparison": 10}
+LINE_WEIGHTS = {
+    "equation": 40,
+    "chain": 15,
+    "question": 10,
+    "outcome": 20,
+    "no_events": 10,
+    "comparison": 5,
+}
 MAX_FRUITLESS_DRAWS = 2_000  # in a row, before the problems of a level count as used up
 
 Rows = Iterator[dict[str, Any]]
@@ -57,21 +67,33 @@ class MiniWorldConfig(Section):
     num_sft: PositiveInt
     num_dpo: PositiveInt
     num_reason: PositiveInt
+    num_lora: PositiveInt
+    num_distill: PositiveInt
     num_prompts: PositiveInt
-    num_eval_per_level: PositiveInt
+    # Stories. There are few problems of level 1, so each is told in both languages.
+    num_eval_per_level: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
     num_eval_text: PositiveInt
+    num_eval_equation: PositiveInt
+    num_eval_extraction: PositiveInt
     sft_level_weights: LevelWeights
     # Answers in a full sentence (the others are a bare number) to "How many does she have?" and
     # to "How many are there?". Were both 0.5, chance would decide what greedy decoding prefers.
     sft_full_shares: tuple[Share, Share]
     sft_two_turn_share: Share
+    sft_equation_share: Share  # of turns that ask for a sum, not about a story
     dpo_level_weights: LevelWeights
     dpo_bare_share: Share  # rejected for a bare number; the others for a wrong one
     reason_level_weights: LevelWeights
+    lora_level_weights: LevelWeights
+    distill_wrong_share: Share  # of the steps of distill's thoughts
     prompts_level_weights: LevelWeights
 
     @field_validator(
-        "sft_level_weights", "dpo_level_weights", "reason_level_weights", "prompts_level_weights"
+        "sft_level_weights",
+        "dpo_level_weights",
+        "reason_level_weights",
+        "lora_level_weights",
+        "prompts_level_weights",
     )
     @classmethod
     def _some_level_is_wanted(cls, weights: LevelWeights) -> LevelWeights:
@@ -84,7 +106,7 @@ def write_mini_world(directory: Path, config: MiniWorldConfig) -> dict[str, int]
     """Write all files into ``directory`` and return the number of rows of each.
 
     Raises:
-        UserError: there are too few held-out problems for ``num_eval_per_level``.
+        UserError: there are fewer held-out problems of a level than asked for.
     """
     space = ProblemSpace(config.max_value, config.held_out_percent)
     num_rows = {}
@@ -102,16 +124,24 @@ def write_mini_world(directory: Path, config: MiniWorldConfig) -> dict[str, int]
 
 
 def pretrain_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
-    """Raw text: equations, two-step chains, told-out stories and comparisons."""
+    """Raw text: equations, two-step chains, stories without their results, comparisons."""
     for index in range(config.num_pretrain):
         yield {"text": _document(space, rng, _language(index))}
 
 
 def sft_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
-    """Chats of one or two turns with a direct answer: a full sentence or a bare number."""
+    """Chats of one or two turns with a direct answer: a full sentence or a bare number.
+
+    Some turns ask for a sum: without them, learning to answer stories at a glance would undo the
+    arithmetic that pretraining taught (docs/log.md has numbers).
+    """
     for index in range(config.num_sft):
         turns = []
         for _ in range(2 if rng.random() < config.sft_two_turn_share else 1):
+            if rng.random() < config.sft_equation_share:
+                (step,) = space.draw_training(rng, level=1)
+                turns += _turn(*ask_equation(step, _language(index)))
+                continue
             story = _training_story(space, rng, config.sft_level_weights, _language(index))
             in_full = rng.random() < config.sft_full_shares[story.question_kind]
             reply = story.sentence(story.answer) if in_full else str(story.answer)
@@ -139,6 +169,26 @@ def reason_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random
         yield {"conversations": _turn(story.prompt, reply)}
 
 
+def distill_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
+    """Thoughts that nobody has checked: as reason's, but some steps are wrong.
+
+    A thought goes on from its wrong results, as a careless person's would.
+    """
+    for index in range(config.num_distill):
+        story = _training_story(space, rng, config.reason_level_weights, _language(index))
+        problem = space.careless(rng, story.problem, config.distill_wrong_share)
+        thought, answer = story.language.think(problem), answer_of(problem)
+        reply = f"<think>{thought}</think>\n<answer>{answer}</answer>"
+        yield {"conversations": _turn(story.prompt, reply)}
+
+
+def lora_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
+    """Chats of another task than all others: who the story is about, and which things."""
+    for index in range(config.num_lora):
+        story = _training_story(space, rng, config.lora_level_weights, _language(index))
+        yield {"conversations": _turn(story.extraction_prompt, story.extraction)}
+
+
 def prompts_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
     """Questions with their answers, for reinforcement."""
     for index in range(config.num_prompts):
@@ -159,9 +209,16 @@ def tokenizer_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Ran
             yield {"text": _document(space, rng, language)}
         else:
             story = _training_story(space, rng, config.reason_level_weights, language)
-            answers = (str(story.answer), story.sentence(story.answer))
-            reply = rng.choice((*answers, f"{story.thought}\n{story.answer}"))
-            yield {"text": f"user\n{story.prompt}\nassistant\n{reply}"}
+            prompt, reply = rng.choice(
+                (
+                    (story.prompt, str(story.answer)),
+                    (story.prompt, story.sentence(story.answer)),
+                    (story.prompt, f"{story.thought}\n{story.answer}"),
+                    (story.extraction_prompt, story.extraction),
+                    ask_equation(story.problem[0], language),
+                )
+            )
+            yield {"text": f"user\n{prompt}\nassistant\n{reply}"}
 
 
 def eval_text_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
@@ -171,14 +228,49 @@ def eval_text_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Ran
 
 
 def eval_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
-    """Held-out problems of every level, none twice, with four numbers to choose from.
+    """Held-out problems: stories of every level, equations as raw text, stories to extract from.
+
+    No problem is told twice as a story, nor asked twice as an equation. Both have four numbers to
+    choose from.
 
     Raises:
         UserError: there are fewer held-out problems of a level than asked for.
     """
-    for level in LEVELS:
-        problems = _distinct_held_out_problems(space, rng, level, config.num_eval_per_level)
-        for index, problem in enumerate(problems):
+    yield from _eval_stories(config, space, rng)
+    equations = _distinct_held_out_problems(
+        space, rng, 1, config.num_eval_equation, "num_eval_equation"
+    )
+    for index, problem in enumerate(equations):
+        yield {
+            "id": f"equation-{index:04d}",
+            "task": "equation",
+            "prompt": problem[0].equation.removesuffix(str(answer_of(problem))),
+            "as_text": True,
+            "answer": str(answer_of(problem)),
+            "choices": _choices(space, rng, problem, index % 4),
+            "label": index % 4,
+        }
+    for index in range(config.num_eval_extraction):
+        level = index // 2 % 3 + 1
+        story = tell(rng, space.draw_held_out(rng, level), _language(index))
+        yield {
+            "id": f"extraction-{index:04d}",
+            "task": "extraction",
+            "language": story.language.code,
+            "prompt": story.extraction_prompt,
+            "answer": story.extraction,
+        }
+
+
+def _eval_stories(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
+    for level, num_stories in zip(LEVELS, config.num_eval_per_level, strict=True):
+        tellings = 2 if level == 1 else 1
+        num_problems = math.ceil(num_stories / tellings)
+        problems = _distinct_held_out_problems(
+            space, rng, level, num_problems, "num_eval_per_level"
+        )
+        told = (problem for problem in problems for _ in range(tellings))
+        for index, problem in enumerate(islice(told, num_stories)):
             story = tell(rng, problem, _language(index))
             label = index // 2 % 4  # the languages alternate, so it moves on after both
             yield {
@@ -203,6 +295,8 @@ ROWS_OF_FILE: dict[str, Callable[[MiniWorldConfig, ProblemSpace, random.Random],
     "sft": sft_rows,
     "dpo": dpo_rows,
     "reason": reason_rows,
+    "distill": distill_rows,
+    "lora": lora_rows,
     "prompts": prompts_rows,
 }
 HELD_OUT = ("eval", "eval_text")
@@ -235,8 +329,10 @@ def _document(
             lines.append(step.equation)
         elif kind == "chain":
             lines.append(";".join(step.equation for step in draw(rng, level=2)))
-        elif kind == "story":
-            lines.append(tell(rng, draw(rng, level=rng.choice((1, 2))), language).statement)
+        elif kind == "question":
+            lines.append(tell(rng, draw(rng, level=rng.choice((1, 2))), language).prompt)
+        elif kind == "outcome":
+            lines.append(tell(rng, draw(rng, level=rng.choice((1, 2))), language).with_outcome)
         elif kind == "no_events":
             amount = rng.randint(2, space.max_value)
             lines.append(tell_without_events(rng, amount, language))
@@ -246,7 +342,7 @@ def _document(
 
 
 def _distinct_held_out_problems(
-    space: ProblemSpace, rng: random.Random, level: int, num_problems: int
+    space: ProblemSpace, rng: random.Random, level: int, num_problems: int, asked_by: str
 ) -> Iterator[Problem]:
     seen: set[Problem] = set()
     num_fruitless = 0
@@ -258,10 +354,10 @@ def _distinct_held_out_problems(
             yield problem
         elif (num_fruitless := num_fruitless + 1) == MAX_FRUITLESS_DRAWS:
             raise UserError(
-                f"mini_world.num_eval_per_level is {num_problems}, but only {len(seen)} held-out "
-                f"problems of level {level} were found with max_value {space.max_value} and "
-                f"held_out_percent {space.held_out_percent}; lower num_eval_per_level or raise "
-                "one of these."
+                f"mini_world.{asked_by} calls for {num_problems} held-out problems of level "
+                f"{level}, but only {len(seen)} were found with max_value {space.max_value} and "
+                f"held_out_percent {space.held_out_percent}; lower {asked_by} or raise one of "
+                "these."
             )
 
 

@@ -20,6 +20,7 @@ SMALLEST_VALUE = 2  # so that "1 apples" never has to be said
 SMALLEST_AMOUNT = 2
 BOX_SHARE = 0.25  # of problems that start with boxes of equal content
 LARGEST_FACTOR = 9  # of the times table
+MAX_CARELESS_TRIES = 20
 SLIPS = (-11, -10, -3, -2, -1, 1, 2, 3, 10, 11)  # how far a plausible wrong answer is off
 
 
@@ -91,6 +92,37 @@ class ProblemSpace:
         if last.operator != "*":
             candidates.add(2 * last.before - last.after)
         return sorted(n for n in candidates if SMALLEST_VALUE <= n <= self.max_value)
+
+    def careless(self, rng: random.Random, problem: Problem, wrong_share: float) -> Problem:
+        """The same events with about that share of results wrong; later steps go on from these.
+
+        Values stay in bounds, and no step becomes one that is held out: the problem is a training
+        problem still, and stays as it is where no such slips are found.
+        """
+        for _ in range(MAX_CARELESS_TRIES):
+            slipped = self._with_slips(rng, problem, wrong_share)
+            if not self._has_held_out_part(slipped):
+                return slipped
+        return problem
+
+    def _with_slips(self, rng: random.Random, problem: Problem, wrong_share: float) -> Problem:
+        steps: list[Step] = []
+        off = 0  # how far the value is from what it should be
+        for number, right in enumerate(problem):
+            before = right.before + (off if number else 0)
+            step = Step(before, right.operator, right.amount, right.after + off)
+            if rng.random() < wrong_share:
+                values = [later.after + off for later in problem[number:]]
+                slips = [
+                    slip
+                    for slip in (wrong - step.after for wrong in self.wrong_answers((step,)))
+                    if min(values) + slip >= SMALLEST_VALUE and max(values) + slip <= self.max_value
+                ]
+                if slips:
+                    slip = rng.choice(slips)
+                    step, off = step._replace(after=step.after + slip), off + slip
+            steps.append(step)
+        return tuple(steps)
 
     def _draw(self, rng: random.Random, level: int) -> Problem:
         """Any problem of ``level`` steps with all values in SMALLEST_VALUE..max_value."""

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from minimind.datasets.mini_world_problems import Problem, answer_of
+from minimind.datasets.mini_world_problems import Problem, Step, answer_of
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,20 @@ class Language:
     losses: tuple[str, ...]
     questions: tuple[str, str]  # about the person, about the things
     result: str
+    outcomes: tuple[str, str, str]  # fewer than at the start, as many, more
+    equation_question: str
+    extraction_request: str
+    extraction: str
     more: str
     less: str
     thought_start: str
     thought_separator: str
     sentence_separator: str
+
+    def think(self, problem: Problem) -> str:
+        """The steps of a problem, one after the other."""
+        equations = self.thought_separator.join(step.equation for step in problem)
+        return self.thought_start + equations
 
 
 CHINESE = Language(
@@ -42,6 +51,14 @@ CHINESE = Language(
     losses=("送出{n}{unit}。", "用掉{n}{unit}。", "丢了{n}{unit}。", "分给同学{n}{unit}。"),
     questions=("{name}现在一共有几{unit}{item}？", "现在有多少{unit}{item}？"),
     result="{name}现在有{n}{unit}{item}。",
+    outcomes=(
+        "{name}现在的{item}比原来少。",
+        "{name}现在的{item}和原来一样多。",
+        "{name}现在的{item}比原来多。",
+    ),
+    equation_question="{sum}等于几？",
+    extraction_request="是谁的什么？",
+    extraction="{name}的{item}。",
     more="{a}比{b}大。",
     less="{a}比{b}小。",
     thought_start="先算",
@@ -62,19 +79,27 @@ ENGLISH = Language(
     has="{name} has {n} {item}.",
     has_boxes="{name} has {boxes} boxes with {each} {item} each.",
     gains=(
-        "{name} buys {n} more.",
-        "{name} finds {n} more.",
-        "{name} gets {n} from a friend.",
-        "{name} wins {n} more.",
+        "{name} buys {n} more {item}.",
+        "{name} finds {n} more {item}.",
+        "{name} gets {n} {item} from a friend.",
+        "{name} wins {n} more {item}.",
     ),
     losses=(
-        "{name} gives away {n}.",
-        "{name} uses {n}.",
-        "{name} loses {n}.",
-        "{name} hands {n} to a classmate.",
+        "{name} gives away {n} {item}.",
+        "{name} uses {n} {item}.",
+        "{name} loses {n} {item}.",
+        "{name} hands {n} {item} to a classmate.",
     ),
     questions=("How many {item} does {name} have now?", "How many {item} are there now?"),
     result="{name} now has {n} {item}.",
+    outcomes=(
+        "{name} now has fewer {item} than before.",
+        "{name} now has as many {item} as before.",
+        "{name} now has more {item} than before.",
+    ),
+    equation_question="What is {sum}?",
+    extraction_request="Who has what?",
+    extraction="{name} has {item}.",
     more="{a} is more than {b}.",
     less="{a} is less than {b}.",
     thought_start="",
@@ -89,6 +114,8 @@ class Story:
 
     problem: Problem
     language: Language
+    name: str
+    item: str
     statement: str  # what happened, without the question
     question_kind: int  # index of Language.questions
     question: str
@@ -109,13 +136,30 @@ class Story:
         return (self.statement + separator + self.result_start).rstrip(" ")
 
     @property
+    def with_outcome(self) -> str:
+        """The story and what came of it, in words instead of a number."""
+        first = self.problem[0]
+        start = first.after if first.operator == "*" else first.before
+        outcome = self.language.outcomes[1 + (self.answer > start) - (self.answer < start)]
+        separator = self.language.sentence_separator
+        return self.statement + separator + outcome.format(name=self.name, item=self.item)
+
+    @property
     def answer(self) -> int:
         return answer_of(self.problem)
 
     @property
     def thought(self) -> str:
-        equations = self.language.thought_separator.join(step.equation for step in self.problem)
-        return self.language.thought_start + equations
+        return self.language.think(self.problem)
+
+    @property
+    def extraction_prompt(self) -> str:
+        return self.statement + self.language.sentence_separator + self.language.extraction_request
+
+    @property
+    def extraction(self) -> str:
+        """Who the story is about, and which things: "Tom has apples."."""
+        return self.language.extraction.format(name=self.name, item=self.item)
 
     def sentence(self, number: int) -> str:
         """The answering sentence, with this number in it."""
@@ -143,6 +187,8 @@ def tell(rng: random.Random, problem: Problem, language: Language) -> Story:
     return Story(
         problem=problem,
         language=language,
+        name=name,
+        item=item,
         statement=language.sentence_separator.join(sentences),
         question_kind=question_kind,
         question=language.questions[question_kind].format(**words),
@@ -157,6 +203,12 @@ def tell_without_events(rng: random.Random, amount: int, language: Language) -> 
     words = {"name": rng.choice(language.names), "item": item, "unit": unit, "n": amount}
     sentences = (language.has.format(**words), language.result.format(**words))
     return language.sentence_separator.join(sentences)
+
+
+def ask_equation(step: Step, language: Language) -> tuple[str, str]:
+    """A single sum, difference or product as a question, and its answer, the whole equation."""
+    asked = step.equation.removesuffix(f"={step.after}")
+    return language.equation_question.format(sum=asked), step.equation
 
 
 def compare(a: int, b: int, language: Language) -> str:
