@@ -6,8 +6,13 @@ from typing import Annotated
 import typer
 
 from minimind.files import replacing
-from minimind.report.report import checkpoint_section, examples_section, training_section
-from minimind.report.results import read_evaluations, read_metrics
+from minimind.report.report import (
+    checkpoint_section,
+    examples_section,
+    record_section,
+    training_section,
+)
+from minimind.report.results import read_evaluations, read_metrics, read_record
 from minimind.runtime.command import stage_app
 from minimind.runtime.provenance import unchanged
 
@@ -20,15 +25,20 @@ def main(
     predictions: Annotated[Path, typer.Option(help="folder of <checkpoint>.jsonl")],
     output: Annotated[Path, typer.Option(help="Markdown")],
     training: Annotated[list[Path] | None, typer.Option(help="a training stage's metrics")] = None,
+    record: Annotated[Path | None, typer.Option(help="runs of other seeds, recorded")] = None,
 ) -> None:
     """Write what each checkpoint can do, how its training ended, and what it says."""
     answers = [predictions / f"{path.stem}.jsonl" for path in evaluation]
-    with unchanged(Path("params.yaml"), {}, [*evaluation, *answers, *(training or [])]):
+    inputs = [*evaluation, *answers, *(training or []), *([record] if record else [])]
+    with unchanged(Path("params.yaml"), {}, inputs):
         evaluations = read_evaluations(evaluation, predictions)
-        checkpoints = checkpoint_section(evaluations)
+        trained = read_metrics(training or [])
+        checkpoints = checkpoint_section(evaluations, trained)
         sections = ["# Report", checkpoints]
-        if training:
-            sections.append(training_section(read_metrics(training)))
+        if runs := read_record(record) if record else []:
+            sections.append(record_section(runs, [e.name for e in evaluations]))
+        if trained:
+            sections.append(training_section(trained))
         sections.append(examples_section(evaluations))
         with replacing(output) as partial:
             partial.write_text("\n\n".join(sections) + "\n", encoding="utf-8")

@@ -1,6 +1,5 @@
 """What the documents name exists, and README.md and README.zh.md say the same."""
 
-import json
 import re
 import subprocess
 from itertools import zip_longest
@@ -155,15 +154,3 @@ def test_both_readmes_have_the_same_code() -> None:
 
     for english, chinese in zip_longest(code("README.md"), code("README.zh.md")):
         assert english == chinese
-
-
-@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
-def test_the_table_shows_what_metrics_hold(name: str) -> None:
-    rows = [line.split("|")[1:-1] for line in read(name).splitlines() if line.startswith("| ")]
-    shown = {row[0].strip(): row[1:5] for row in rows if len(row) == 10}
-    measured = {path.stem: path for path in (ROOT / "metrics" / "evaluate").glob("*.json")}
-    assert set(shown) - {"checkpoint", "----------"} == set(measured)
-    for checkpoint, path in measured.items():
-        metrics = json.loads(path.read_text(encoding="utf-8"))[checkpoint]
-        levels = [f"{100 * metrics[f'exact_l{level}']:.1f}" for level in (1, 2, 3, 4)]
-        assert [cell.split()[0] for cell in shown[checkpoint]] == levels

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from minimind.params import SHARED
 from tests.broken import COMMANDS, build, chat, contents, run, write_params
 from tests.graph import ROOT
+from tests.shipped import shipped_params
 
 # One worker: the tests share a workspace, and are counted.
 pytestmark = pytest.mark.xdist_group("malformed")
@@ -178,7 +179,7 @@ SECTIONS = {  # of a command
     "encode sft": "encode.sft",
     "encode dpo": "encode.dpo",
 }
-PARAMS = yaml.safe_load(Path(__file__).parents[1].joinpath("params.yaml").read_text("utf-8"))
+PARAMS = shipped_params()
 
 
 def keys_of(section: str) -> list[str]:
@@ -1135,7 +1136,7 @@ CAUSES["results that cannot be reported"] = [
         ("evaluated.json", with_text("evaluated.json", b"{}")),
         ("evaluated.json", with_text("evaluated.json", b'{"sft": 5}')),
         ("evaluated.json", with_text("evaluated.json", b'{"a": {}, "b": {}}')),
-        ("evaluated.json", with_text("evaluated.json", b'{"sft": {"perplexity": "x"}}')),
+        ("evaluated.json", with_text("evaluated.json", b'{"sft": {"in_form": "x"}}')),
         ("evaluated.json", with_text("evaluated.json", b'{"sft": {"complete_think": [1]}}')),
         ("evaluated.json", with_text("evaluated.json", b"[" * 50_000)),
         ("predictions/sft.jsonl", without("predictions/sft.jsonl")),
@@ -1149,13 +1150,14 @@ CAUSES["results that cannot be reported"] = [
                 with_row(
                     "predictions/sft.jsonl",
                     2,
-                    {"id": "x", "level": 1, "prompt": "a", "output": "b", "answer": "1"}
-                    | {"correct": True, "choice_correct": None, **wrong},
+                    {"id": "x", "level": 1, "task": None, "prompt": "a", "output": "b"}
+                    | {"answer": "1", "correct": True, "choice_correct": None, **wrong},
                 ),
             )
             for wrong in (
                 {"level": "one"},
                 {"level": [1]},
+                {"task": 1},
                 {"output": None},
                 {"output": 7},
                 {"correct": "yes"},
@@ -1168,6 +1170,10 @@ CAUSES["results that cannot be reported"] = [
         ("trained.json", with_text("trained.json", b"7")),
         ("trained.json", with_text("trained.json", b'{"sft": {"loss": null}}')),
         ("trained.json", with_text("trained.json", b'{"sft": {"loss": "low"}}')),
+        ("record.json", as_folder("record.json")),
+        ("record.json", with_text("record.json", b"{")),
+        ("record.json", with_text("record.json", b"{}")),
+        ("record.json: run 1", with_text("record.json", b'{"runs": [{}]}')),
     ]
 ]
 CAUSES["a preset that cannot be applied"] = [

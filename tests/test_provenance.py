@@ -16,6 +16,7 @@ from minimind.runtime.records import Records
 from minimind.training.fit import FitConfig
 from stages import mini_world
 from tests.graph import ROOT
+from tests.shipped import shipped_params
 from tests.test_fit import CONFIG, a_run, data, quiet_surroundings  # noqa: F401
 
 CHANGED = "changed while the stage was running"
@@ -139,7 +140,7 @@ def test_code_that_was_imported_is_a_dependency() -> None:
 
 def test_a_short_stage_notices_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = shipped_params()
     params["mini_world"] |= {name: 2 for name in params["mini_world"] if name.startswith("num_")}
     Path("params.yaml").write_text(yaml.safe_dump(params))
 

@@ -11,14 +11,14 @@ import pytest
 from typer.testing import CliRunner
 
 from minimind.cli.table import app as table_app
-from minimind.report.report import examples_section
-from minimind.report.results import Evaluation, read_metrics
+from minimind.errors import UserError
+from minimind.report.report import alike, examples_section, record_section, record_table
+from minimind.report.results import Evaluation, RecordedRun, read_metrics, read_record
 from minimind.report.tables import table
 from stages.report import app
 
 METRICS = {
-    "exact_l1": 0.5,
-    "perplexity": 2.91234,
+    "in_form": 0.5,
     "complete_think": 1.0,
     "full_sentence": 0.25,
     "unfinished": 0.0,
@@ -29,6 +29,7 @@ def prediction(**changes: Any) -> dict[str, Any]:
     return {
         "id": "l1-0000",
         "level": 1,
+        "task": None,
         "prompt": "How many?",
         "output": "7",
         "answer": "7",
@@ -37,24 +38,40 @@ def prediction(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def shares(predictions: list[dict[str, Any]]) -> dict[str, float]:
+    """What the evaluate stage says of right answers."""
+    groups: dict[str, list[bool]] = {}
+    for row in predictions:
+        level = "" if row["level"] is None else f"_l{row['level']}"
+        task = f"_{row['task']}" if row["task"] else ""
+        groups.setdefault(f"exact{task or level}", []).append(row["correct"])
+        if row["choice_correct"] is not None:
+            groups.setdefault(f"choice{task}", []).append(row["choice_correct"])
+    return {name: sum(right) / len(right) for name, right in groups.items()}
+
+
 def write(folder: Path, name: str, predictions: list[dict[str, Any]], **changes: Any) -> Path:
     """A checkpoint's evaluation as the evaluate stage leaves it."""
     metrics = folder / "metrics/evaluate" / f"{name}.json"
     metrics.parent.mkdir(parents=True, exist_ok=True)
-    metrics.write_text(json.dumps({name: METRICS | changes}))
+    metrics.write_text(json.dumps({name: shares(predictions) | METRICS | changes}))
     (folder / "predictions").mkdir(exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions]
     (folder / "predictions" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     return metrics
 
 
-def run(folder: Path, *names: str, training: tuple[Path, ...] = ()) -> tuple[int, str, str]:
+def run(
+    folder: Path, *names: str, training: tuple[Path, ...] = (), record: Path | None = None
+) -> tuple[int, str, str]:
     """Exit code, and what is printed on stdout and stderr."""
     arguments = ["--predictions", f"{folder / 'predictions'}", "--output", f"{folder / 'r.md'}"]
     for name in names:
         arguments += ["--evaluation", f"{folder / 'metrics/evaluate' / name}.json"]
     for path in training:
         arguments += ["--training", f"{path}"]
+    if record:
+        arguments += ["--record", f"{record}"]
     result = CliRunner().invoke(app, arguments)
     return result.exit_code, result.stdout, result.stderr
 
@@ -63,39 +80,181 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_a_row_for_each_checkpoint_in_the_given_order(tmp_path: Path) -> None:
+def read_table(text: str) -> dict[str, list[str]]:
+    """The first table of a text, its rows by their titles."""
+    header, _, *lines = text[text.index("|") :].split("\n\n")[0].split("\n")
+    return {title: rest for title, *rest in map(cells, (header, *lines))}
+
+
+def test_a_column_for_each_checkpoint_in_the_given_order(tmp_path: Path) -> None:
     right = [prediction(id=f"{i}", choice_correct=i < 5) for i in range(10)]
+    sums = {"task": "equation", "level": None}
+    right += [prediction(id=f"e{i}", **sums, choice_correct=i < 2) for i in range(10)]
+    right += [prediction(id=f"f{i}", task="extraction", correct=i < 3) for i in range(10)]
     mixed = [prediction(id=f"{i}", level=1 + i % 2, correct=i < 3) for i in range(10)]
     write(tmp_path, "sft", right)
-    write(tmp_path, "pretrain", mixed, complete_think=0.123)
-    code, printed, _ = run(tmp_path, "sft", "pretrain")
+    write(tmp_path, "grpo", mixed, complete_think=0.123)
+    (tmp_path / "sft.json").write_text('{"sft": {"bits_per_byte": 0.12345, "val_loss": 3}}')
+    code, printed, _ = run(tmp_path, "sft", "grpo", training=(tmp_path / "sft.json",))
     assert code == 0
-    header, _, sft, pretrain = (cells(line) for line in printed.split("\n")[2:6])
-    assert header == [
-        *("checkpoint", "level 1", "level 2", "choice", "ppl", "think", "sentence", "endless")
-    ]
-    # Wilson: 10 of 10 is 72 to 100 %; 5 of 10, 24 to 76; 2 of 5, 12 to 77; 1 of 5, 4 to 62.
-    assert sft == ["sft", "100 72–100", "", "50.0 24–76", "2.912", "100", "25.0", "0.0"]
-    assert pretrain == ["pretrain", "40.0 12–77", "20.0 4–62", "", "2.912", "12.3", "25.0", "0.0"]
+    # Wilson: 10 of 10 is 72 to 100 %; 5 of 10, 24 to 76; 3 of 10, 11 to 60; 2 of 10, 6 to 51;
+    # 2 of 5, 12 to 77; 1 of 5, 4 to 62.
+    assert read_table(printed) == {
+        "": ["sft", "grpo"],
+        "level 1": ["100 72–100", "40 12–77"],
+        "level 2": ["", "20 4–62"],
+        "equation": ["20 6–51", ""],
+        "extraction": ["30 11–60", ""],
+        "choice": ["50 24–76", ""],
+        "bits/byte": ["0.123", ""],
+        "form": ["50.0", "50.0"],
+        "sentence": ["25.0", "25.0"],
+        "think": ["100", "12.3"],
+        "truncated": ["0.0", "0.0"],
+    }
     assert (tmp_path / "r.md").read_text("utf-8").startswith(f"# Report\n\n{printed.strip()}\n")
 
 
-def test_columns_that_nobody_has_are_left_out(tmp_path: Path) -> None:
-    write(tmp_path, "own", [prediction(level=None)])
-    metrics = json.loads((tmp_path / "metrics/evaluate/own.json").read_text())
-    del metrics["own"]["perplexity"]
-    (tmp_path / "metrics/evaluate/own.json").write_text(json.dumps(metrics))
+def test_rows_that_nobody_has_are_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path, "own", [prediction(level=None)])
+    metrics = json.loads(path.read_text())
+    del metrics["own"]["unfinished"]
+    path.write_text(json.dumps(metrics))
     code, printed, _ = run(tmp_path, "own")
     assert code == 0
-    assert cells(printed.split("\n")[2]) == ["checkpoint", "exact", "think", "sentence", "endless"]
+    assert list(read_table(printed)) == ["", "exact", "form", "sentence", "think"]
+
+
+SHIPPED = ("pretrain", "sft", "dpo", "reason", "grpo", "spo", "lora", "distill", "twin")
 
 
 def test_a_full_table_fits_a_terminal(tmp_path: Path) -> None:
-    rows = [prediction(id=f"{i}", level=1 + i % 4, choice_correct=True) for i in range(40)]
-    write(tmp_path, "pretrain", rows, perplexity=123.456)
-    _, printed, _ = run(tmp_path, "pretrain")
-    assert printed.count("100 ") >= 5, "the widest cells"
+    for name in SHIPPED:
+        right = 1993 if name in ("reason", "grpo", "spo") else 400
+        rows = [prediction(id=f"{i}", level=1 + i % 4, correct=i < right) for i in range(2000)]
+        write(tmp_path, name, rows)
+    _, printed, _ = run(tmp_path, *SHIPPED)
+    assert "100 99–100" in printed and printed.count("20 17–24") == 6 * 4
     assert max(map(len, printed.split("\n"))) <= 120
+
+
+# ---- recorded runs ----
+
+
+def recorded(seed: int, shift: float = 0.0, **changes: Any) -> dict[str, Any]:
+    """A run as benchmarks/claims.py records it, as far as tables need it."""
+    evaluation = {
+        "sft": {"exact_l1": 0.5 + shift, "in_form": 0.996, "complete_think": 0.0},
+        "reason": {"exact_l1": 1.0, "in_form": 0.0, "complete_think": 1.0 - shift},
+        "lora": {"exact_l1": 0.25, "exact_extraction": 0.75, "in_form": 0.0},
+    }
+    for values in evaluation.values():
+        values |= {"choice_equation": 0.4 - shift, "exact_equation": 0.9, "unfinished": 0.0}
+    training = {
+        "sft": {"bits_per_byte": 0.5 + shift, "steps": 3},
+        "reason": {"bits_per_byte": 0.12345},
+    }
+    metrics = {"training": training, "evaluation": evaluation, "held_out_pairs": 4}
+    return {
+        "name": f"{seed}-bfloat16",
+        "seed": seed,
+        "dtype": "bfloat16",
+        "isa": "AVX512",
+        "metrics": metrics,
+    } | changes
+
+
+RUNS = [
+    recorded(7, 0.9, dtype="float32"),
+    *(recorded(seed, shift) for seed, shift in ((1, 0.0), (2, 0.03), (3, 0.12))),
+    recorded(1, 0.9, isa="AVX2, float32 matmuls"),
+]
+
+
+def write_record(folder: Path, runs: Any) -> Path:
+    path = folder / "benchmarks/results/claims.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"runs": runs}))
+    return path
+
+
+def read_runs(folder: Path, runs: Any) -> list[RecordedRun]:
+    return read_record(write_record(folder, runs))
+
+
+def test_seeds_are_summed_up_over_runs_that_are_alike(tmp_path: Path) -> None:
+    runs = read_runs(tmp_path, RUNS)
+    assert [run.seed for run in alike(runs)] == [1, 2, 3]
+    assert read_table(record_table(runs, ["reason", "dpo", "sft"])) == {
+        "3 seeds": ["reason", "sft", "lora"],
+        "level 1": ["100", "55 50–62", "25.0"],
+        "equation": ["35 28–40"] * 3,
+        "extraction": ["", "", "75.0"],
+        "bits/byte": ["0.12", ".50–.62", ""],
+        "form": ["0.0", "99.6", "0.0"],
+        "think": ["95 88–100", "0.0", ""],
+        "truncated": ["0.0"] * 3,
+    }
+
+
+def test_one_recorded_run_has_no_spread(tmp_path: Path) -> None:
+    table = record_table(read_runs(tmp_path, RUNS[:1]), [])
+    assert "–" not in table
+    assert table.startswith("| 1 seed ")
+
+
+def test_the_report_has_the_recorded_runs_if_there_are_any(tmp_path: Path) -> None:
+    write(tmp_path, "reason", [prediction()])
+    for record in (None, write_record(tmp_path, [])):
+        assert run(tmp_path, "reason", record=record)[0] == 0
+        assert "## Over seeds" not in (tmp_path / "r.md").read_text("utf-8")
+    code, printed, _ = run(tmp_path, "reason", record=write_record(tmp_path, RUNS))
+    report = (tmp_path / "r.md").read_text("utf-8")
+    section = record_section(read_record(tmp_path / "benchmarks/results/claims.json"), ["reason"])
+    assert code == 0 and section in report and "## Over seeds" not in printed
+    assert "over 3 seeds in % (bfloat16, AVX512), and the same problems in all" in section
+    assert "`python -m benchmarks.claims`" in section
+
+
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        ({}, "runs is {}"),
+        ([3], "run 1: seed is missing"),
+        ([recorded(1), recorded(2) | {"seed": "2"}], "run 2: seed is '2'"),
+        ([recorded(1, isa=None)], "run 1: isa is None"),
+        ([recorded(1, metrics={"training": {}})], "run 1: metrics.evaluation is None"),
+        (
+            [recorded(1, metrics={"training": {}, "evaluation": {"sft": {"exact": "x"}}})],
+            "run 1: sft: exact is 'x'",
+        ),
+        (
+            [recorded(1, metrics={"training": {"sft": 3}, "evaluation": {}})],
+            "run 1: metrics.training",
+        ),
+    ],
+)
+def test_a_record_that_is_none_is_one_line(tmp_path: Path, runs: Any, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_runs(tmp_path, runs)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_readmes_table_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    graph = "stages: {evaluate: {foreach: {sft: a, lora: b, reason: c}}}"
+    (tmp_path / "dvc.yaml").write_text(graph)
+    write_record(tmp_path, RUNS)
+    result = CliRunner().invoke(table_app, ["--record"])
+    assert result.exit_code == 0
+    runs = read_record(tmp_path / "benchmarks/results/claims.json")
+    assert result.stdout == record_table(runs, ["sft", "lora", "reason"]) + "\n"
+    write_record(tmp_path, [])
+    result = CliRunner().invoke(table_app, ["--record"])
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        "table: benchmarks/results/claims.json has no runs; run `python -m benchmarks.claims`."
+    ]
 
 
 def test_training_metrics_are_listed_whatever_they_are(tmp_path: Path) -> None:
@@ -132,6 +291,17 @@ def test_examples_show_the_same_problem_at_every_checkpoint() -> None:
     assert shown == ["**l1-2** 问题1/2？ → 7", "**l2-1** 问题2/1？ → 7"]
     assert section.count("| sft        | ✗   | 8") == 2
     assert section.count("\\<think> ⏎ 3\\|4 ⏎ \\</think> |") == 2
+
+
+def test_examples_show_a_problem_of_each_task() -> None:
+    rows = [
+        prediction(id=f"{task}-{i}", task=task, level=None, prompt=f"{task}{i}=")
+        for task in ("extraction", "equation")
+        for i in range(2)
+    ]
+    section = examples_section([Evaluation("x", METRICS, [*rows, prediction()])])
+    shown = [line for line in section.split("\n") if line.startswith("**")]
+    assert [line.split("**")[1] for line in shown] == ["l1-0000", "equation-1", "extraction-0"]
 
 
 def test_long_outputs_are_cut_in_examples_only() -> None:

@@ -15,6 +15,7 @@ from minimind.runtime.shell_safe import unsafe_parameters
 from tests.broken import build, contents, run
 from tests.graph import ROOT
 from tests.project import copy_project, dvc
+from tests.shipped import shipped_params
 
 pytestmark = pytest.mark.xdist_group("safety")
 
@@ -94,7 +95,7 @@ def test_such_code_would_be_found(code: str) -> None:
 
 
 def test_code_of_a_reward_model_runs_only_if_params_say_so() -> None:
-    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params = shipped_params()
     presets = [yaml.safe_load(path.read_text("utf-8")) for path in ROOT.glob("presets/*.yaml")]
     for values in [params, *presets]:
         for stage in ("grpo", "spo"):

@@ -1,7 +1,8 @@
 """Print the report's table of checkpoints, and how long the stages took.
 
 Times are no part of the report, which must be the same for the same results; they stand in
-runs/, which only a machine that has run the stages has.
+runs/, which only a machine that has run the stages has. With --record it prints the README's
+table instead, which is over recorded runs.
 """
 
 import json
@@ -10,10 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
 from minimind.errors import UserError
+from minimind.report.report import record_table
+from minimind.report.results import read_record
 from minimind.report.tables import table
 from minimind.runtime.command import stage_app
+
+RECORD = Path("benchmarks/results/claims.json")
 
 app = stage_app("table")
 
@@ -22,8 +28,12 @@ app = stage_app("table")
 def main(
     report: Annotated[Path, typer.Option(help="the report")] = Path("reports/report.md"),
     runs: Annotated[Path | None, typer.Option(help="records; default: $DVC_ROOT/runs")] = None,
+    record: Annotated[bool, typer.Option(help="the README's table, over recorded runs")] = False,
 ) -> None:
     """Print what each checkpoint can do, and the stages' times where they are known."""
+    if record:
+        typer.echo(readme_table(RECORD, Path("dvc.yaml")))
+        return
     typer.echo(checkpoint_section_of(report))
     if times := time_table(runs or Path(os.environ.get("DVC_ROOT", ".")) / "runs"):
         typer.echo(f"\n## Stages that ran here\n\n{times}")
@@ -37,6 +47,15 @@ def checkpoint_section_of(report: Path) -> str:
     if not found:
         raise UserError(f"{report} has no section Checkpoints; run `dvc repro --force report`.")
     return found + rest.split("\n## ")[0].rstrip()
+
+
+def readme_table(record: Path, graph: Path) -> str:
+    """The table over the recorded runs; the checkpoints are in the order of the graph."""
+    recorded = read_record(record)
+    if not recorded:
+        raise UserError(f"{record} has no runs; run `python -m benchmarks.claims`.")
+    stages = yaml.safe_load(graph.read_text(encoding="utf-8"))["stages"]
+    return record_table(recorded, list(stages["evaluate"]["foreach"]))
 
 
 def time_table(runs: Path) -> str:

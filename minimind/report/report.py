@@ -3,41 +3,95 @@
 It holds no times and no names of machines, so that the same results give the same bytes.
 """
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from statistics import mean
 
 from minimind.evaluation.wilson import wilson_interval
 from minimind.metrics import Number
-from minimind.report.results import Evaluation
+from minimind.report.results import Evaluation, Record, RecordedRun
 from minimind.report.tables import table
 
 NOTE = (
-    "In %, answers with their 95 % interval (Wilson). level: right answers to problems of it, "
-    "greedy.\nchoice: problems whose right choice is the likeliest. ppl: perplexity of held-out "
-    "text. think: outputs\nwith a complete thought and answer. sentence: answers in a full "
-    "sentence. endless: outputs cut off."
+    "Answers in %, with the 95 % Wilson interval: how far another choice of as many problems may "
+    "move them, and\nnothing else, neither seeds nor machines. level: right answers, greedy. Of a "
+    "task: the same or, where there are\nchoices, problems whose right choice is the likeliest; "
+    "choice: the same of problems without a task. bits/byte: not in\n%, of the rows that the stage "
+    "itself held out. Of the outputs without a task, form: an answer and nothing else;\n"
+    "sentence: a full sentence; think: a complete thought and answer; truncated: cut off before "
+    "their end."
 )
+RECORD_NOTE = (
+    "Mean and lowest–highest over {num_seeds} in % ({dtype}, {isa}), and the same problems in all: "
+    "how far another\nseed may move them, and nothing else. bits/byte: lowest–highest, not in %. "
+    "Made by `python -m benchmarks.claims`."
+)
+BITS = "bits_per_byte"
+OF_OUTPUTS = {
+    "form": "in_form",
+    "sentence": "full_sentence",
+    "think": "complete_think",
+    "truncated": "unfinished",
+}
 MAX_SHOWN = 400  # characters of an output in the examples
 
 Metrics = Mapping[str, Number]
 
 
-def checkpoint_section(evaluations: Sequence[Evaluation]) -> str:
-    """A row for each checkpoint; at most 120 columns wide with four levels and short names."""
-    columns = [("checkpoint", [evaluation.name for evaluation in evaluations])]
-    for level in _levels(evaluations):
-        title = "exact" if level is None else f"level {level}"
-        columns.append((title, [_exact(evaluation, level) for evaluation in evaluations]))
-    columns.append(("choice", [_choice(evaluation) for evaluation in evaluations]))
-    metrics = [evaluation.metrics for evaluation in evaluations]
-    columns += [
-        ("ppl", [_number(values.get("perplexity")) for values in metrics]),
-        ("think", [_percent(values.get("complete_think")) for values in metrics]),
-        ("sentence", [_percent(values.get("full_sentence")) for values in metrics]),
-        ("endless", [_percent(values.get("unfinished")) for values in metrics]),
-    ]
-    columns = [(title, cells) for title, cells in columns if any(cells)]
-    rows = list(zip(*(cells for _, cells in columns), strict=True))
-    return "\n\n".join(["## Checkpoints", table([title for title, _ in columns], rows), NOTE])
+def checkpoint_section(
+    evaluations: Sequence[Evaluation], training: Mapping[str, Metrics] | None = None
+) -> str:
+    """A column for each checkpoint: at most 120 wide with the nine of the graph as shipped."""
+    names = [evaluation.name for evaluation in evaluations]
+    bits = [(training or {}).get(name, {}).get(BITS) for name in names]
+    rows = []
+    for title, metric in _measures([evaluation.metrics for evaluation in evaluations]):
+        if metric == BITS:
+            cells = ["" if value is None else f"{value:.3f}" for value in bits]
+        elif metric in OF_OUTPUTS.values():
+            shares = [evaluation.metrics.get(metric) for evaluation in evaluations]
+            cells = ["" if share is None else _percent(share) for share in shares]
+        else:
+            cells = [_interval(_outcomes(evaluation, metric)) for evaluation in evaluations]
+        if any(cells):
+            rows.append([title, *cells])
+    return "\n\n".join(["## Checkpoints", table(["", *names], rows), NOTE])
+
+
+def record_section(runs: Sequence[RecordedRun], order: Sequence[str]) -> str:
+    """What the recorded runs have in common, and the seeds apart from one another."""
+    same = alike(runs)
+    note = RECORD_NOTE.format(num_seeds=_num_seeds(same), dtype=same[0].dtype, isa=same[0].isa)
+    return "\n\n".join(["## Over seeds", record_table(runs, order), note])
+
+
+def record_table(runs: Sequence[RecordedRun], order: Sequence[str]) -> str:
+    """As the table of `checkpoint_section`, over the runs that are `alike`.
+
+    order: names of checkpoints as they are to come; others that were recorded come last.
+    """
+    same = alike(runs)
+    recorded = dict.fromkeys(name for run in same for name in run.evaluation)
+    names = [name for name in order if name in recorded]
+    names += [name for name in recorded if name not in names]
+    every = [metrics for run in same for metrics in run.evaluation.values()]
+    rows = []
+    for title, metric in _measures(every):
+        cells = []
+        for name in names:
+            metrics = [run.training if metric == BITS else run.evaluation for run in same]
+            values = [m[name][metric] for m in metrics if metric in m.get(name, {})]
+            cells.append(_bits_spread(values) if metric == BITS else _spread(values))
+        if any(cells):
+            rows.append([title, *cells])
+    return table([_num_seeds(same), *names], rows)
+
+
+def alike(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
+    """The largest group of runs that differ in nothing but the seed: those of the shipped dtype."""
+    ((most, _),) = Counter((run.dtype, run.isa) for run in runs).most_common(1)
+    return [run for run in runs if (run.dtype, run.isa) == most]
 
 
 def training_section(training: Mapping[str, Metrics]) -> str:
@@ -50,13 +104,13 @@ def training_section(training: Mapping[str, Metrics]) -> str:
 
 
 def examples_section(evaluations: Sequence[Evaluation]) -> str:
-    """A problem of each level, as the last checkpoint was asked it, and what each one said."""
+    """A problem of each level and task, as the last checkpoint was asked it, and what each said."""
     parts = ["## Examples"]
     asked = evaluations[-1].predictions
-    for place, level in enumerate(_levels(evaluations[-1:])):
-        of_level = [row for row in asked if row["level"] == level]
-        # Another place in each level, since neighbours may differ in language.
-        problem = of_level[place % len(of_level)]
+    for place, kind in enumerate(sorted({_kind(row) for row in asked})):
+        of_kind = [row for row in asked if _kind(row) == kind]
+        # Another place in each kind, since neighbours may differ in language.
+        problem = of_kind[place % len(of_kind)]
         rows = [
             [evaluation.name, "✓" if row["correct"] else "✗", _shown(row["output"])]
             for evaluation in evaluations
@@ -68,37 +122,71 @@ def examples_section(evaluations: Sequence[Evaluation]) -> str:
     return "\n\n".join(parts)
 
 
-def _levels(evaluations: Sequence[Evaluation]) -> list[int | None]:
-    """Problems without a level come first."""
-    levels = {row["level"] for evaluation in evaluations for row in evaluation.predictions}
-    return sorted(levels, key=lambda level: -1 if level is None else level)
+def _kind(row: Record) -> tuple[str, int]:
+    """Problems without a task come first, and those without a level."""
+    return row["task"] or "", -1 if row["level"] is None else row["level"]
 
 
-def _exact(evaluation: Evaluation, level: int | None) -> str:
-    return _interval([row["correct"] for row in evaluation.predictions if row["level"] == level])
+def _measures(metrics: Sequence[Metrics]) -> list[tuple[str, str]]:
+    """Titles of rows, and which metric each one shows."""
+    names = {name for values in metrics for name in values}
+    levels = sorted(int(name[7:]) for name in names if re.fullmatch(r"exact_l\d+", name))
+    tasks = sorted(
+        {name.partition("_")[2] for name in names if re.fullmatch(r"(exact|choice)_[a-z_]+", name)}
+    )
+    return [
+        *([("exact", "exact")] if "exact" in names else []),
+        *((f"level {level}", f"exact_l{level}") for level in levels),
+        *((t, f"choice_{t}" if f"choice_{t}" in names else f"exact_{t}") for t in tasks),
+        ("choice", "choice"),
+        ("bits/byte", BITS),
+        *OF_OUTPUTS.items(),
+    ]
 
 
-def _choice(evaluation: Evaluation) -> str:
-    right = [row["choice_correct"] for row in evaluation.predictions]
-    return _interval([chosen for chosen in right if chosen is not None])
+def _outcomes(evaluation: Evaluation, metric: str) -> list[bool]:
+    """Of each problem that a metric is the share of right ones of, whether it is right."""
+    what, _, of = metric.partition("_")
+    found = []
+    for row in evaluation.predictions:
+        level = "" if what == "choice" or row["level"] is None else f"l{row['level']}"
+        right = row["choice_correct"] if what == "choice" else row["correct"]
+        if of == (row["task"] or level) and right is not None:
+            found.append(right)
+    return found
 
 
 def _interval(right: Sequence[bool]) -> str:
-    """Share and interval, as in "96.2 94–98"; empty without problems."""
+    """Share and interval, as in "96 94–98"; empty without problems."""
     if not right:
         return ""
     low, high = wilson_interval(sum(right), len(right))
-    return f"{_percent(sum(right) / len(right))} {100 * low:.0f}–{100 * high:.0f}"
+    return f"{100 * sum(right) / len(right):.0f} {100 * low:.0f}–{100 * high:.0f}"
 
 
-def _percent(share: Number | None) -> str:
-    if share is None:
+def _spread(shares: Sequence[Number]) -> str:
+    """Mean and ends, as in "96 94–98"; one number where there is no spread to be seen."""
+    if not shares:
         return ""
+    low, high = f"{100 * min(shares):.0f}", f"{100 * max(shares):.0f}"
+    return _percent(mean(shares)) if low == high else f"{100 * mean(shares):.0f} {low}–{high}"
+
+
+def _bits_spread(values: Sequence[Number]) -> str:
+    """The ends alone, as in ".96–1.03": with the mean they would take too many columns."""
+    if not values:
+        return ""
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return low if low == high else f"{low.lstrip('0')}–{high.lstrip('0')}"
+
+
+def _percent(share: Number) -> str:
     return "100" if share == 1 else f"{100 * share:.1f}"
 
 
-def _number(value: Number | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+def _num_seeds(runs: Sequence[RecordedRun]) -> str:
+    num_seeds = len({run.seed for run in runs})
+    return f"{num_seeds} seed{'s' * (num_seeds > 1)}"
 
 
 def _exactly(value: Number) -> str:

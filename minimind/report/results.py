@@ -14,6 +14,7 @@ Record = dict[str, Any]
 PREDICTION_TYPES: dict[str, tuple[type, ...]] = {
     "id": (str,),
     "level": (int, NoneType),
+    "task": (str, NoneType),
     "prompt": (str,),
     "output": (str,),
     "answer": (str,),
@@ -29,6 +30,17 @@ class Evaluation:
     name: str
     metrics: dict[str, Number]
     predictions: list[Record]  # in the order of the problems
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """A run of the whole graph that was recorded."""
+
+    seed: int
+    dtype: str
+    isa: str  # instruction set, which decides the last bits
+    training: dict[str, dict[str, Number]]  # metrics by stage
+    evaluation: dict[str, dict[str, Number]]  # metrics by checkpoint
 
 
 def read_evaluations(metrics: Sequence[Path], predictions: Path) -> list[Evaluation]:
@@ -84,11 +96,43 @@ def read_metrics(paths: Sequence[Path]) -> dict[str, dict[str, Number]]:
     return stages
 
 
-def _require_numbers(path: Path, values: dict[str, Any]) -> None:
+def read_record(path: Path) -> list[RecordedRun]:
+    """The runs that benchmarks/claims.py has recorded; none if there is no record.
+
+    Raises:
+        UserError: it is broken, or a run in it lacks what a table needs.
+    """
+    if not path.exists():
+        return []
+    runs = _read_json(path).get("runs")
+    if not isinstance(runs, list):
+        raise UserError(f"{path}: runs is {runs!r}; it must be a list of runs.")
+    return [_recorded_run(run, f"{path}: run {number}") for number, run in enumerate(runs, 1)]
+
+
+def _recorded_run(run: Any, where: str) -> RecordedRun:
+    types = {"seed": int, "dtype": str, "isa": str, "metrics": dict}
+    for key, expected in types.items():
+        found = run.get(key, ...) if isinstance(run, dict) else ...
+        if type(found) is not expected:
+            shown = "missing" if found is ... else repr(found)
+            raise UserError(f"{where}: {key} is {shown}; record the run again.")
+    parts: dict[str, dict[str, dict[str, Number]]] = {}
+    for part in ("training", "evaluation"):
+        metrics = run["metrics"].get(part)
+        if not isinstance(metrics, dict) or not all(isinstance(v, dict) for v in metrics.values()):
+            raise UserError(f"{where}: metrics.{part} is {metrics!r}; record the run again.")
+        parts[part] = {name: _flat(values) for name, values in metrics.items()}
+        for name, values in parts[part].items():
+            _require_numbers(f"{where}: {name}", values)
+    return RecordedRun(run["seed"], run["dtype"], run["isa"], **parts)
+
+
+def _require_numbers(where: Path | str, values: dict[str, Any]) -> None:
     for name, value in values.items():
         if type(value) not in (int, float):
             raise UserError(
-                f"{path}: {name} is {value!r}; it must be a number: run the stage that wrote it."
+                f"{where}: {name} is {value!r}; it must be a number: run what wrote it again."
             )
 
 
