@@ -3,7 +3,7 @@
 There PyTorch multiplies bfloat16 and float16 one number at a time, which takes 10 to 100 times as
 long as float32. But float32 can do it: a product of two such values is exact in it, sums are kept
 in it anyway, and the result is rounded to the type. Only the order of the sums is another
-(docs/decisions/0011-half-precision-without-its-instructions.md).
+(docs/decisions/0014-half-precision-without-its-instructions.md).
 
 What is replaced are PyTorch's kernels of a few operators, on CPU and for these types alone. All
 products end in them: those of layers, of autograd's gradients, of optimizers, of peft, of
