@@ -281,7 +281,11 @@ CAUSES["sections that do not fit together"] = [
     Case("pretrain", with_params(model__num_experts=2, model__num_experts_per_token=3), ("3",)),
     key_case(("tokenizer", "tokenizer.vocab_size"), 266, "267"),
     key_case(("encode sft", "encode.sft.max_length"), 7, "8"),
-    Case("mini_world", with_params(mini_world__num_eval_per_level=10**9), ("num_eval_per_level",)),
+    Case(
+        "mini_world",
+        with_params(mini_world__num_eval_per_level=[10**9] * 4),
+        ("num_eval_per_level",),
+    ),
     key_case(("grpo", "grpo.num_generations"), 1, "2"),
     key_case(("traces", "traces.endpoint"), "ftp://x", "http"),
     Case("traces", with_params(traces__endpoint="http://localhost:1/v1"), ("traces.model",)),
@@ -342,7 +346,7 @@ CAUSES["a path leads nowhere"] = [
         ("data.sft", "sft", "; write the path of something"),
         ("data.problems", "./problem.jsonl", "; did you mean problems.jsonl?"),
         ("distill.data", "chats", "for data/encoded/chats, a path that"),
-        ("lora.data", "chats", "; write one of pretrain, sft, dpo, reason, lora."),
+        ("lora.data", "chats", "; write one of pretrain, sft, dpo, reason, distill, lora."),
     ]
 ]
 CAUSES["params.yaml cannot be read"] = [

@@ -142,6 +142,7 @@ def test_a_short_stage_notices_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     params = shipped_params()
     params["mini_world"] |= {name: 2 for name in params["mini_world"] if name.startswith("num_")}
+    params["mini_world"]["num_eval_per_level"] = [2, 2, 2, 2]
     Path("params.yaml").write_text(yaml.safe_dump(params))
 
     def write(output: Path, config: minimind.datasets.mini_world.MiniWorldConfig) -> dict[str, int]:

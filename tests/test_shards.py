@@ -29,6 +29,7 @@ FORMATS = {
     "sft": "chat",
     "dpo": "preference",
     "reason": "reason",
+    "distill": "chat",
     "lora": "chat",
 }
 FILES = {
