@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+import minimind.params
+import tests.shipped
 from minimind.errors import UserError
 from minimind.params import Section, Seed, load_section
 from minimind.runtime.provenance import Provenance, unchanged
@@ -94,3 +96,7 @@ def test_a_record_has_the_shared_keys_that_are_used(
         pass
     tree = json.loads(Path("runs/a.json").read_text())["params"]["params.yaml"]
     assert (tree["a"]["seed"], tree["seed"]) == ("5", "1")
+
+
+def test_the_tests_know_which_keys_are_shared() -> None:
+    assert minimind.params.SHARED == tests.shipped.SHARED
