@@ -14,6 +14,7 @@ from minimind.checkpoint import save_checkpoint
 from minimind.errors import UserError
 from minimind.generate import Completions, Sampling, generate
 from minimind.model.transformer import PackedTokens, Transformer
+from minimind.runtime.products import choose_products
 from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 END = 2
@@ -303,6 +304,7 @@ def test_logprobs_are_those_of_the_model(model: Transformer) -> None:
 
 
 def test_bfloat16_casts_every_weight_once(model: Transformer) -> None:
+    choose_products("native")  # in float32 they are converted again, for each product
     prompts = random_prompts(4)
     with torch.profiler.profile(record_shapes=True) as profile:
         generate(model, prompts, max_new_tokens=10, end_id=-1, dtype="bfloat16")
