@@ -6,7 +6,8 @@
 
 A run is `dvc repro` of the shipped graph in a clone of the last commit, with another seed, dtype or
 processor. Held-out problems are the same in all of them. Each run is added to
-benchmarks/results/claims.json when it ends; one that was stopped goes on where it was.
+benchmarks/results/claims.json when it ends; one that was stopped goes on where it was. What was
+recorded of other code or parameters is run again, unless --keep is given.
 """
 
 import json
@@ -61,17 +62,24 @@ PLANS = [
 def main(
     side_by_side: Annotated[int, typer.Option(help="runs at a time, of one thread each")] = 1,
     show: Annotated[bool, typer.Option(help="print what was recorded, run nothing")] = False,
-    anew: Annotated[bool, typer.Option(help="also runs recorded of other code")] = False,
+    keep: Annotated[bool, typer.Option(help="runs of other code or parameters count, too")] = False,
 ) -> None:
     """Run the chain again and again, and hold each run against the claims."""
     if not show:
         require_clean()
         version = deciding_version()
-        recorded = {run["name"] for run in read_record() if not anew or run["version"] == version}
-        missing = [plan for plan in PLANS if plan.name not in recorded]
+        missing = missing_plans(read_record(), version, keep)
         with ThreadPoolExecutor(side_by_side) as threads:
             list(threads.map(lambda plan: run_and_record(plan, version, side_by_side), missing))
     print_record(read_record())
+
+
+def missing_plans(runs: list[dict[str, Any]], version: str, keep: bool) -> list[Plan]:
+    """What is still to run. A run of other code or parameters says nothing of these, unless
+    `keep` says that what has changed since does not change a model.
+    """
+    recorded = {run["name"] for run in runs if keep or run["version"] == version}
+    return [plan for plan in PLANS if plan.name not in recorded]
 
 
 def require_clean() -> None:
