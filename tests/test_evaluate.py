@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -205,6 +206,21 @@ def test_batches_do_not_change_likelihoods(monkeypatch: pytest.MonkeyPatch) -> N
     expected = branch_logprobs(model, forks, "float32")
     monkeypatch.setattr("minimind.evaluation.likelihood.TOKENS_AT_A_TIME", 11)
     torch.testing.assert_close(branch_logprobs(model, forks, "float32"), expected)
+
+
+def test_likelihoods_attend_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in bfloat16, whose attention is slow on CPU: autocast must not cast back."""
+    attend = F.scaled_dot_product_attention
+    seen = []
+
+    def spy(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out = attend(query, *args, **kwargs)
+        seen.append((query.dtype, out.dtype))
+        return out
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    branch_logprobs(tiny_model().eval(), [Fork([5, 6], [[7, 8], [9]])], "bfloat16")
+    assert set(seen) == {(torch.float32, torch.float32)}
 
 
 # ---- a model that has learnt some rows by heart ----

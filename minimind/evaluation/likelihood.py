@@ -122,16 +122,17 @@ def _attend_in_forks(
     views: list[Tensor | None],
 ) -> Tensor:
     """Attention of [T, H, E] to [T, K, E] inside each fork, in float32: 16 bits are slow on CPU."""
-    q, k, v = (tensor.float().split(lengths) for tensor in (query, key, value))
-    outs = [
-        F.scaled_dot_product_attention(
-            q[fork].transpose(0, 1)[None],
-            k[fork].transpose(0, 1)[None],
-            v[fork].transpose(0, 1)[None],
-            attn_mask=view,
-            is_causal=view is None,
-            enable_gqa=True,
-        )[0].transpose(0, 1)
-        for fork, view in enumerate(views)
-    ]
+    with torch.autocast(query.device.type, enabled=False):  # it would round what is widened here
+        q, k, v = (tensor.float().split(lengths) for tensor in (query, key, value))
+        outs = [
+            F.scaled_dot_product_attention(
+                q[fork].transpose(0, 1)[None],
+                k[fork].transpose(0, 1)[None],
+                v[fork].transpose(0, 1)[None],
+                attn_mask=view,
+                is_causal=view is None,
+                enable_gqa=True,
+            )[0].transpose(0, 1)
+            for fork, view in enumerate(views)
+        ]
     return torch.cat(outs).to(query.dtype)
