@@ -4,10 +4,11 @@ import json
 import math
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -83,27 +84,50 @@ def task(name: str) -> Callable[[Prediction], bool]:
     return lambda row: row["task"] == name
 
 
-def values(
-    results: Results, checkpoint: str, where: Callable[[Prediction], bool], what: str
-) -> list[float]:
-    return [float(row[what]) for row in results.predictions[checkpoint] if where(row)]
+def answers(
+    results: Results, checkpoint: str, where: Callable[[Prediction], bool]
+) -> list[Prediction]:
+    return [row for row in results.predictions[checkpoint] if where(row)]
 
 
-def of_sample(distances: Sequence[float]) -> Margin:
-    """The mean of a distance over problems; paired where each is of one problem."""
-    return Margin(mean(distances), stdev(distances) / math.sqrt(len(distances)))
+def problem_of(row: Prediction) -> str:
+    """The problem that an answer is to: "l1-0007-0" to "l1-0007-3" tell the same one."""
+    return "-".join(row["id"].split("-")[:2])
+
+
+def of_sample(distances: Sequence[float], problems: Sequence[str]) -> Margin:
+    """The mean of a distance over answers, with its error over choices of the problems.
+
+    Answers to one problem are no independent draws, so deviations are summed within a problem
+    before they are squared (a cluster-robust error; of one answer each, the usual one).
+    """
+    center = mean(distances)
+    deviations: dict[str, float] = defaultdict(float)
+    for distance, problem in zip(distances, problems, strict=True):
+        deviations[problem] += distance - center
+    num = len(deviations)
+    spread = sum(deviation**2 for deviation in deviations.values()) * num / (num - 1)
+    return Margin(center, math.sqrt(spread) / len(distances))
 
 
 def at_least(
     limit: float, checkpoint: str, where: Callable[[Prediction], bool], what: str = "correct"
 ) -> Callable[[Results], Margin]:
-    return lambda r: of_sample([v - limit for v in values(r, checkpoint, where, what)])
+    def margin(r: Results) -> Margin:
+        rows = answers(r, checkpoint, where)
+        return of_sample([row[what] - limit for row in rows], [problem_of(row) for row in rows])
+
+    return margin
 
 
 def at_most(
     limit: float, checkpoint: str, where: Callable[[Prediction], bool], what: str = "correct"
 ) -> Callable[[Results], Margin]:
-    return lambda r: of_sample([limit - v for v in values(r, checkpoint, where, what)])
+    def margin(r: Results) -> Margin:
+        rows = answers(r, checkpoint, where)
+        return of_sample([limit - row[what] for row in rows], [problem_of(row) for row in rows])
+
+    return margin
 
 
 def above(
@@ -113,13 +137,15 @@ def above(
     where: Callable[[Prediction], bool],
     factor: float = 1.0,
 ) -> Callable[[Results], Margin]:
-    """better - factor * worse is at least the limit, problem by problem."""
+    """better - factor * worse is at least the limit, answer by answer."""
 
     def margin(r: Results) -> Margin:
-        pairs = zip(
-            values(r, better, where, "correct"), values(r, worse, where, "correct"), strict=True
+        pairs = list(zip(answers(r, better, where), answers(r, worse, where), strict=True))
+        assert all(b["id"] == w["id"] for b, w in pairs), "the same problems in the same order"
+        return of_sample(
+            [b["correct"] - factor * w["correct"] - limit for b, w in pairs],
+            [problem_of(b) for b, _ in pairs],
         )
-        return of_sample([b - factor * w - limit for b, w in pairs])
 
     return margin
 
@@ -130,11 +156,8 @@ def within(
     """Neither is more than the limit above the other."""
 
     def margin(r: Results) -> Margin:
-        pairs = zip(
-            values(r, one, where, "correct"), values(r, other, where, "correct"), strict=True
-        )
-        sample = of_sample([a - b for a, b in pairs])
-        return Margin(limit - abs(sample.distance), sample.standard_error)
+        difference = above(0.0, one, other, where)(r)
+        return Margin(limit - abs(difference.distance), difference.standard_error)
 
     return margin
 

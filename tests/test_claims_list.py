@@ -31,7 +31,11 @@ def rows(share: float, what: str, **same: Any) -> list[dict[str, Any]]:
     flags = {"correct": False, "in_form": True, "full_sentence": False, "complete_think": True}
     flags |= {"choice_correct": False}
     num_with = round(share * NUM_PROBLEMS)
-    return [{**flags, **same, what: number < num_with} for number in range(NUM_PROBLEMS)]
+    name = same["task"] or f"l{same['level']}"
+    return [
+        {"id": f"{name}-{number:04d}", **flags, **same, what: number < num_with}
+        for number in range(NUM_PROBLEMS)
+    ]
 
 
 def stories_of(name: str) -> list[dict[str, Any]]:
@@ -137,7 +141,20 @@ def test_standard_errors_are_those_of_the_mean_over_problems() -> None:
     # The deviation of a sample of 98 ones and 2 zeros, over the root of their number.
     assert margin.standard_error == pytest.approx(math.sqrt(0.98 * 0.02 * 100 / 99 / 100))
     assert margin.sigmas == pytest.approx(margin.distance / margin.standard_error)
-    assert of_sample([0.1, 0.1]).sigmas is None, "nothing there that other problems would change"
+    same = of_sample([0.1, 0.1], ["a-1", "a-2"])
+    assert same.sigmas is None, "nothing there that other problems would change"
+
+
+def test_tellings_of_a_problem_are_no_other_problems() -> None:
+    """Told four times and answered alike, 25 problems say no more than told once."""
+    results = kept()
+    told = [row for row in results.predictions["reason"] if row["level"] == 1]
+    for place, row in enumerate(told):
+        row["id"] = f"l1-{place // 4:04d}-{place % 4}"
+        row["correct"] = place // 4 < 24
+    margin = at_least(0.95, "reason", level(1))(results)
+    assert margin.distance == pytest.approx(0.96 - 0.95)
+    assert margin.standard_error == pytest.approx(math.sqrt(0.96 * 0.04 * 25 / 24 / 25))
 
 
 def test_a_difference_is_taken_problem_by_problem() -> None:

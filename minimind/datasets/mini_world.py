@@ -46,6 +46,9 @@ LINE_WEIGHTS = {
     "no_events": 10,
     "comparison": 5,
 }
+# There are few held-out problems of level 1 (some 900 up to 99), and they are compared the most
+# closely. So each is told several times: in both languages, with other names, things and verbs.
+TELLINGS_OF_LEVEL_1 = 4
 MAX_FRUITLESS_DRAWS = 2_000  # in a row, before the problems of a level count as used up
 
 Rows = Iterator[dict[str, Any]]
@@ -70,7 +73,6 @@ class MiniWorldConfig(Section):
     num_lora: PositiveInt
     num_distill: PositiveInt
     num_prompts: PositiveInt
-    # Stories. There are few problems of level 1, so each is told in both languages.
     num_eval_per_level: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
     num_eval_text: PositiveInt
     num_eval_equation: PositiveInt
@@ -230,8 +232,8 @@ def eval_text_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Ran
 def eval_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
     """Held-out problems: stories of every level, equations as raw text, stories to extract from.
 
-    No problem is told twice as a story, nor asked twice as an equation. Both have four numbers to
-    choose from.
+    A problem of level 1 is told four times, its ids "l1-0007-0" to "l1-0007-3"; no other is told
+    twice, and none asked twice as an equation. Both kinds have four numbers to choose from.
 
     Raises:
         UserError: there are fewer held-out problems of a level than asked for.
@@ -264,17 +266,18 @@ def eval_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) 
 
 def _eval_stories(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
     for level, num_stories in zip(LEVELS, config.num_eval_per_level, strict=True):
-        tellings = 2 if level == 1 else 1
+        tellings = TELLINGS_OF_LEVEL_1 if level == 1 else 1
         num_problems = math.ceil(num_stories / tellings)
         problems = _distinct_held_out_problems(
             space, rng, level, num_problems, "num_eval_per_level"
         )
         told = (problem for problem in problems for _ in range(tellings))
         for index, problem in enumerate(islice(told, num_stories)):
+            number, telling = divmod(index, tellings)
             story = tell(rng, problem, _language(index))
             label = index // 2 % 4  # the languages alternate, so it moves on after both
             yield {
-                "id": f"l{level}-{index:04d}",
+                "id": f"l{level}-{number:04d}" + (f"-{telling}" if tellings > 1 else ""),
                 "level": level,
                 "language": story.language.code,
                 "prompt": story.prompt,
