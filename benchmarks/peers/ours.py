@@ -27,6 +27,7 @@ from minimind.reinforcement.rewards import Rewards
 from minimind.reinforcement.rollout import SamplingConfig
 from minimind.runtime.parallel import spread
 from minimind.runtime.processes import Processes
+from minimind.runtime.products import choose_products
 from minimind.runtime.settings import RuntimeSettings
 from minimind.training.fit import take_step
 from minimind.training.optimizer import Optimizer, OptimizerConfig
@@ -37,6 +38,19 @@ torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def prepare(material: Material, work: str, compile: bool = False) -> Step:
+    step = _prepare(material, work, compile)
+
+    def with_products_as_in_stages() -> int:
+        choose_products("auto")
+        try:
+            return step()
+        finally:
+            choose_products("native")  # others are measured in this process, too
+
+    return with_products_as_in_stages
+
+
+def _prepare(material: Material, work: str, compile: bool) -> Step:
     if work == "rollouts":
         return _rollouts(material, material.model())
     if work == "rollouts that end":
