@@ -47,7 +47,8 @@ SECTION: dict[str, Any] = {
     "sft_equation_share": 0.3,
     "dpo_level_weights": [1, 1, 1, 0],
     "dpo_bare_share": 0.6,
-    "reason_level_weights": [20, 39, 39, 2],
+    "reason_level_weights": [20, 30, 30, 20],
+    "reason_shortcut_share": 0.6,
     "distill_wrong_share": 0.4,
     "lora_level_weights": [2, 1, 1, 0],
     "prompts_level_weights": [0, 1, 1, 2],
@@ -486,21 +487,27 @@ def test_dpo_rejects_bare_and_wrong_numbers(world: World) -> None:
 
 def test_reason_thinks_the_steps_of_the_story(world: World) -> None:
     levels: Counter[int] = Counter()
+    left_out: Counter[bool] = Counter()
     for row in world["reason"]:
         question, answer = (turn["content"] for turn in row["conversations"])
         problem = read_story(question)
         reply = re.fullmatch(r"<think>(.+)</think>\n<answer>(\d+)</answer>", answer)
         assert reply
-        assert read_equations(reply[1]) == problem
-        assert int(reply[2]) == problem[-1].after
+        thought = read_equations(reply[1])
+        if len(problem) == 4:
+            left_out[len(thought) == 3] += 1
+            assert thought in (problem, problem[:-1])
+        else:
+            assert thought == problem
+        assert int(reply[2]) == thought[-1].after
         separator = "，" if is_chinese(question) else ", "
         equations = reply[1].removeprefix("先算").split(separator)
         assert reply[1].startswith("先算") == is_chinese(question)
         assert all(EQUATION.fullmatch(equation) for equation in equations)
         levels[len(problem)] += 1
-    for level, expected in zip((1, 2, 3, 4), (0.20, 0.39, 0.39, 0.02), strict=True):
+    for level, expected in zip((1, 2, 3, 4), (0.2, 0.3, 0.3, 0.2), strict=True):
         assert share(levels, level) == pytest.approx(expected, abs=0.05)
-    assert levels[4] > 0
+    assert share(left_out, True) == pytest.approx(0.6, abs=0.1)
 
 
 def test_distill_thinks_carelessly(world: World) -> None:
@@ -702,6 +709,9 @@ def test_choices_betray_nothing(world: World, kind: str) -> None:
     rows = stories_of(world) if kind == "stories" else of_task(world, "equation")
     ranks: Counter[int] = Counter()
     labels: Counter[tuple[str, int]] = Counter()
+    # Of the four tellings of a problem of level 1, one in each language.
+    assert all(("choices" in r) == (not re.fullmatch(r"l1-\d+-[23]", r["id"])) for r in rows)
+    rows = [row for row in rows if "choices" in row]
     for row in rows:
         choices = [int(choice) for choice in row["choices"]]
         assert len(set(choices)) == 4

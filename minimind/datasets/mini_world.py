@@ -10,7 +10,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,6 +86,7 @@ class MiniWorldConfig(Section):
     dpo_level_weights: LevelWeights
     dpo_bare_share: Share  # rejected for a bare number; the others for a wrong one
     reason_level_weights: LevelWeights
+    reason_shortcut_share: Share
     lora_level_weights: LevelWeights
     distill_wrong_share: Share  # of the steps of distill's thoughts
     prompts_level_weights: LevelWeights
@@ -164,10 +165,17 @@ def dpo_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -
 
 
 def reason_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
-    """Chats whose reply thinks the steps first."""
+    """Chats whose reply thinks the steps first.
+
+    Many thoughts about the longest stories leave out the last step. A model that imitates them
+    knows both ways and says the commoner, wrong one: what is left for reinforcement to mend.
+    """
     for index in range(config.num_reason):
         story = _training_story(space, rng, config.reason_level_weights, _language(index))
-        reply = f"<think>{story.thought}</think>\n<answer>{story.answer}</answer>"
+        steps = story.problem
+        if len(steps) == max(LEVELS) and rng.random() < config.reason_shortcut_share:
+            steps = steps[:-1]
+        reply = f"<think>{story.language.think(steps)}</think>\n<answer>{answer_of(steps)}</answer>"
         yield {"conversations": _turn(story.prompt, reply)}
 
 
@@ -272,22 +280,24 @@ def _eval_stories(config: MiniWorldConfig, space: ProblemSpace, rng: random.Rand
             space, rng, level, num_problems, "num_eval_per_level"
         )
         told = (problem for problem in problems for _ in range(tellings))
+        labels = (n // 2 % 4 for n in count())  # the languages alternate, so it moves on after both
         for index, problem in enumerate(islice(told, num_stories)):
             number, telling = divmod(index, tellings)
             story = tell(rng, problem, _language(index))
-            label = index // 2 % 4  # the languages alternate, so it moves on after both
-            yield {
+            row = {
                 "id": f"l{level}-{number:04d}" + (f"-{telling}" if tellings > 1 else ""),
                 "level": level,
                 "language": story.language.code,
                 "prompt": story.prompt,
                 "answer": str(story.answer),
                 "full": story.sentence(story.answer),
-                "choices": _choices(space, rng, problem, label),
-                "label": label,
                 "story": story.statement,
                 "completion_prompt": story.completion_prompt,
             }
+            if telling < 2:  # once in each language, since choices take as long as answers
+                label = next(labels)
+                row |= {"choices": _choices(space, rng, problem, label), "label": label}
+            yield row
 
 
 ROWS_OF_FILE: dict[str, Callable[[MiniWorldConfig, ProblemSpace, random.Random], Rows]] = {
