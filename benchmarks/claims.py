@@ -6,8 +6,9 @@
 
 A run is `dvc repro` of the shipped graph in a clone of the last commit, with another seed, dtype or
 processor. Held-out problems are the same in all of them. Each run is added to
-benchmarks/results/claims.json when it ends; one that was stopped goes on where it was. What was
-recorded of other code or parameters is run again, unless --keep is given.
+benchmarks/results/claims.json when it ends; one that was stopped goes on where it was, and one
+that breaks a claim keeps its clone, to be looked at. What was recorded of other code or parameters
+is run again, unless --keep is given.
 """
 
 import json
@@ -88,9 +89,9 @@ def require_clean() -> None:
         sys.exit(f"claims: commit first, a run is of the last commit:\n{changed}")
 
 
-def deciding_version() -> str:
-    """A short name for the content of all that decides results."""
-    trees = [git("rev-parse", f"HEAD:{path}") for path in DECIDING]
+def deciding_version(folder: Path = ROOT) -> str:
+    """A short name for the content of all that decides results, in a clone's last commit."""
+    trees = [git("rev-parse", f"HEAD:{path}", folder=folder) for path in DECIDING]
     return "-".join(tree[:8] for tree in trees)
 
 
@@ -109,7 +110,7 @@ def run_and_record(plan: Plan, version: str, side_by_side: int) -> None:
         "isa": simulated_isa() if plan.lesser else isa(),
         "minutes": round(minutes, 1),
         "side_by_side": side_by_side,
-        "commit": git("rev-parse", "HEAD"),
+        "commit": git("rev-parse", "HEAD", folder=project),
         "version": version,
         "processor": processor(),
         "claims": held,
@@ -120,9 +121,11 @@ def run_and_record(plan: Plan, version: str, side_by_side: int) -> None:
         "metrics": results.metrics,
     }
     add_to_record(run)
-    shutil.rmtree(project)
-    broken = [name for name, holds in held.items() if not holds]
-    print(f"{plan.name}: {len(held)} claims, broken: {', '.join(broken) or 'none'}", flush=True)
+    if broken := [name for name, holds in held.items() if not holds]:
+        print(f"{plan.name} breaks {', '.join(broken)}; look in {project}", flush=True)
+    else:
+        print(f"{plan.name} keeps all {len(held)} claims", flush=True)
+        shutil.rmtree(project)
 
 
 def prepare(plan: Plan, version: str) -> Path:
@@ -134,6 +137,8 @@ def prepare(plan: Plan, version: str) -> Path:
     begun = project.with_suffix(".begun")
     shutil.rmtree(begun, ignore_errors=True)
     subprocess.run(["git", "clone", "-q", str(ROOT), str(begun)], check=True)
+    if deciding_version(begun) != version:
+        sys.exit("claims: the last commit has other code or parameters than when this began.")
     params = begun / "params.yaml"
     values = yaml.safe_load(params.read_text(encoding="utf-8"))
     values |= {"seed": plan.seed, "dtype": plan.dtype}
@@ -222,9 +227,9 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def git(*arguments: str) -> str:
+def git(*arguments: str, folder: Path = ROOT) -> str:
     return subprocess.run(
-        ["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True
+        ["git", *arguments], cwd=folder, check=True, capture_output=True, text=True
     ).stdout.strip()
 
 

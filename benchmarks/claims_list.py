@@ -110,24 +110,28 @@ def of_sample(distances: Sequence[float], problems: Sequence[str]) -> Margin:
     return Margin(center, math.sqrt(spread) / len(distances))
 
 
-def at_least(
-    limit: float, checkpoint: str, where: Callable[[Prediction], bool], what: str = "correct"
+def over_answers(
+    checkpoint: str,
+    where: Callable[[Prediction], bool],
+    distance: Callable[[Prediction], float],
 ) -> Callable[[Results], Margin]:
     def margin(r: Results) -> Margin:
         rows = answers(r, checkpoint, where)
-        return of_sample([row[what] - limit for row in rows], [problem_of(row) for row in rows])
+        return of_sample([distance(row) for row in rows], [problem_of(row) for row in rows])
 
     return margin
+
+
+def at_least(
+    limit: float, checkpoint: str, where: Callable[[Prediction], bool], what: str = "correct"
+) -> Callable[[Results], Margin]:
+    return over_answers(checkpoint, where, lambda row: row[what] - limit)
 
 
 def at_most(
     limit: float, checkpoint: str, where: Callable[[Prediction], bool], what: str = "correct"
 ) -> Callable[[Results], Margin]:
-    def margin(r: Results) -> Margin:
-        rows = answers(r, checkpoint, where)
-        return of_sample([limit - row[what] for row in rows], [problem_of(row) for row in rows])
-
-    return margin
+    return over_answers(checkpoint, where, lambda row: limit - row[what])
 
 
 def above(

@@ -3,10 +3,12 @@
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import claims
 from benchmarks.claims import PLANS, missing_plans
 from benchmarks.claims_list import CLAIMS, Results, at_least, level, of_sample, within
 
@@ -174,6 +176,30 @@ def test_runs_of_other_code_are_run_again_unless_they_are_kept() -> None:
     runs = [{"name": PLANS[0].name, "version": "now"}, {"name": PLANS[1].name, "version": "then"}]
     assert missing_plans(runs, "now", keep=False) == PLANS[1:]
     assert missing_plans(runs, "now", keep=True) == PLANS[2:]
+
+
+@pytest.mark.parametrize("start", [None, "sft: .95 of"])
+def test_a_run_is_recorded_and_its_clone_kept_if_it_breaks_a_claim(
+    start: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, project = kept(), tmp_path / "clone"
+    project.mkdir()
+    if start:
+        BREAKS[start](results)
+    monkeypatch.setattr(claims, "RECORD", tmp_path / "claims.json")
+    monkeypatch.setattr(claims, "prepare", lambda plan, version: project)
+    monkeypatch.setattr(claims, "repro", lambda project, plan, side_by_side: 1.0)
+    monkeypatch.setattr(claims, "git", lambda *arguments, folder: f"head of {folder.name}")
+    monkeypatch.setattr(claims, "untouched", lambda project: True)
+    monkeypatch.setattr(claims, "merged_equals_adapter", lambda project: True)
+    monkeypatch.setattr(Results, "read", lambda project: results)
+    claims.run_and_record(PLANS[0], "version", 1)
+    (run,) = claims.read_record()
+    assert run["commit"] == "head of clone", "the commit that was run, not one that came meanwhile"
+    assert [name for name, held in run["claims"].items() if not held] == [
+        claim.name for claim in CLAIMS if start and claim.name.startswith(start)
+    ]
+    assert project.exists() == (start is not None)
 
 
 def test_the_plan_is_five_seeds_two_of_the_other_format_and_two_on_a_lesser_processor() -> None:
