@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from benchmarks.limit import training_operations
 from benchmarks.material import END, PAD, START, Material, Row, Sizes, padded
 from benchmarks.paced import Paced
+from benchmarks.peers import ours
 from benchmarks.peers import padded as padded_peer
 from benchmarks.peers.words import words, words_tokenizer
 from benchmarks.table import as_text, ratio_rows, save
@@ -51,6 +53,17 @@ def test_the_saved_table_has_its_keys(tmp_path: Path) -> None:
     assert found["threads"] == 2
     assert {"work", "peer", "ratio", "low", "high"} <= set(found["rows"][0])
     assert "| dpo | trl | eager | 3.00 | 3.00-3.00 | 9 | 3 | tokens/s |" in as_text(rows)
+
+
+def test_ours_computes_as_stages_do_and_leaves_peers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peers are measured in the same process, where one's choice would be all others'."""
+    chosen = ["native"]
+    monkeypatch.setattr(ours, "choose_products", chosen.append)
+    monkeypatch.setattr(ours, "_prepare", lambda *_: lambda: len(chosen))
+    step = ours.prepare(Mock(), "sft")
+    assert chosen == ["native"]
+    assert step() == 2
+    assert chosen == ["native", "auto", "native"]
 
 
 def test_training_operations_are_six_for_each_weight_and_token() -> None:
