@@ -35,6 +35,7 @@ from minimind.metrics import Number
 from minimind.model.transformer import ModelConfig, PackedTokens, Transformer
 from minimind.tokenizer import ChatTokenizer
 from minimind.tokenizer_training import save_tokenizer, train_tokenizer
+from minimind.training.precision import DType
 from stages.evaluate import app
 from tests.tiny import VOCAB_SIZE, tiny_model
 
@@ -397,6 +398,44 @@ def test_a_chat_model_is_asked_and_scored(learnt: Path, tmp_path: Path) -> None:
         "full_sentence": 0.25,
         "unfinished": 0.25,
     }
+
+
+def test_each_choice_is_scored_as_a_whole_row(
+    learnt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompt, output with the choice in it, and what ends an output: of chats and texts in turn."""
+    files = ("problems.jsonl", "tasks.jsonl")
+    chats, tasks = ((learnt / file).read_text("utf-8").splitlines(True) for file in files)
+    (tmp_path / "mixed.jsonl").write_text("".join([chats[0], tasks[0], chats[1], tasks[1]]))
+    scored: list[list[str]] = []
+    tokenizer = ChatTokenizer.load(learnt / "checkpoint")
+
+    def spy(model: Transformer, forks: list[Fork], dtype: DType) -> list[list[float]]:
+        whole = [[[*fork.prefix, *branch] for branch in fork.branches] for fork in forks]
+        scored.extend([[tokens_of(tokenizer, row) for row in rows] for rows in whole])
+        return branch_logprobs(model, forks, dtype)
+
+    monkeypatch.setattr("minimind.evaluation.evaluate.branch_logprobs", spy)
+    run(learnt, "chatty", str(tmp_path / "mixed.jsonl"), tmp_path)
+
+    def chat_rows(question: str, replies: list[str]) -> list[str]:
+        start, end = "<|im_start|>", "<|im_end|>"
+        return [
+            f"{start}user\n{question}{end}\n{start}assistant\n{reply}{end}" for reply in replies
+        ]
+
+    assert scored == [
+        chat_rows(CHATS[0][0], ["9", "7", "17"]),
+        ["<|im_start|>2+6=8\n", "<|im_start|>2+6=6\n", "<|im_start|>2+6=5\n"],
+        chat_rows(CHATS[1][0], [f"Tom now has {n} apples." for n in (8, 9, 10)]),
+        ["<|im_start|>9-3=8\n", "<|im_start|>9-3=6\n", "<|im_start|>9-3=5\n"],
+    ]
+
+
+def tokens_of(tokenizer: ChatTokenizer, ids: list[int]) -> str:
+    """All of a row's text, control tokens too."""
+    names = {tokenizer.start_id: "<|im_start|>", tokenizer.end_id: "<|im_end|>"}
+    return "".join(names.get(token) or tokenizer.decode([token]) for token in ids)
 
 
 def test_a_text_model_goes_on_and_its_first_line_counts(learnt: Path, tmp_path: Path) -> None:
