@@ -1,4 +1,4 @@
-"""Whether what the README says of each stage holds: in every seed, number format and processor.
+"""Whether each stage teaches what it is claimed to: in every seed, number format and processor.
 
     python -m benchmarks.claims                   runs what is missing, one run after the other
     python -m benchmarks.claims --side-by-side 2  two runs at a time, with a thread each
@@ -61,7 +61,9 @@ PLANS = [
 
 
 def main(
-    side_by_side: Annotated[int, typer.Option(help="runs at a time, of one thread each")] = 1,
+    side_by_side: Annotated[
+        int, typer.Option(min=1, help="runs at a time; from 2 on of one thread each")
+    ] = 1,
     show: Annotated[bool, typer.Option(help="print what was recorded, run nothing")] = False,
     keep: Annotated[bool, typer.Option(help="runs of other code or parameters count, too")] = False,
 ) -> None:
@@ -189,11 +191,22 @@ def add_to_record(run: dict[str, Any]) -> None:
 
 
 def read_record() -> list[dict[str, Any]]:
-    return json.loads(RECORD.read_text(encoding="utf-8"))["runs"] if RECORD.exists() else []
+    if not RECORD.exists():
+        return []
+    try:
+        runs = json.loads(RECORD.read_text(encoding="utf-8"))["runs"]
+        needed = {"name": str, "version": str, "claims": dict, "sigmas": dict}
+        if all(type(run[key]) is kind for run in runs for key, kind in needed.items()):
+            return list(runs)
+    except (ValueError, KeyError, TypeError):
+        pass
+    sys.exit(f"claims: {RECORD} is no record of runs; bring it back with git checkout.")
 
 
 def print_record(runs: list[dict[str, Any]]) -> None:
     """Each claim: in how many runs it held, and how far inside its limit the closest was."""
+    if not runs:
+        print(f"{RECORD} has no runs; without --show they are made.")
     for claim in runs[0]["claims"] if runs else []:
         held = [run["claims"].get(claim, False) for run in runs]
         sigmas = [run["sigmas"][claim] for run in runs if run["sigmas"].get(claim) is not None]

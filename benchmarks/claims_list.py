@@ -1,4 +1,4 @@
-"""What the README says each stage teaches, as inequalities that a run keeps or breaks."""
+"""What each stage is claimed to teach, as inequalities that a run keeps or breaks."""
 
 import json
 import math

@@ -202,6 +202,25 @@ def test_a_run_is_recorded_and_its_clone_kept_if_it_breaks_a_claim(
     assert project.exists() == (start is not None)
 
 
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"runs": 5}', '{"runs": [{}]}'])
+def test_a_broken_record_is_one_line(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "RECORD", tmp_path / "claims.json")
+    (tmp_path / "claims.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"claims\.json is no record of runs; bring it back"):
+        claims.main(show=True)
+    assert (tmp_path / "claims.json").read_text() == text
+
+
+def test_a_record_without_runs_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(claims, "RECORD", tmp_path / "claims.json")
+    claims.main(show=True)
+    assert "has no runs" in capsys.readouterr().out
+
+
 def test_the_plan_is_five_seeds_two_of_the_other_format_and_two_on_a_lesser_processor() -> None:
     assert len({plan.name for plan in PLANS}) == len(PLANS) == 9
     assert [plan.seed for plan in PLANS[:5]] == [1, 2, 3, 4, 5]
