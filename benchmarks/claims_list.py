@@ -90,11 +90,6 @@ def answers(
     return [row for row in results.predictions[checkpoint] if where(row)]
 
 
-def problem_of(row: Prediction) -> str:
-    """The problem that an answer is to: "l1-0007-0" to "l1-0007-3" tell the same one."""
-    return "-".join(row["id"].split("-")[:2])
-
-
 def of_sample(distances: Sequence[float], problems: Sequence[str]) -> Margin:
     """The mean of a distance over answers, with its error over choices of the problems.
 
@@ -117,7 +112,7 @@ def over_answers(
 ) -> Callable[[Results], Margin]:
     def margin(r: Results) -> Margin:
         rows = answers(r, checkpoint, where)
-        return of_sample([distance(row) for row in rows], [problem_of(row) for row in rows])
+        return of_sample([distance(row) for row in rows], [row["problem"] for row in rows])
 
     return margin
 
@@ -148,7 +143,7 @@ def above(
         assert all(b["id"] == w["id"] for b, w in pairs), "the same problems in the same order"
         return of_sample(
             [b["correct"] - factor * w["correct"] - limit for b, w in pairs],
-            [problem_of(b) for b, _ in pairs],
+            [b["problem"] for b, _ in pairs],
         )
 
     return margin

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from minimind.errors import UserError, complaint
@@ -22,6 +22,16 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic would take ``lr: yes`` for 1.0."""
+        is_switch = info.field_name and cls.model_fields[info.field_name].annotation is bool
+        parts = value if isinstance(value, list) else [value]
+        if not is_switch and any(isinstance(part, bool) for part in parts):
+            raise ValueError("it should not be true or false")
+        return value
 
 
 S = TypeVar("S", bound=Section)

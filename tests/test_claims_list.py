@@ -34,9 +34,10 @@ def rows(share: float, what: str, **same: Any) -> list[dict[str, Any]]:
     flags |= {"choice_correct": False}
     num_with = round(share * NUM_PROBLEMS)
     name = same["task"] or f"l{same['level']}"
+    names = [f"{name}-{number:04d}" for number in range(NUM_PROBLEMS)]
     return [
-        {"id": f"{name}-{number:04d}", **flags, **same, what: number < num_with}
-        for number in range(NUM_PROBLEMS)
+        {"id": name, "problem": name, **flags, **same, what: number < num_with}
+        for number, name in enumerate(names)
     ]
 
 
@@ -152,7 +153,7 @@ def test_tellings_of_a_problem_are_no_other_problems() -> None:
     results = kept()
     told = [row for row in results.predictions["reason"] if row["level"] == 1]
     for place, row in enumerate(told):
-        row["id"] = f"l1-{place // 4:04d}-{place % 4}"
+        row["problem"] = f"l1-{place // 4:04d}"
         row["correct"] = place // 4 < 24
     margin = at_least(0.95, "reason", level(1))(results)
     assert margin.distance == pytest.approx(0.96 - 0.95)

@@ -30,7 +30,7 @@ from minimind.evaluation.evaluate import (
 )
 from minimind.evaluation.likelihood import Fork, branch_logprobs
 from minimind.evaluation.problems import read_problems
-from minimind.evaluation.wilson import wilson_interval
+from minimind.evaluation.wilson import effective_trials, wilson_interval
 from minimind.metrics import Number
 from minimind.model.transformer import ModelConfig, PackedTokens, Transformer
 from minimind.tokenizer import ChatTokenizer
@@ -160,9 +160,26 @@ def test_full_sentences(output: str, full: str | None, expected: bool) -> None:
 )
 def test_wilson_intervals_are_scipys(successes: int, num_trials: int) -> None:
     expected = binomtest(successes, num_trials).proportion_ci(method="wilson")
-    assert wilson_interval(successes, num_trials) == pytest.approx(
+    assert wilson_interval(successes / num_trials, num_trials) == pytest.approx(
         (expected.low, expected.high), abs=1e-12
     )
+
+
+def test_answers_to_one_problem_count_as_often_as_they_differ() -> None:
+    def trials(rights: list[list[bool]]) -> float:
+        """A list of answers for each problem."""
+        problems = [f"{i}" for i, answers in enumerate(rights) for _ in answers]
+        return effective_trials([right for answers in rights for right in answers], problems)
+
+    assert trials([[True], [False], [True]]) == 3, "one answer each: each is a trial"
+    alike = [[i < 6] * 4 for i in range(20)]
+    assert trials(alike) == 20, "always the same: as many as problems"
+    independent = [[True, False, False, True], [False, True, True, False]] * 10
+    assert trials(independent) == 80, "as much as if they were of 80 problems, and never more"
+    half = [[True] * 4] * 5 + [[True, False] * 2] * 10 + [[False] * 4] * 5
+    assert trials(half) == pytest.approx(0.25 / (10 * 4 / 80**2 * 20 / 19))
+    assert trials([[True] * 4] * 20) == 20, "nothing to estimate it from"
+    assert trials([[True, False, True]]) == 1
 
 
 # ---- likelihoods ----

@@ -1154,8 +1154,9 @@ CAUSES["results that cannot be reported"] = [
                 with_row(
                     "predictions/sft.jsonl",
                     2,
-                    {"id": "x", "level": 1, "task": None, "prompt": "a", "output": "b"}
-                    | {"answer": "1", "correct": True, "choice_correct": None, **wrong},
+                    {"id": "x", "problem": "x", "level": 1, "task": None, "prompt": "a"}
+                    | {"output": "b", "answer": "1", "correct": True, "choice_correct": None}
+                    | wrong,
                 ),
             )
             for wrong in (
@@ -1168,6 +1169,7 @@ CAUSES["results that cannot be reported"] = [
                 {"correct": None},
                 {"choice_correct": "no"},
                 {"id": []},
+                {"problem": None},
             )
         ),
         ("trained.json", without("trained.json")),

@@ -18,6 +18,7 @@ import yaml
 from typer.testing import CliRunner
 
 from minimind.datasets.mini_world import MiniWorldConfig, write_mini_world
+from minimind.datasets.mini_world_stories import CHINESE, ENGLISH
 from stages.mini_world import app
 
 World = dict[str, list[dict[str, Any]]]  # rows of each file
@@ -114,6 +115,7 @@ OUTCOME = re.compile(
     r"(?P<chinese_name>\w+)现在的(?P<chinese_item>\w+)(?P<zh>比原来少|和原来一样多|比原来多)。"
 )
 OUTCOMES = {"fewer": -1, "as many": 0, "more": 1, "比原来少": -1, "和原来一样多": 0, "比原来多": 1}
+THINGS = [item for language in (ENGLISH, CHINESE) for item, _ in language.items]
 SUM_QUESTION = re.compile(r"What is (\d+[-+*]\d+)\?|(\d+[-+*]\d+)等于几？")
 EXTRACTION_REQUEST = re.compile(r"(.+?) ?(?:Who has what\?|是谁的什么？)")
 EXTRACTION = re.compile(r"([A-Z]\w+) has ([a-z]+)\.|([^的]+)的([^的]+)。")
@@ -336,13 +338,17 @@ def run_stage(directory: Path, section: dict[str, Any]) -> Any:
         ({"num_stf": 3}, "mini_world.num_stf is not a known key"),
         ({"held_out_percent": 60}, "it should be less than or equal to 30"),
         ({"dpo_bare_share": 1.5}, "it should be less than or equal to 1"),
-        ({"reason_level_weights": [0, 0, 0, 0]}, "at least one level must have a weight above 0"),
+        ({"reason_level_weights": [0, 0, 0, 0]}, "at least one level is wanted"),
         ({"reason_level_weights": [1, 1, 1]}, "mini_world.reason_level_weights.3 is missing"),
         ({"num_eval_per_level": [9000, 1, 1, 1]}, "calls for 2250 held-out problems of level 1"),
         ({"num_eval_per_level": [9000, 1, 1, 1]}, "were found with max_value 99"),
         ({"num_eval_per_level": [9, 9, 9]}, "mini_world.num_eval_per_level.3 is missing"),
         ({"num_eval_equation": 5000}, "mini_world.num_eval_equation calls for 5000 held-out"),
+        ({"num_eval_per_level": [9000, 1, 1, 1]}, "problems of level 1, each told 4 times, but"),
         ({"distill_wrong_share": -0.1}, "it should be greater than or equal to 0"),
+        ({"reason_shortcut_share": True}, "is True; it should not be true or false"),
+        ({"sft_level_weights": [True, 1, 1, 0]}, "it should not be true or false"),
+        ({"sft_level_weights": [1e308, 1e308, 1, 1]}, "their sum must be above 0 and finite"),
     ],
 )
 def test_a_bad_parameter_is_one_clear_line(
@@ -580,6 +586,7 @@ def test_documents_mix_all_kinds_of_lines_in_one_language(
         assert 5 <= len(lines) <= 8
         worded = [line for line in lines if "=" not in line]
         assert len({is_chinese(line) for line in worded}) <= 1
+        assert len({thing for thing in THINGS if thing in row["text"]}) <= 1
         for line in lines:
             problem = read_line(line)
             if problem is None:
@@ -642,8 +649,9 @@ def test_eval_rows_are_right_and_distinct(world: World) -> None:
     # Of level 1 there are few problems, so each is told four times, half in each language.
     tellings: dict[str, list[Any]] = defaultdict(list)
     for row in rows:
-        name, number, *_ = row["id"].split("-")
-        tellings[f"{name}-{number}"].append((read_story(row["prompt"]), row["language"]))
+        assert row["id"].startswith(row["problem"])
+        tellings[row["problem"]].append((read_story(row["prompt"]), row["language"]))
+    assert len({row["prompt"] for row in rows}) == len(rows)
     problems = [told[0][0] for told in tellings.values()]
     assert len(set(problems)) == len(problems)
     for told in tellings.values():

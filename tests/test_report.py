@@ -28,6 +28,7 @@ METRICS = {
 def prediction(**changes: Any) -> dict[str, Any]:
     return {
         "id": "l1-0000",
+        "problem": changes.get("id", "l1-0000"),
         "level": 1,
         "task": None,
         "prompt": "How many?",
@@ -113,6 +114,18 @@ def test_a_column_for_each_checkpoint_in_the_given_order(tmp_path: Path) -> None
         "truncated": ["0.0", "0.0"],
     }
     assert (tmp_path / "r.md").read_text("utf-8").startswith(f"# Report\n\n{printed.strip()}\n")
+
+
+def test_an_interval_covers_the_choice_of_problems_not_of_answers(tmp_path: Path) -> None:
+    """Told four times and answered alike, 10 problems say no more than told once."""
+    rows = [
+        prediction(id=f"{i}-{telling}", problem=f"{i}", correct=i < 3)
+        for i in range(10)
+        for telling in range(4)
+    ]
+    write(tmp_path, "told", rows)
+    _, printed, _ = run(tmp_path, "told")
+    assert read_table(printed)["level 1"] == ["30 11–60"]
 
 
 def test_rows_that_nobody_has_are_left_out(tmp_path: Path) -> None:

@@ -37,7 +37,9 @@ LEVELS = (1, 2, 3, 4)
 LINES_PER_DOCUMENT = (5, 8)
 # A document tells stories without their results: with them, pretraining alone would learn to
 # answer what sft is there to teach (docs/log.md has numbers). Only where nothing happens is the
-# result told: who has how many of what is then copied, not computed.
+# result told: who has how many of what is then copied, not computed. All stories of a document are
+# about the same things, so that whatever a model attends to of what came before names the right
+# ones: with others in each story, some seeds ended pretraining without having learned to copy them.
 LINE_WEIGHTS = {
     "equation": 40,
     "chain": 15,
@@ -48,6 +50,7 @@ LINE_WEIGHTS = {
 }
 # There are few held-out problems of level 1 (some 900 up to 99), and they are compared the most
 # closely. So each is told several times: in both languages, with other names, things and verbs.
+# Answers to one problem are no independent draws: its rows have a key in common, "problem".
 TELLINGS_OF_LEVEL_1 = 4
 MAX_FRUITLESS_DRAWS = 2_000  # in a row, before the problems of a level count as used up
 
@@ -100,8 +103,8 @@ class MiniWorldConfig(Section):
     )
     @classmethod
     def _some_level_is_wanted(cls, weights: LevelWeights) -> LevelWeights:
-        if sum(weights) == 0:
-            raise ValueError("at least one level must have a weight above 0")
+        if not 0 < sum(weights) < math.inf:
+            raise ValueError("their sum must be above 0 and finite: at least one level is wanted")
         return weights
 
 
@@ -167,8 +170,9 @@ def dpo_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -
 def reason_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
     """Chats whose reply thinks the steps first.
 
-    Many thoughts about the longest stories leave out the last step. A model that imitates them
-    knows both ways and says the commoner, wrong one: what is left for reinforcement to mend.
+    Some thoughts about the longest stories leave out the last step. As the tag that ends a thought
+    weighs more than other tokens (`reason.tag_weight`), a model that imitates them knows both ways
+    and takes the shorter, wrong one for the likelier: what is left for reinforcement to mend.
     """
     for index in range(config.num_reason):
         story = _training_story(space, rng, config.reason_level_weights, _language(index))
@@ -240,8 +244,9 @@ def eval_text_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Ran
 def eval_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
     """Held-out problems: stories of every level, equations as raw text, stories to extract from.
 
-    A problem of level 1 is told four times, its ids "l1-0007-0" to "l1-0007-3"; no other is told
-    twice, and none asked twice as an equation. Both kinds have four numbers to choose from.
+    A problem of level 1 is told four times in different words, its ids "l1-0007-0" to "l1-0007-3";
+    no other is told twice, and none asked twice as an equation. Equations and stories have four
+    numbers to choose from, of level 1 the first two tellings.
 
     Raises:
         UserError: there are fewer held-out problems of a level than asked for.
@@ -277,15 +282,21 @@ def _eval_stories(config: MiniWorldConfig, space: ProblemSpace, rng: random.Rand
         tellings = TELLINGS_OF_LEVEL_1 if level == 1 else 1
         num_problems = math.ceil(num_stories / tellings)
         problems = _distinct_held_out_problems(
-            space, rng, level, num_problems, "num_eval_per_level"
+            space, rng, level, num_problems, "num_eval_per_level", tellings
         )
         told = (problem for problem in problems for _ in range(tellings))
         labels = (n // 2 % 4 for n in count())  # the languages alternate, so it moves on after both
+        prompts: set[str] = set()
         for index, problem in enumerate(islice(told, num_stories)):
             number, telling = divmod(index, tellings)
             story = tell(rng, problem, _language(index))
+            while story.prompt in prompts:  # thousands of ways to tell it: rare, and soon over
+                story = tell(rng, problem, _language(index))
+            prompts.add(story.prompt)
+            name = f"l{level}-{number:04d}"
             row = {
-                "id": f"l{level}-{number:04d}" + (f"-{telling}" if tellings > 1 else ""),
+                "id": f"{name}-{telling}" if tellings > 1 else name,
+                "problem": name,
                 "level": level,
                 "language": story.language.code,
                 "prompt": story.prompt,
@@ -301,7 +312,7 @@ def _eval_stories(config: MiniWorldConfig, space: ProblemSpace, rng: random.Rand
 
 
 ROWS_OF_FILE: dict[str, Callable[[MiniWorldConfig, ProblemSpace, random.Random], Rows]] = {
-    "eval": eval_rows,  # first, since it alone can fail
+    "eval": eval_rows,  # first, since it alone may find too few problems
     "eval_text": eval_text_rows,
     "tokenizer": tokenizer_rows,
     "pretrain": pretrain_rows,
@@ -335,6 +346,7 @@ def _document(
 ) -> str:
     draw = space.draw_held_out if held_out else space.draw_training
     num_lines = rng.randint(*LINES_PER_DOCUMENT)
+    thing = rng.choice(language.items)
     lines = []
     for kind in rng.choices(list(LINE_WEIGHTS), list(LINE_WEIGHTS.values()), k=num_lines):
         if kind == "equation":
@@ -343,19 +355,25 @@ def _document(
         elif kind == "chain":
             lines.append(";".join(step.equation for step in draw(rng, level=2)))
         elif kind == "question":
-            lines.append(tell(rng, draw(rng, level=rng.choice((1, 2))), language).prompt)
+            lines.append(tell(rng, draw(rng, level=rng.choice((1, 2))), language, thing).prompt)
         elif kind == "outcome":
-            lines.append(tell(rng, draw(rng, level=rng.choice((1, 2))), language).with_outcome)
+            story = tell(rng, draw(rng, level=rng.choice((1, 2))), language, thing)
+            lines.append(story.with_outcome)
         elif kind == "no_events":
             amount = rng.randint(2, space.max_value)
-            lines.append(tell_without_events(rng, amount, language))
+            lines.append(tell_without_events(rng, amount, language, thing))
         else:
             lines.append(compare(*space.draw_comparison(rng, held_out), language))
     return "\n".join(lines)
 
 
 def _distinct_held_out_problems(
-    space: ProblemSpace, rng: random.Random, level: int, num_problems: int, asked_by: str
+    space: ProblemSpace,
+    rng: random.Random,
+    level: int,
+    num_problems: int,
+    asked_by: str,
+    tellings: int = 1,
 ) -> Iterator[Problem]:
     seen: set[Problem] = set()
     num_fruitless = 0
@@ -368,9 +386,9 @@ def _distinct_held_out_problems(
         elif (num_fruitless := num_fruitless + 1) == MAX_FRUITLESS_DRAWS:
             raise UserError(
                 f"mini_world.{asked_by} calls for {num_problems} held-out problems of level "
-                f"{level}, but only {len(seen)} were found with max_value {space.max_value} and "
-                f"held_out_percent {space.held_out_percent}; lower {asked_by} or raise one of "
-                "these."
+                f"{level}{f', each told {tellings} times' if tellings > 1 else ''}, but only "
+                f"{len(seen)} were found with max_value {space.max_value} and held_out_percent "
+                f"{space.held_out_percent}; lower {asked_by} or raise one of these."
             )
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from minimind.datasets.mini_world_problems import Problem, Step, answer_of
 
+Thing = tuple[str, str]  # a noun and the measure word that Chinese wants
+
 
 @dataclass(frozen=True)
 class Language:
@@ -12,7 +14,7 @@ class Language:
 
     code: str
     names: tuple[str, ...]
-    items: tuple[tuple[str, str], ...]  # noun, measure word
+    items: tuple[Thing, ...]
     has: str
     has_boxes: str
     gains: tuple[str, ...]
@@ -166,10 +168,12 @@ class Story:
         return f"{self.result_start}{number}{self.result_end}"
 
 
-def tell(rng: random.Random, problem: Problem, language: Language) -> Story:
-    """Put a problem into words."""
+def tell(
+    rng: random.Random, problem: Problem, language: Language, thing: Thing | None = None
+) -> Story:
+    """Put a problem into words, about `thing` or any of the language's."""
     name = rng.choice(language.names)
-    item, unit = rng.choice(language.items)
+    item, unit = thing or rng.choice(language.items)
     words = {"name": name, "item": item, "unit": unit}
     first = problem[0]
     if first.operator == "*":
@@ -197,9 +201,9 @@ def tell(rng: random.Random, problem: Problem, language: Language) -> Story:
     )
 
 
-def tell_without_events(rng: random.Random, amount: int, language: Language) -> str:
+def tell_without_events(rng: random.Random, amount: int, language: Language, thing: Thing) -> str:
     """A story in which nothing happens, and its result: what there was is there still."""
-    item, unit = rng.choice(language.items)
+    item, unit = thing
     words = {"name": rng.choice(language.names), "item": item, "unit": unit, "n": amount}
     sentences = (language.has.format(**words), language.result.format(**words))
     return language.sentence_separator.join(sentences)

@@ -43,6 +43,7 @@ class Prediction:
     """What became of one problem."""
 
     id: str
+    problem: str
     level: int | None
     task: str | None
     prompt: str
@@ -207,6 +208,7 @@ def _prediction(
     thought = thought_of(output)
     return Prediction(
         id=problem.id,
+        problem=problem.problem,
         level=problem.level,
         task=problem.task,
         prompt=problem.text_prompt if as_text else problem.prompt,

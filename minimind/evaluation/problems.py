@@ -2,6 +2,8 @@
 
 {"prompt", "answer"}      and optionally
  "id"                     a name for it; without one, the number of its row, over all shards
+ "problem"                a name that rows share which ask the same in other words: intervals count
+                          problems, not rows; without one, the id
  "level"                  how hard it is: each level has a metric of its own
  "task"                   a name of lower-case letters and _, for problems of another kind: they
                           have metrics of their own and count in no others
@@ -32,6 +34,7 @@ class Problem:
 
     place: Place
     id: str
+    problem: str  # rows that ask the same in other words have the same
     messages: Sequence[Message]
     answer: str
     level: int | None = None
@@ -59,6 +62,7 @@ class _Row(BaseModel):
     prompt: str = Field(min_length=1)
     answer: str = Field(min_length=1)
     id: str | None = None
+    problem: str | None = None
     level: int | None = Field(default=None, ge=0)
     task: str | None = Field(default=None, pattern="^[a-z_]+$")
     as_text: bool = False
@@ -111,16 +115,18 @@ def _parse(place: Place, record: dict[str, Any], number: str) -> Problem:
         expected = find_answer(last["content"])
         if last["role"] != "assistant" or not messages or expected is None:
             raise UserError("a chat must end with an assistant turn that gives the answer")
-        return Problem(place, number, messages, expected.value)
+        return Problem(place, number, number, messages, expected.value)
     try:
         row = _Row.model_validate(record)
     except ValidationError as error:
         detail = error.errors()[0]
         name = ".".join(map(str, detail["loc"]))
         raise UserError(f"{name}: {complaint(detail)}" if name else complaint(detail)) from None
+    name = number if row.id is None else row.id
     return Problem(
         place=place,
-        id=number if row.id is None else row.id,
+        id=name,
+        problem=name if row.problem is None else row.problem,
         messages=[{"role": "user", "content": row.prompt}],
         answer=row.answer,
         level=row.level,

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
-from minimind.evaluation.wilson import wilson_interval
+from minimind.evaluation.wilson import effective_trials, wilson_interval
 from minimind.metrics import Number
 from minimind.report.results import Evaluation, Record, RecordedRun
 from minimind.report.tables import table
@@ -144,24 +144,26 @@ def _measures(metrics: Sequence[Metrics]) -> list[tuple[str, str]]:
     ]
 
 
-def _outcomes(evaluation: Evaluation, metric: str) -> list[bool]:
-    """Of each problem that a metric is the share of right ones of, whether it is right."""
+def _outcomes(evaluation: Evaluation, metric: str) -> list[tuple[bool, str]]:
+    """Of each answer that a metric is the share of right ones of: is it right; its problem."""
     what, _, of = metric.partition("_")
     found = []
     for row in evaluation.predictions:
         level = "" if what == "choice" or row["level"] is None else f"l{row['level']}"
         right = row["choice_correct"] if what == "choice" else row["correct"]
         if of == (row["task"] or level) and right is not None:
-            found.append(right)
+            found.append((right, row["problem"]))
     return found
 
 
-def _interval(right: Sequence[bool]) -> str:
+def _interval(outcomes: Sequence[tuple[bool, str]]) -> str:
     """Share and interval, as in "96 94–98"; empty without problems."""
-    if not right:
+    if not outcomes:
         return ""
-    low, high = wilson_interval(sum(right), len(right))
-    return f"{100 * sum(right) / len(right):.0f} {100 * low:.0f}–{100 * high:.0f}"
+    right, problems = zip(*outcomes, strict=True)
+    share = sum(right) / len(right)
+    low, high = wilson_interval(share, effective_trials(right, problems))
+    return f"{100 * share:.0f} {100 * low:.0f}–{100 * high:.0f}"
 
 
 def _spread(shares: Sequence[Number]) -> str:

@@ -13,6 +13,7 @@ from minimind.metrics import Number
 Record = dict[str, Any]
 PREDICTION_TYPES: dict[str, tuple[type, ...]] = {
     "id": (str,),
+    "problem": (str,),
     "level": (int, NoneType),
     "task": (str, NoneType),
     "prompt": (str,),
