@@ -112,7 +112,7 @@ NO_EVENTS = re.compile(r"(\w+) has (\d+ \w+)\. \1 now has \2\.|(\w+)有(\d+\w+)�
 # What came of a story, in words: fewer, as many or more than at the start.
 OUTCOME = re.compile(
     r"(?P<name>\w+) now has (?P<en>fewer|as many|more) (?P<item>\w+) (?:than|as) before\.|"
-    r"(?P<chinese_name>\w+)现在的(?P<chinese_item>\w+)(?P<zh>比原来少|和原来一样多|比原来多)。"
+    r"(?P<chinese_name>\w+)现在有的(?P<chinese_item>\w+)(?P<zh>比原来少|和原来一样多|比原来多)。"
 )
 OUTCOMES = {"fewer": -1, "as many": 0, "more": 1, "比原来少": -1, "和原来一样多": 0, "比原来多": 1}
 THINGS = [item for language in (ENGLISH, CHINESE) for item, _ in language.items]

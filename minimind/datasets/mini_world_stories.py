@@ -54,9 +54,9 @@ CHINESE = Language(
     questions=("{name}现在一共有几{unit}{item}？", "现在有多少{unit}{item}？"),
     result="{name}现在有{n}{unit}{item}。",
     outcomes=(
-        "{name}现在的{item}比原来少。",
-        "{name}现在的{item}和原来一样多。",
-        "{name}现在的{item}比原来多。",
+        "{name}现在有的{item}比原来少。",
+        "{name}现在有的{item}和原来一样多。",
+        "{name}现在有的{item}比原来多。",
     ),
     equation_question="{sum}等于几？",
     extraction_request="是谁的什么？",
