@@ -38,7 +38,7 @@ SECTION: dict[str, Any] = {
     "num_distill": 800,
     "num_lora": 600,
     "num_prompts": 600,
-    "num_eval_per_level": [320, 200, 200, 80],
+    "num_eval_per_level": [480, 200, 200, 80],
     "num_eval_text": 60,
     "num_eval_equation": 200,
     "num_eval_extraction": 120,
@@ -77,7 +77,7 @@ def crowded_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Few values and much text: a leak of held-out problems would be certain to show."""
     directory = tmp_path_factory.mktemp("crowded")
     changes = {"max_value": 25, "num_pretrain": 4000, "num_reason": 3000}
-    changes |= {"num_eval_per_level": [60, 40, 40, 40], "num_distill": 3000}
+    changes |= {"num_eval_per_level": [72, 40, 40, 40], "num_distill": 3000}
     changes |= {"num_eval_equation": 40, "num_eval_text": 150}
     write_mini_world(directory, config(**changes))
     return read_all(directory)
@@ -316,7 +316,7 @@ def test_the_stage_writes_all_files_and_their_sizes(tmp_path: Path) -> None:
         "distill": 800,
         "lora": 600,
         "prompts": 600,
-        "eval": 1120,
+        "eval": 1280,
         "eval_text": 60,
     }
     metrics = json.loads((tmp_path / "metrics/mini_world.json").read_text())
@@ -340,11 +340,11 @@ def run_stage(directory: Path, section: dict[str, Any]) -> Any:
         ({"dpo_bare_share": 1.5}, "it should be less than or equal to 1"),
         ({"reason_level_weights": [0, 0, 0, 0]}, "at least one level is wanted"),
         ({"reason_level_weights": [1, 1, 1]}, "mini_world.reason_level_weights.3 is missing"),
-        ({"num_eval_per_level": [9000, 1, 1, 1]}, "calls for 2250 held-out problems of level 1"),
+        ({"num_eval_per_level": [9000, 1, 1, 1]}, "calls for 1500 held-out problems of level 1"),
         ({"num_eval_per_level": [9000, 1, 1, 1]}, "were found with max_value 99"),
         ({"num_eval_per_level": [9, 9, 9]}, "mini_world.num_eval_per_level.3 is missing"),
         ({"num_eval_equation": 5000}, "mini_world.num_eval_equation calls for 5000 held-out"),
-        ({"num_eval_per_level": [9000, 1, 1, 1]}, "problems of level 1, each told 4 times, but"),
+        ({"num_eval_per_level": [9000, 1, 1, 1]}, "problems of level 1, each told 6 times, but"),
         ({"distill_wrong_share": -0.1}, "it should be greater than or equal to 0"),
         ({"reason_shortcut_share": True}, "is True; it should not be true or false"),
         ({"sft_level_weights": [True, 1, 1, 0]}, "it should not be true or false"),
@@ -644,9 +644,9 @@ def test_the_tokenizer_sees_every_word_of_the_other_files(
 
 def test_eval_rows_are_right_and_distinct(world: World) -> None:
     rows = stories_of(world)
-    assert Counter(row["level"] for row in rows) == {1: 320, 2: 200, 3: 200, 4: 80}
+    assert Counter(row["level"] for row in rows) == {1: 480, 2: 200, 3: 200, 4: 80}
     assert len({row["id"] for row in world["eval"]}) == len(world["eval"])
-    # Of level 1 there are few problems, so each is told four times, half in each language.
+    # Of level 1 there are few problems, so each is told six times, half in each language.
     tellings: dict[str, list[Any]] = defaultdict(list)
     for row in rows:
         assert row["id"].startswith(row["problem"])
@@ -657,15 +657,15 @@ def test_eval_rows_are_right_and_distinct(world: World) -> None:
     for told in tellings.values():
         (problem,) = {problem for problem, _ in told}
         languages = Counter(language for _, language in told)
-        assert languages == {"en": 2, "zh": 2} if len(problem) == 1 else len(told) == 1
+        assert languages == {"en": 3, "zh": 3} if len(problem) == 1 else len(told) == 1
     for row in rows:
         problem = read_story(row["prompt"])
         right = str(problem[-1].after)
         assert row["level"] == len(problem)
         assert row["language"] == ("zh" if is_chinese(row["prompt"]) else "en")
         assert row["answer"] == right
-        assert row["prompt"].startswith(row["story"])
-        assert row["story"][-1] in ".。"
+        assert row["prompt"].startswith(row["completion_prompt"])
+        assert row["completion_prompt"][-1] in ".。"
         full = RESULT.fullmatch(row["full"])
         assert full
         assert full.group(0) == row["full"]
@@ -698,18 +698,10 @@ def test_evaluated_extractions_are_right(world: World) -> None:
     assert levels == {(code, level): 20 for code in ("en", "zh") for level in (1, 2, 3)}
 
 
-def test_the_completion_prompt_is_raw_text_up_to_the_number(
-    world: World,
-) -> None:
+def test_the_completion_prompt_is_the_story_without_its_question(world: World) -> None:
     for row in stories_of(world):
-        gap = " " if row["language"] == "en" else ""
-        told_out = row["story"] + gap + row["full"]
-        assert told_out.startswith(row["completion_prompt"])
-        assert read_story(row["story"]) == read_story(row["prompt"])
-        continuation = told_out[len(row["completion_prompt"]) :]
-        assert continuation.startswith(gap + row["answer"])
-    row = next(row for row in stories_of(world) if row["language"] == "en")
-    assert row["completion_prompt"].endswith(" now has")
+        assert read_story(row["completion_prompt"]) == read_story(row["prompt"])
+        assert not re.search("[?？]", row["completion_prompt"])
 
 
 @pytest.mark.parametrize("kind", ["stories", "equations"])
@@ -717,8 +709,8 @@ def test_choices_betray_nothing(world: World, kind: str) -> None:
     rows = stories_of(world) if kind == "stories" else of_task(world, "equation")
     ranks: Counter[int] = Counter()
     labels: Counter[tuple[str, int]] = Counter()
-    # Of the four tellings of a problem of level 1, one in each language.
-    assert all(("choices" in r) == (not re.fullmatch(r"l1-\d+-[23]", r["id"])) for r in rows)
+    # Of the six tellings of a problem of level 1, one in each language.
+    assert all(("choices" in r) == (not re.fullmatch(r"l1-\d+-[2-5]", r["id"])) for r in rows)
     rows = [row for row in rows if "choices" in row]
     for row in rows:
         choices = [int(choice) for choice in row["choices"]]

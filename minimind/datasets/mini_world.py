@@ -51,7 +51,7 @@ LINE_WEIGHTS = {
 # There are few held-out problems of level 1 (some 900 up to 99), and they are compared the most
 # closely. So each is told several times: in both languages, with other names, things and verbs.
 # Answers to one problem are no independent draws: its rows have a key in common, "problem".
-TELLINGS_OF_LEVEL_1 = 4
+TELLINGS_OF_LEVEL_1 = 6
 MAX_FRUITLESS_DRAWS = 2_000  # in a row, before the problems of a level count as used up
 
 Rows = Iterator[dict[str, Any]]
@@ -244,7 +244,7 @@ def eval_text_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Ran
 def eval_rows(config: MiniWorldConfig, space: ProblemSpace, rng: random.Random) -> Rows:
     """Held-out problems: stories of every level, equations as raw text, stories to extract from.
 
-    A problem of level 1 is told four times in different words, its ids "l1-0007-0" to "l1-0007-3";
+    A problem of level 1 is told six times in different words, its ids "l1-0007-0" to "l1-0007-5";
     no other is told twice, and none asked twice as an equation. Equations and stories have four
     numbers to choose from, of level 1 the first two tellings.
 
@@ -302,8 +302,7 @@ def _eval_stories(config: MiniWorldConfig, space: ProblemSpace, rng: random.Rand
                 "prompt": story.prompt,
                 "answer": str(story.answer),
                 "full": story.sentence(story.answer),
-                "story": story.statement,
-                "completion_prompt": story.completion_prompt,
+                "completion_prompt": story.statement,
             }
             if telling < 2:  # once in each language, since choices take as long as answers
                 label = next(labels)

@@ -129,15 +129,6 @@ class Story:
         return self.statement + self.language.sentence_separator + self.question
 
     @property
-    def completion_prompt(self) -> str:
-        """The told-out story up to its result, for a model that continues raw text.
-
-        Without the space before the number: in byte-level tokens it belongs to what follows.
-        """
-        separator = self.language.sentence_separator
-        return (self.statement + separator + self.result_start).rstrip(" ")
-
-    @property
     def with_outcome(self) -> str:
         """The story and what came of it, in words instead of a number."""
         first = self.problem[0]

@@ -1,7 +1,7 @@
 """What a checkpoint can do: answers to held-out problems, and the likelihood of held-out text.
 
 A chat model is asked as a chat; a model that knows raw text only gets the beginning of a text
-that ends with the answer, and its first line counts. Some problems are asked as raw text of all.
+that goes on with the answer, and its first line counts. Some problems are asked as raw text of all.
 """
 
 import math

@@ -10,7 +10,7 @@
  "as_text"                true: asked as raw text of every checkpoint; its first line is the answer
  "full"                   the answer as a whole sentence
  "choices", "label"       answers to choose from, and the index of the right one
- "completion_prompt"      how raw text would begin that ends with the answer
+ "completion_prompt"      how raw text would begin that goes on with the answer
 {"conversations"}         the chat format: the last turn's answer is the expected one
 """
 
