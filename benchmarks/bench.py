@@ -30,7 +30,7 @@ from benchmarks.material import SUPERVISED, Material, Sizes
 from benchmarks.peers import Step, ours
 from benchmarks.processes import memory_rows, start_rows
 from benchmarks.table import SETTINGS, as_text, quartiles, ratio_rows, save
-from minimind.runtime.compiling import can_compile
+from minimind.compute.compiling import can_compile
 
 ROOT = Path(__file__).parents[1]
 WORKS = (*SUPERVISED, "grpo step", "rollouts", "rollouts that end", "memory", "start")

@@ -31,10 +31,10 @@ import yaml
 
 from benchmarks.pseudo_text import write_chats, write_texts
 from benchmarks.table import save
+from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.encode import row_batches
 from minimind.datasets.formats import parse_chat, parse_text, read_rows_and_bad_rows
 from minimind.datasets.row_checks import texts
-from minimind.tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).parents[1]
 GB = 10**9  # as disks count

@@ -15,10 +15,10 @@ import torch
 import yaml
 from torch import Tensor
 
+from minimind.cli.presets import merge, read_preset
 from minimind.datasets.batches import Batches, Rows
 from minimind.datasets.encoded import EncodedDataset
 from minimind.model.transformer import ModelConfig, PackedTokens, Transformer
-from minimind.presets import merge, read_preset
 
 PAD, START, END = 0, 1, 2
 FIRST_WORD = 3  # of the tokens that rows are made of

@@ -33,15 +33,15 @@ import yaml
 from benchmarks.material import write_rows
 from benchmarks.peers.ours import CPU, bare_run
 from benchmarks.table import quartiles
+from minimind.compute.matmuls import choose_products, products_in_float32
 from minimind.datasets.batches import Batches, Extra
 from minimind.datasets.encoded import EncodedDataset
-from minimind.generate import Sampling, generate
+from minimind.model.generate import Sampling, generate
 from minimind.model.transformer import ModelConfig, Transformer
 from minimind.objectives.distill import TEACHER_IDS, TEACHER_LOGPROBS, Distill
 from minimind.objectives.dpo import Dpo
 from minimind.objectives.loss import Objective
 from minimind.objectives.next_token import NextToken
-from minimind.runtime.products import choose_products, products_in_float32
 from minimind.training.fit import take_step
 from minimind.training.optimizer import Optimizer, OptimizerConfig
 

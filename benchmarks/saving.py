@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import yaml
 
+from minimind.cli.presets import merge, read_preset
+from minimind.compute.settings import load_settings
+from minimind.lineage.resume import ResumeStore, TrainingState
 from minimind.model.transformer import ModelConfig, ModelShape, Transformer
 from minimind.params import with_shared
-from minimind.presets import merge, read_preset
-from minimind.runtime.run import SAVE_SPACING
-from minimind.runtime.settings import load_settings
 from minimind.training.optimizer import Optimizer, OptimizerConfig
-from minimind.training.resume import ResumeStore, TrainingState
+from minimind.training.session import SAVE_SPACING
 
 NUM_SAVES = 5
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,9 +6,9 @@ DVC or the torchrun that started it is gone, or that its code is being edited.
 
 import os
 
-from minimind.runtime.code import note_code
-from minimind.runtime.launch import is_worker
-from minimind.runtime.stop import watch_parents
+from minimind.compute.launch import is_worker
+from minimind.lineage.code import note_code
+from minimind.terminal.signals import watch_parents
 
 if os.environ.get("DVC_STAGE") or is_worker():
     watch_parents()

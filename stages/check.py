@@ -7,11 +7,11 @@ import typer
 
 from minimind.errors import UserError
 from minimind.files import replacing
+from minimind.lineage.dvc_files import stages_as_written
+from minimind.lineage.paths import lost_paths
+from minimind.lineage.provenance import unchanged
 from minimind.params import read_params
-from minimind.paths import lost_paths
-from minimind.runtime.command import stage_app
-from minimind.runtime.dvc_files import stages_as_written
-from minimind.runtime.provenance import unchanged
+from minimind.terminal.command import stage_app
 
 app = stage_app("check")
 

@@ -6,19 +6,19 @@ from typing import Annotated
 import typer
 from pydantic import ConfigDict, Field
 
-from minimind.checkpoint import require_same_tokenizer, save_checkpoint, start_model
+from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.encoded import EncodedDataset
 from minimind.distillation.outputs import TeacherOutputs
 from minimind.distillation.teacher import load_teacher
 from minimind.metrics import write_curve, write_metrics
+from minimind.model.checkpoint import save_checkpoint, start_model
 from minimind.model.transformer import ModelShape
 from minimind.objectives.distill import Distill
 from minimind.params import load_section
-from minimind.runtime.command import stage_app
-from minimind.runtime.run import start_training
-from minimind.tokenizer import ChatTokenizer
+from minimind.terminal.command import stage_app
 from minimind.training.bits import bits_per_byte
 from minimind.training.fit import FitConfig, fit, summary
+from minimind.training.session import start_training
 
 app = stage_app("distill")
 
@@ -62,7 +62,7 @@ def main(
     with start_training(stage, params, {"distill": config}, inputs) as run:
         dataset = EncodedDataset.open(conversations)
         dataset.check_format("chat", "text")
-        require_same_tokenizer(init, dataset)
+        dataset.check_tokenizer_of(init)
         asked_by = f"{params}: distill.student"
         student = start_model(init, config.student, config.seed, asked_by)
         run.say(f"{student.num_parameters:,} parameters")

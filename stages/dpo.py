@@ -9,16 +9,16 @@ import typer
 from numpy.typing import NDArray
 from pydantic import Field
 
-from minimind.checkpoint import load_model, require_same_tokenizer, save_checkpoint
 from minimind.datasets.batches import Extra
 from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import UserError
 from minimind.metrics import write_curve, write_metrics
+from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.objectives.dpo import Dpo, Reduction
 from minimind.params import load_section
-from minimind.runtime.command import stage_app
-from minimind.runtime.run import start_training
+from minimind.terminal.command import stage_app
 from minimind.training.fit import FitConfig, fit, summary
+from minimind.training.session import start_training
 
 app = stage_app("dpo")
 
@@ -49,7 +49,7 @@ def main(
         model = load_model(checkpoint)
         dataset = EncodedDataset.open(preferences)
         dataset.check_format("preference")
-        require_same_tokenizer(checkpoint, dataset)
+        dataset.check_tokenizer_of(checkpoint)
         extras = {"reference": Extra(load_reference(reference, dataset), per="rows")}
         objective = Dpo(config.beta, config.reduction, config.nll_weight)
         history = fit(model, objective, dataset, config, run, extras)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.augment import Augmentation, load_synonyms
 from minimind.datasets.encode import (
     ChatEncodeConfig,
@@ -15,10 +16,9 @@ from minimind.datasets.encode import (
     encode_dataset,
 )
 from minimind.files import replacing
+from minimind.lineage.provenance import unchanged
 from minimind.params import load_section
-from minimind.runtime.command import stage_app
-from minimind.runtime.provenance import unchanged
-from minimind.tokenizer import ChatTokenizer
+from minimind.terminal.command import stage_app
 
 app = stage_app("encode")
 

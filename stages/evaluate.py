@@ -7,16 +7,16 @@ from typing import Annotated
 
 import typer
 
-from minimind.checkpoint import load_model
+from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.formats import parse_text, read_rows
 from minimind.evaluation.evaluate import EvaluateConfig, evaluate
 from minimind.evaluation.problems import read_problems
 from minimind.files import replacing
 from minimind.metrics import write_metrics
+from minimind.model.checkpoint import load_model
 from minimind.params import load_section
-from minimind.runtime.command import stage_app
-from minimind.runtime.run import start_run
-from minimind.tokenizer import ChatTokenizer
+from minimind.terminal.command import stage_app
+from minimind.training.session import start_run
 
 app = stage_app("evaluate")
 

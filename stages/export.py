@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from minimind.checkpoint import load_model, save_checkpoint
-from minimind.lora import merge_adapter
-from minimind.runtime.command import stage_app
-from minimind.runtime.provenance import unchanged
+from minimind.lineage.provenance import unchanged
+from minimind.model.checkpoint import load_model, save_checkpoint
+from minimind.model.lora import merge_adapter
+from minimind.terminal.command import stage_app
 
 app = stage_app("export")
 

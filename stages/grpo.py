@@ -6,16 +6,16 @@ from typing import Annotated
 import typer
 from pydantic import Field
 
-from minimind.checkpoint import load_model, save_checkpoint
+from minimind.chat.tokenizer import ChatTokenizer
 from minimind.metrics import write_curve, write_metrics
+from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.params import load_section
 from minimind.reinforcement.group_relative import GroupRelative
 from minimind.reinforcement.loop import ReinforcementConfig, reinforce, summary
 from minimind.reinforcement.prompts import Draws
 from minimind.reinforcement.setup import build_environment
-from minimind.runtime.command import stage_app
-from minimind.runtime.run import start_training
-from minimind.tokenizer import ChatTokenizer
+from minimind.terminal.command import stage_app
+from minimind.training.session import start_training
 
 app = stage_app("grpo")
 

@@ -5,17 +5,17 @@ from typing import Annotated
 
 import typer
 
-from minimind.checkpoint import load_model, require_same_tokenizer
+from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.encoded import EncodedDataset
-from minimind.lora import AdapterShape, add_adapter, save_adapter
 from minimind.metrics import write_curve, write_metrics
+from minimind.model.checkpoint import load_model
+from minimind.model.lora import AdapterShape, add_adapter, save_adapter
 from minimind.objectives.next_token import NextToken
 from minimind.params import load_section
-from minimind.runtime.command import stage_app
-from minimind.runtime.run import start_training
-from minimind.tokenizer import ChatTokenizer
+from minimind.terminal.command import stage_app
 from minimind.training.bits import bits_per_byte
 from minimind.training.fit import FitConfig, fit, summary
+from minimind.training.session import start_training
 
 app = stage_app("lora")
 
@@ -41,7 +41,7 @@ def main(
     with start_training("lora", params, {"lora": config}, [checkpoint, conversations]) as run:
         dataset = EncodedDataset.open(conversations)
         dataset.check_format("chat", "text")
-        require_same_tokenizer(checkpoint, dataset)
+        dataset.check_tokenizer_of(checkpoint)
         model = add_adapter(load_model(checkpoint), config, config.seed)
         num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         run.say(f"{num_trained:,} parameters of the adapter are trained")

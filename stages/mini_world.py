@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from minimind.datasets.mini_world import MiniWorldConfig, write_mini_world
+from minimind.lineage.provenance import unchanged
 from minimind.metrics import write_metrics
+from minimind.mini_world.rows import MiniWorldConfig, write_mini_world
 from minimind.params import load_section
-from minimind.runtime.command import stage_app
-from minimind.runtime.provenance import unchanged
+from minimind.terminal.command import stage_app
 
 app = stage_app("mini_world")
 

@@ -5,17 +5,17 @@ from typing import Annotated
 
 import typer
 
-from minimind.checkpoint import require_same_tokenizer, save_checkpoint, start_model
+from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.encoded import EncodedDataset
 from minimind.metrics import write_curve, write_metrics
+from minimind.model.checkpoint import save_checkpoint, start_model
 from minimind.model.transformer import ModelShape
 from minimind.objectives.next_token import NextToken
 from minimind.params import load_section
-from minimind.runtime.command import stage_app
-from minimind.runtime.run import start_training
-from minimind.tokenizer import ChatTokenizer
+from minimind.terminal.command import stage_app
 from minimind.training.bits import bits_per_byte
 from minimind.training.fit import FitConfig, fit, summary
+from minimind.training.session import start_training
 
 app = stage_app("pretrain")
 
@@ -43,7 +43,7 @@ def main(
         model = start_model(init, shape, config.seed, f"{params}: model")
         run.say(f"{model.num_parameters:,} parameters")
         dataset = EncodedDataset.open(text)
-        require_same_tokenizer(init, dataset)
+        dataset.check_tokenizer_of(init)
         history = fit(model, NextToken(), dataset, config, run)
         with run.saving(metrics):
             save_checkpoint(output, model, init)

@@ -6,16 +6,16 @@ from typing import Annotated
 import typer
 from pydantic import Field
 
-from minimind.checkpoint import load_model, require_same_tokenizer, save_checkpoint
+from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.encoded import EncodedDataset
 from minimind.metrics import write_curve, write_metrics
+from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.objectives.next_token import NextToken
 from minimind.params import load_section
-from minimind.runtime.command import stage_app
-from minimind.runtime.run import start_training
-from minimind.tokenizer import ChatTokenizer
+from minimind.terminal.command import stage_app
 from minimind.training.bits import bits_per_byte
 from minimind.training.fit import FitConfig, fit, summary
+from minimind.training.session import start_training
 
 app = stage_app("reason")
 
@@ -43,7 +43,7 @@ def main(
         model = load_model(checkpoint)
         dataset = EncodedDataset.open(conversations)
         dataset.check_format("chat", "text")
-        require_same_tokenizer(checkpoint, dataset)
+        dataset.check_tokenizer_of(checkpoint)
         objective = NextToken(config.tag_weight, config.final_tag_weight)
         history = fit(model, objective, dataset, config, run)
         with run.saving(metrics):

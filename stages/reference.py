@@ -8,16 +8,16 @@ import torch
 import typer
 from pydantic import ConfigDict, Field
 
-from minimind.checkpoint import load_model, require_same_tokenizer
+from minimind.compute.precision import DType, autocast
 from minimind.datasets.batches import in_order
 from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import UserError
 from minimind.files import replacing
+from minimind.model.checkpoint import load_model
 from minimind.objectives.dpo import Reduction, row_logprobs
 from minimind.params import Section, load_section
-from minimind.runtime.command import stage_app
-from minimind.runtime.run import start_run
-from minimind.training.precision import DType, autocast
+from minimind.terminal.command import stage_app
+from minimind.training.session import start_run
 
 app = stage_app("reference")
 
@@ -47,7 +47,7 @@ def main(
         model = load_model(checkpoint).to(run.device).eval()
         dataset = EncodedDataset.open(preferences)
         dataset.check_format("preference")
-        require_same_tokenizer(checkpoint, dataset)
+        dataset.check_tokenizer_of(checkpoint)
         pairs = np.arange(dataset.num_samples)
         with torch.inference_mode(), autocast(run.device, config.dtype):
             scores = [

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from minimind.files import replacing
+from minimind.lineage.provenance import unchanged
 from minimind.report.report import (
     checkpoint_section,
     examples_section,
@@ -13,8 +14,7 @@ from minimind.report.report import (
     training_section,
 )
 from minimind.report.results import read_evaluations, read_metrics, read_record
-from minimind.runtime.command import stage_app
-from minimind.runtime.provenance import unchanged
+from minimind.terminal.command import stage_app
 
 app = stage_app("report")
 

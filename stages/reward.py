@@ -5,16 +5,16 @@ from typing import Annotated
 
 import typer
 
-from minimind.checkpoint import load_model, require_same_tokenizer
 from minimind.datasets.encoded import EncodedDataset
 from minimind.metrics import write_curve, write_metrics
+from minimind.model.checkpoint import load_model
 from minimind.model.reward import RewardModel, dense_part
+from minimind.model.reward_checkpoint import save_reward_model
 from minimind.objectives.reward_model import PairwiseReward
 from minimind.params import load_section
-from minimind.reward_checkpoint import save_reward_model
-from minimind.runtime.command import stage_app
-from minimind.runtime.run import start_training
+from minimind.terminal.command import stage_app
 from minimind.training.fit import FitConfig, fit, summary
+from minimind.training.session import start_training
 
 app = stage_app("reward")
 
@@ -41,7 +41,7 @@ def main(
         model = RewardModel(dense_part(base, config.seed) if base.config.num_experts else base)
         dataset = EncodedDataset.open(preferences)
         dataset.check_format("preference")
-        require_same_tokenizer(checkpoint, dataset)
+        dataset.check_tokenizer_of(checkpoint)
         history = fit(model, PairwiseReward(), dataset, config, run)
         results = summary(history)
         if "val_accuracy" in results:

@@ -15,8 +15,8 @@ from minimind.distillation.outputs import (
 from minimind.distillation.teacher import load_teacher
 from minimind.metrics import Number, write_metrics
 from minimind.params import load_section
-from minimind.runtime.command import stage_app
-from minimind.runtime.run import start_run
+from minimind.terminal.command import stage_app
+from minimind.training.session import start_run
 
 app = stage_app("teacher_outputs")
 

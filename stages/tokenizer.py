@@ -5,19 +5,19 @@ from typing import Annotated
 
 import typer
 
-from minimind.metrics import write_metrics
-from minimind.params import load_section
-from minimind.runtime.command import stage_app
-from minimind.runtime.provenance import unchanged
-from minimind.tokenizer import ChatTokenizer
-from minimind.tokenizer_training import (
+from minimind.chat.tokenizer import ChatTokenizer
+from minimind.chat.tokenizer_training import (
     TokenizerConfig,
     adopt_tokenizer,
     measure_tokenizer,
-    read_texts,
     save_tokenizer,
     train_tokenizer,
 )
+from minimind.datasets.formats import read_texts
+from minimind.lineage.provenance import unchanged
+from minimind.metrics import write_metrics
+from minimind.params import load_section
+from minimind.terminal.command import stage_app
 
 app = stage_app("tokenizer")
 

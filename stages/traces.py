@@ -6,15 +6,15 @@ from typing import Annotated
 
 import typer
 
-from minimind.checkpoint import load_model
+from minimind.chat.tokenizer import ChatTokenizer
 from minimind.metrics import write_metrics
+from minimind.model.checkpoint import load_model
 from minimind.params import load_section
-from minimind.runtime.command import stage_app
-from minimind.runtime.run import Run, start_run
+from minimind.terminal.command import stage_app
 from minimind.thinking.completions import Checkpoint, Source, complete_all, read_prompts, write_rows
 from minimind.thinking.endpoint import Endpoint
 from minimind.thinking.traces import Traces, TracesConfig
-from minimind.tokenizer import ChatTokenizer
+from minimind.training.session import Run, start_run
 
 app = stage_app("traces")
 

@@ -15,7 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 import minimind.cli.main
-from minimind.runtime.command import StageApp
+from minimind.terminal.command import StageApp
 from stages import (
     check,
     distill,

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from minimind.checkpoint import load_model
+from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.batches import Extra
 from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import Stopped
+from minimind.model.checkpoint import load_model
 from minimind.model.reward import RewardModel
 from minimind.objectives.dpo import Dpo
 from minimind.objectives.next_token import NextToken
@@ -29,11 +30,10 @@ from minimind.reinforcement.loop import reinforce
 from minimind.reinforcement.prompts import Draws
 from minimind.reinforcement.setup import build_environment
 from minimind.reinforcement.single_stream import SingleStream
-from minimind.runtime import run as runtime
-from minimind.runtime.command import stage_app
-from minimind.runtime.run import Run, start_training
-from minimind.tokenizer import ChatTokenizer
+from minimind.terminal.command import stage_app
+from minimind.training import session
 from minimind.training.fit import FitConfig, History, fit
+from minimind.training.session import Run, start_training
 from stages.grpo import GrpoConfig
 from stages.spo import SpoConfig
 from tests.tiny import tiny_model
@@ -124,7 +124,7 @@ def _reinforce(config: GrpoConfig | SpoConfig, run: Run) -> tuple[History, nn.Mo
 @app.command()
 def main(cases: Path) -> None:
     """Run all cases, one after the other; each process writes <cases>.<rank>."""
-    runtime.leave_processes = lambda: None  # type: ignore[assignment]  # they meet again
+    session.leave_processes = lambda: None  # type: ignore[assignment]  # they meet again
     torch.set_num_threads(1)
     results = {}
     for name, case in json.loads(cases.read_text()).items():

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from minimind.chat_format import Message
+from minimind.chat.template import Message
+from minimind.chat.tokenizer import ChatTokenizer
+from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
 from minimind.datasets import encode
 from minimind.datasets.augment import Augmentation, AugmentConfig, load_synonyms
 from minimind.datasets.encode import encode_dataset
 from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import UserError
-from minimind.tokenizer import ChatTokenizer
-from minimind.tokenizer_training import save_tokenizer, train_tokenizer
 from stages.encode import app
 from tests.graph import ROOT
 

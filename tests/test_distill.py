@@ -14,12 +14,14 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner, Result
 
-from minimind.checkpoint import load_model, save_checkpoint
+from minimind.chat.tokenizer import ChatTokenizer
+from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
 from minimind.datasets.batches import Extra, count, pack
 from minimind.datasets.encoded import EncodedDataset
 from minimind.distillation.outputs import TeacherOutputs
 from minimind.distillation.teacher import PaddedModel, Teacher, load_teacher
 from minimind.errors import UserError
+from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.objectives import by_rows
 from minimind.objectives.distill import (
     TEACHER_IDS,
@@ -29,8 +31,6 @@ from minimind.objectives.distill import (
     kl_divergence,
 )
 from minimind.objectives.next_token import NextToken
-from minimind.tokenizer import ChatTokenizer
-from minimind.tokenizer_training import save_tokenizer, train_tokenizer
 from stages import distill, sft, teacher_outputs
 from tests.tiny import VOCAB_SIZE, random_rows, tiny_model, write_rows
 

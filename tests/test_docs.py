@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from minimind.compute.settings import RuntimeSettings
 from minimind.params import SHARED
-from minimind.runtime.settings import RuntimeSettings
 from tests.graph import ROOT
 
 PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))

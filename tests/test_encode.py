@@ -10,14 +10,14 @@ import pytest
 import tokenizers
 from typer.testing import CliRunner
 
-from minimind.chat_format import Message
+from minimind.chat.template import Message
+from minimind.chat.tokenizer import ChatTokenizer, EncodedRow
+from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
 from minimind.datasets import encode
 from minimind.datasets.encode import encode_dataset, split_document
 from minimind.datasets.encoded import EncodedDataset
-from minimind.datasets.mini_world import MiniWorldConfig, write_mini_world
 from minimind.errors import UserError
-from minimind.tokenizer import ChatTokenizer, EncodedRow
-from minimind.tokenizer_training import save_tokenizer, train_tokenizer
+from minimind.mini_world.rows import MiniWorldConfig, write_mini_world
 from stages.encode import app
 from tests.shipped import shipped_params
 

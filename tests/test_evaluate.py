@@ -11,10 +11,7 @@ import torch.nn.functional as F
 from scipy.stats import binomtest
 from typer.testing import CliRunner
 
-from minimind.checkpoint import load_model, save_checkpoint
-from minimind.datasets.formats import BadRowError
-from minimind.errors import UserError
-from minimind.evaluation.answers import (
+from minimind.chat.answers import (
     answer_like,
     find_answer,
     is_full_sentence,
@@ -22,6 +19,11 @@ from minimind.evaluation.answers import (
     normalise,
     thought_of,
 )
+from minimind.chat.tokenizer import ChatTokenizer
+from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
+from minimind.compute.precision import DType
+from minimind.datasets.formats import BadRowError
+from minimind.errors import UserError
 from minimind.evaluation.evaluate import (
     EvaluateConfig,
     Prediction,
@@ -32,10 +34,8 @@ from minimind.evaluation.likelihood import Fork, branch_logprobs
 from minimind.evaluation.problems import read_problems
 from minimind.evaluation.wilson import effective_trials, wilson_interval
 from minimind.metrics import Number
+from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.model.transformer import ModelConfig, PackedTokens, Transformer
-from minimind.tokenizer import ChatTokenizer
-from minimind.tokenizer_training import save_tokenizer, train_tokenizer
-from minimind.training.precision import DType
 from stages.evaluate import app
 from tests.tiny import VOCAB_SIZE, tiny_model
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import Stopped, UserError
 from minimind.model.transformer import Transformer
 from minimind.objectives.next_token import NextToken
-from minimind.runtime.run import Run, start_run
-from minimind.tokenizer import ChatTokenizer
 from minimind.training.bits import bits_per_byte
 from minimind.training.fit import FitConfig, History, fit, split, summary
+from minimind.training.session import Run, start_run
 from tests.tiny import random_rows, tiny_model, tiny_tokenizer, write_rows
 
 CONFIG = {

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimind.chat_format import Message
+from minimind.chat.template import Message
 from minimind.datasets import formats
 from minimind.datasets.formats import (
     BadRowError,

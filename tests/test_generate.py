@@ -10,11 +10,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from minimind import generate as generate_module
-from minimind.checkpoint import save_checkpoint
+from minimind.compute.matmuls import choose_products
 from minimind.errors import UserError
-from minimind.generate import Completions, Sampling, generate
+from minimind.model.checkpoint import save_checkpoint
+from minimind.model.generate import Completions, Sampling, generate
 from minimind.model.transformer import PackedTokens, Transformer
-from minimind.runtime.products import choose_products
 from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 END = 2

@@ -15,8 +15,8 @@ from dvc.dependency import ParamsDependency
 from dvc.repo import Repo
 from networkx import ancestors
 
+from minimind.lineage.paths import keys_of, path_templates
 from minimind.params import SHARED, Section, shared_keys
-from minimind.paths import keys_of, path_templates
 from tests.graph import ROOT, UNTRACKED, code_dependencies, project_imports
 from tests.project import git, stages_run
 from tests.shipped import as_shipped, shipped_params
@@ -234,7 +234,7 @@ def test_a_stage_tracks_what_its_section_has_from_the_top_level(name: str) -> No
 
 
 def test_what_is_untracked_is_named_once() -> None:
-    from minimind.runtime.provenance import RUNTIME_PACKAGE
+    from minimind.lineage.provenance import RUNTIME_PACKAGE
 
     assert RUNTIME_PACKAGE.replace(".", "/") + "/" == UNTRACKED
 
@@ -297,7 +297,7 @@ def test_the_committed_lock_is_in_step_with_code_and_parameters(commit: Path) ->
     ("file", "old", "new"),
     [
         ("params.yaml", "  num_sft: ", "  num_sft: 1"),
-        ("minimind/datasets/mini_world_problems.py", "BOX_SHARE = ", "BOX_SHARE = 0"),
+        ("minimind/mini_world/problems.py", "BOX_SHARE = ", "BOX_SHARE = 0"),
     ],
 )
 def test_a_lock_that_is_behind_is_found(commit: Path, file: str, old: str, new: str) -> None:

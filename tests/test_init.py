@@ -8,7 +8,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from minimind.checkpoint import load_model
+from minimind.model.checkpoint import load_model
 from tests.broken import SHAPE, build, run, write_params
 
 

@@ -10,15 +10,15 @@ import pytest
 import tokenizers
 from typer.testing import CliRunner, Result
 
-from minimind.chat_format import Message
+from minimind.chat.template import Message
+from minimind.chat.tokenizer import ChatTokenizer
+from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
 from minimind.cli.main import app
 from minimind.datasets.formats import Place, parse_chat
 from minimind.datasets.lint import Against, LintFormat, detect_format, lint
 from minimind.datasets.near_duplicates import NearDuplicates, jaccard, numbers, shingles
 from minimind.datasets.row_checks import FirstSeen, questions
 from minimind.errors import UserError
-from minimind.tokenizer import ChatTokenizer
-from minimind.tokenizer_training import save_tokenizer, train_tokenizer
 
 NOTHING = Against.read([], 0.7)
 CAT = "Amy's cat sleeps all day; in the night it hunts mice behind the house."

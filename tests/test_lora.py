@@ -13,13 +13,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from minimind.checkpoint import load_model, save_checkpoint
+from minimind.chat.tokenizer import ChatTokenizer
+from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
 from minimind.datasets.batches import pack
 from minimind.errors import UserError
-from minimind.lora import AdapterShape, add_adapter, merge_adapter, save_adapter
+from minimind.model.checkpoint import load_model, save_checkpoint
+from minimind.model.lora import AdapterShape, add_adapter, merge_adapter, save_adapter
 from minimind.objectives.next_token import NextToken
-from minimind.tokenizer import ChatTokenizer
-from minimind.tokenizer_training import save_tokenizer, train_tokenizer
 from stages import export, lora
 from tests.tiny import random_rows, tiny_model, write_rows
 

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from minimind.datasets.mini_world import MiniWorldConfig, write_mini_world
-from minimind.datasets.mini_world_stories import CHINESE, ENGLISH
+from minimind.mini_world.rows import MiniWorldConfig, write_mini_world
+from minimind.mini_world.stories import CHINESE, ENGLISH
 from stages.mini_world import app
 
 World = dict[str, list[dict[str, Any]]]  # rows of each file

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from minimind.checkpoint import load_model, save_checkpoint
 from minimind.datasets.batches import pack
 from minimind.errors import UserError
 from minimind.model import transformer
 from minimind.model.attention import _attention_per_sample, packed_attention
+from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.model.transformer import ModelConfig, Transformer
 from tests.tiny import TOKENIZER_SIZE, random_rows, tiny_model, tiny_tokenizer, write_rows
 

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import Ernie4_5_MoeForCausalLM
 
-from minimind.checkpoint import load_model, save_checkpoint
+from minimind.compute.compiling import can_compile
 from minimind.datasets.batches import PackedBatch, count, pack
 from minimind.errors import UserError
-from minimind.generate import generate
+from minimind.model.checkpoint import load_model, save_checkpoint
+from minimind.model.generate import generate
 from minimind.model.moe import FeedForward, MixtureOfExperts, Routing, balance_and_load
 from minimind.model.reward import dense_part
 from minimind.model.transformer import ModelConfig, ModelShape, PackedTokens, Transformer
@@ -23,7 +24,6 @@ from minimind.objectives.dpo import Dpo
 from minimind.objectives.loss import Loss, Term
 from minimind.objectives.next_token import NextToken
 from minimind.params import load_section
-from minimind.runtime.compiling import can_compile
 from tests.test_training import loss_and_gradient
 from tests.tiny import (
     TOKENIZER_SIZE,

@@ -8,10 +8,10 @@ import pytest
 
 import minimind.params
 import tests.shipped
+from minimind.compute.precision import DType
 from minimind.errors import UserError
+from minimind.lineage.provenance import Provenance, unchanged
 from minimind.params import Section, Seed, load_section
-from minimind.runtime.provenance import Provenance, unchanged
-from minimind.training.precision import DType
 
 
 class Both(Section):

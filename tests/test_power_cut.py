@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from minimind.errors import Stopped
-from minimind.training.resume import ResumeStore, TrainingState, forget_recorded
+from minimind.lineage.resume import ResumeStore, TrainingState, forget_recorded
 from tests.test_fit import data, quiet_surroundings, train, weights  # noqa: F401
 
 

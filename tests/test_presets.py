@@ -9,11 +9,11 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from minimind.chat.tokenizer_training import TokenizerConfig
 from minimind.cli.main import app
 from minimind.datasets.encode import ChatEncodeConfig, EncodeConfig
 from minimind.model.transformer import ModelConfig, ModelShape, Transformer
 from minimind.params import Section, load_section
-from minimind.tokenizer_training import TokenizerConfig
 from stages.distill import DistillConfig
 from stages.dpo import DpoConfig
 from stages.grpo import GrpoConfig

@@ -18,10 +18,10 @@ import pytest
 import torch
 import yaml
 
-from minimind.checkpoint import load_model, save_checkpoint
+from minimind.chat.tokenizer import ChatTokenizer
+from minimind.chat.tokenizer_training import SMALLEST_VOCAB, save_tokenizer, train_tokenizer
 from minimind.datasets.batches import divide
-from minimind.tokenizer import ChatTokenizer
-from minimind.tokenizer_training import SMALLEST_VOCAB, save_tokenizer, train_tokenizer
+from minimind.model.checkpoint import load_model, save_checkpoint
 from tests.graph import ROOT
 from tests.many_processes import run_case
 from tests.test_fit import CONFIG
@@ -231,8 +231,8 @@ def test_a_process_without_a_sample_gets_a_stand_in_that_does_not_count() -> Non
 TOY = """
 import os, signal, time
 from minimind.errors import UserError
-from minimind.runtime.command import stage_app
-from minimind.runtime.launch import is_worker, launch
+from minimind.terminal.command import stage_app
+from minimind.compute.launch import is_worker, launch
 
 app = stage_app("toy")
 

@@ -13,24 +13,24 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from minimind.compute import matmuls as products
+from minimind.compute.compiling import can_compile
+from minimind.compute.matmuls import OPERATORS, choose_products, products_in_float32
+from minimind.compute.precision import DType, autocast
+from minimind.compute.settings import load_settings
 from minimind.datasets.batches import PackedBatch, pack
 from minimind.distillation.teacher import PaddedModel, Teacher
 from minimind.errors import Stopped, UserError
 from minimind.evaluation.likelihood import Fork, branch_logprobs
-from minimind.generate import generate
-from minimind.lora import AdapterShape, add_adapter
+from minimind.model.generate import generate
+from minimind.model.lora import AdapterShape, add_adapter
 from minimind.model.reward import RewardModel
 from minimind.model.transformer import Transformer
 from minimind.objectives.next_token import NextToken
 from minimind.objectives.reward_model import PairwiseReward
-from minimind.runtime import products
-from minimind.runtime.compiling import can_compile
-from minimind.runtime.products import OPERATORS, choose_products, products_in_float32
-from minimind.runtime.settings import load_settings
 from minimind.training.fit import FitConfig
 from minimind.training.muon import Muon
 from minimind.training.optimizer import Optimizer, OptimizerConfig
-from minimind.training.precision import DType, autocast
 from tests.test_fit import (  # noqa: F401
     CONFIG,
     a_run,
@@ -190,7 +190,7 @@ class Watch(TorchDispatchMode):
 
 
 # What else gets 16-bit values, element by element apart. What is neither here nor in OPERATORS
-# may be a product that minimind/runtime/products.py has to know.
+# may be a product that minimind/compute/matmuls.py has to know.
 NO_PRODUCTS = {
     *("_to_copy", "_unsafe_view", "cat", "copy_", "detach", "empty_like", "expand"),
     *(

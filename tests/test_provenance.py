@@ -8,11 +8,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-import minimind.datasets.mini_world
+import minimind.mini_world.rows
 from minimind.errors import UserError
-from minimind.runtime import code
-from minimind.runtime.provenance import Provenance, unchanged
-from minimind.runtime.records import Records
+from minimind.lineage import code
+from minimind.lineage.provenance import Provenance, unchanged
+from minimind.lineage.records import Records
 from minimind.training.fit import FitConfig
 from stages import mini_world
 from tests.graph import ROOT
@@ -145,7 +145,7 @@ def test_a_short_stage_notices_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     params["mini_world"]["num_eval_per_level"] = [2, 2, 2, 2]
     Path("params.yaml").write_text(yaml.safe_dump(params))
 
-    def write(output: Path, config: minimind.datasets.mini_world.MiniWorldConfig) -> dict[str, int]:
+    def write(output: Path, config: minimind.mini_world.rows.MiniWorldConfig) -> dict[str, int]:
         params["seed"] += 1
         Path("params.yaml").write_text(yaml.safe_dump(params))
         return {}

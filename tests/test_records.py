@@ -11,9 +11,9 @@ import yaml
 from dvc.utils.serialize import dumps_yaml, loads_yaml
 
 from minimind.errors import UserError
-from minimind.runtime.dvc_files import read_as_written
-from minimind.runtime.records import Record, Records
-from minimind.verify import Project
+from minimind.lineage.dvc_files import read_as_written
+from minimind.lineage.records import Record, Records
+from minimind.lineage.verify import Project
 from tests.project import copy_project, dvc, git, stages_run
 from tests.test_report import prediction, write
 
@@ -54,9 +54,9 @@ def change_graph(project: Path, stage: str, command: str) -> None:
     [
         (
             "mini_world",
-            "echo >> minimind/datasets/mini_world.py",
+            "echo >> minimind/mini_world/rows.py",
             "tokenizer",
-            "minimind/datasets/mini_world.py",
+            "minimind/mini_world/rows.py",
             "data/mini_world, metrics/mini_world.json",
         ),
         (
@@ -116,7 +116,7 @@ def test_an_ordinary_repro_is_compared_and_goes_on(project: Path) -> None:
 
 
 def test_a_lock_that_git_has_brought_back_is_no_false_one(project: Path) -> None:
-    code = project / "minimind/datasets/mini_world.py"
+    code = project / "minimind/mini_world/rows.py"
     code.write_text(code.read_text(encoding="utf-8") + COMMENT, encoding="utf-8")
     assert "mini_world" in stages_run(dvc(project, "repro", "mini_world"))
     git(project, "checkout", "-q", ".")

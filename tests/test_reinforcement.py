@@ -9,7 +9,7 @@ import torch
 
 from minimind.datasets.batches import Counts, PackedBatch
 from minimind.errors import UserError
-from minimind.generate import Sampling, generate
+from minimind.model.generate import Sampling, generate
 from minimind.objectives.loss import token_logprobs
 from minimind.objectives.policy import PolicyGradient, k3
 from minimind.reinforcement.advantages import (

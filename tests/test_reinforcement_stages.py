@@ -10,10 +10,12 @@ import torch
 import yaml
 from typer.testing import CliRunner, Result
 
-from minimind.checkpoint import load_model, save_checkpoint
+from minimind.chat.tokenizer import ChatTokenizer
+from minimind.chat.tokenizer_training import SMALLEST_VOCAB, save_tokenizer, train_tokenizer
 from minimind.datasets.encode import encode_dataset
 from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import Stopped, UserError
+from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.params import load_section
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.group_relative import GroupRelative
@@ -23,9 +25,7 @@ from minimind.reinforcement.reward_scorer import load_reward_model
 from minimind.reinforcement.rewards import Rewards, Sample
 from minimind.reinforcement.rollout import SamplingConfig, completion_logprobs
 from minimind.reinforcement.single_stream import SingleStream
-from minimind.runtime.run import start_run
-from minimind.tokenizer import ChatTokenizer
-from minimind.tokenizer_training import SMALLEST_VOCAB, save_tokenizer, train_tokenizer
+from minimind.training.session import start_run
 from stages import grpo, reward, spo
 from tests.tiny import tiny_model
 
@@ -386,7 +386,7 @@ def test_a_reward_model_learns_pairs_and_stock_transformers_reads_it(project: Pa
 def test_the_saved_scores_are_those_of_training(project: Path) -> None:
     from minimind.datasets.batches import pack
     from minimind.model.reward import RewardModel
-    from minimind.reward_checkpoint import save_reward_model
+    from minimind.model.reward_checkpoint import save_reward_model
 
     train_reward_model(16)
     model = RewardModel(load_model(Path("models/start")))

@@ -1,17 +1,15 @@
 """How things are computed changes no result, and what is asked for wrongly is said in one line."""
 
 from pathlib import Path
-from unittest.mock import Mock, patch
 
 import pytest
 import torch
 import wandb
 
+from minimind.compute import compiling
+from minimind.compute.compiling import can_compile
+from minimind.compute.settings import RuntimeSettings, load_settings
 from minimind.errors import UserError
-from minimind.runtime import compiling
-from minimind.runtime.compiling import can_compile
-from minimind.runtime.processes import Processes
-from minimind.runtime.settings import RuntimeSettings, load_settings
 from tests.test_fit import data, quiet_surroundings, train  # noqa: F401
 
 
@@ -30,44 +28,6 @@ def test_compiled_training_has_the_losses_of_eager_training(
     monkeypatch.setenv("MINIMIND_COMPILE", "1")
     compiled, _ = train(tmp_path, data, **changes)
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
-
-
-@pytest.mark.skipif(not can_compile(), reason="PyTorch's path has spaces")
-def test_compiling_is_tried_where_it_may_pay_and_leaves_no_trace(
-    tmp_path: Path,
-    data,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    changes = {"max_steps": 6, "curve_interval": 1}
-    eager, _ = train(tmp_path, data, **changes)
-    monkeypatch.setenv("MINIMIND_COMPILE", "auto")
-    short, _ = train(tmp_path, data, **changes)
-    assert short.curve == eager.curve
-    monkeypatch.setattr(compiling, "LIKELY_COMPILE_SECONDS", 0.0)
-    # Whichever is faster here: the same mathematics from the same weights and random numbers.
-    tried, _ = train(tmp_path, data, **changes)
-    assert losses(tried) == pytest.approx(losses(eager), rel=1e-5)
-
-
-def test_the_faster_form_is_chosen_and_recorded() -> None:
-    eager, slow, fast = torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity()
-    seconds = {eager: 2.0, slow: 3.0, fast: 1.0}
-    now = [0.0]
-
-    def attempt(form: torch.nn.Module) -> None:
-        now[0] += seconds[form]
-
-    for candidate, chosen in ((slow, eager), (fast, fast)):
-        run = Mock(settings=RuntimeSettings(compile="auto"), processes=Processes(), record={})
-        with (
-            patch.object(compiling, "can_compile", return_value=True),
-            patch.object(compiling, "_compiled", return_value=candidate),
-            patch.object(compiling.time, "monotonic", lambda: now[0]),
-        ):
-            assert compiling.choose_form(eager, attempt, 1000, run) is chosen
-            assert run.record["compile_trial"]["compiled_seconds_a_step"] == seconds[candidate]
-            assert run.is_compiled == (chosen is fast)
-            assert compiling.choose_form(eager, attempt, 3, run) is eager  # too short
 
 
 def test_gradient_checkpointing_leaves_the_curve_as_it_is(tmp_path: Path, data) -> None:  # noqa: F811
@@ -108,18 +68,7 @@ def test_a_wrong_setting_is_one_line(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("setting", [True, "auto"])
-def test_where_the_compiler_cannot_find_pytorch_it_is_said(
-    setting: bool | str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_the_compiler_cannot_find_pytorch_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__file__", "/a folder/torch/__init__.py")
-    settings = RuntimeSettings(compile=setting)
-    model = torch.nn.Linear(1, 1)
-    if setting is True:
-        with pytest.raises(UserError, match="a path with spaces; set it to false"):
-            compiling.compiled(model, settings)
-        return
-    run = Mock(settings=settings, record={})
-    assert compiling.compiled(model, settings) is model
-    assert compiling.choose_form(model, Mock(side_effect=AssertionError), 10**9, run) is model
-    assert run.record["compile_trial"]["chosen"] == "eager: PyTorch's path has spaces"
+    with pytest.raises(UserError, match="a path with spaces; set it to false"):
+        compiling.compiled(torch.nn.Linear(1, 1), RuntimeSettings(compile=True))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from minimind.runtime.shell_safe import unsafe_parameters
+from minimind.terminal.shell_safe import unsafe_parameters
 from tests.broken import build, contents, run
 from tests.graph import ROOT
 from tests.project import copy_project, dvc
@@ -182,7 +182,7 @@ def test_parameters_stand_in_quotes_behind_a_check(name: str) -> None:
     command = GRAPH[name].get("do", GRAPH[name])["cmd"]
     commands = [command] if isinstance(command, str) else command
     if any("${" in text for text in commands):
-        assert commands[0] == "python -m minimind.runtime.shell_safe"
+        assert commands[0] == "python -m minimind.terminal.shell_safe"
     for text in commands:
         assert "${" not in QUOTED.sub("", text), f"{name}: put its parameters in single quotes"
 

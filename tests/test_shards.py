@@ -12,13 +12,14 @@ from typer.testing import CliRunner
 import stages.encode
 import stages.evaluate
 import stages.tokenizer
-from minimind.checkpoint import save_checkpoint
-from minimind.datasets.mini_world import MiniWorldConfig, write_mini_world
+from minimind.chat.tokenizer import ChatTokenizer
+from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
+from minimind.datasets.formats import read_texts
 from minimind.evaluation.problems import read_problems
+from minimind.mini_world.rows import MiniWorldConfig, write_mini_world
+from minimind.model.checkpoint import save_checkpoint
 from minimind.reinforcement.prompts import load_prompts
 from minimind.thinking.completions import read_prompts
-from minimind.tokenizer import ChatTokenizer
-from minimind.tokenizer_training import read_texts, save_tokenizer, train_tokenizer
 from tests.graph import ROOT
 from tests.shipped import shipped_params
 from tests.tiny import tiny_model

@@ -13,7 +13,7 @@ from tests.graph import ROOT
 
 WATCHING = """
 import time
-from minimind.runtime.stop import watch_parents
+from minimind.terminal.signals import watch_parents
 watch_parents(interval_seconds=0.01)
 print("watching", flush=True)
 time.sleep(60)

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from minimind.checkpoint import save_checkpoint
+from minimind.chat.tokenizer import ChatTokenizer
+from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
 from minimind.datasets.formats import Place
+from minimind.model.checkpoint import save_checkpoint
 from minimind.thinking.completions import Completion, Prompt
 from minimind.thinking.quality import Thinking, assess, find_steps, metrics
-from minimind.tokenizer import ChatTokenizer
-from minimind.tokenizer_training import save_tokenizer, train_tokenizer
 from stages.thinking import app
 from tests.tiny import tiny_model
 

@@ -15,10 +15,10 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
-from minimind.chat_format import CHAT_TEMPLATE, Message
+from minimind.chat.template import CHAT_TEMPLATE, Message
+from minimind.chat.tokenizer import CONTROL_TOKENS, TAG, TAGS, TOOL_TAGS, TRAINED, ChatTokenizer
+from minimind.chat.tokenizer_training import adopt_tokenizer, save_tokenizer, train_tokenizer
 from minimind.errors import UserError
-from minimind.tokenizer import CONTROL_TOKENS, TAG, TAGS, TOOL_TAGS, TRAINED, ChatTokenizer
-from minimind.tokenizer_training import adopt_tokenizer, save_tokenizer, train_tokenizer
 from stages.tokenizer import app
 
 CORPUS = [

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from minimind.checkpoint import save_checkpoint
+from minimind.chat.tokenizer import ChatTokenizer
+from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
 from minimind.datasets.formats import Place, parse_reasoning, read_rows
+from minimind.model.checkpoint import save_checkpoint
 from minimind.thinking import completions, endpoint
 from minimind.thinking.completions import Completion, Prompt
 from minimind.thinking.traces import Traces
-from minimind.tokenizer import ChatTokenizer
-from minimind.tokenizer_training import save_tokenizer, train_tokenizer
 from stages.traces import app
 from tests.tiny import tiny_model
 

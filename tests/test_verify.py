@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from minimind.cli.main import app
-from minimind.runtime.dvc_files import listing_of, md5_of
+from minimind.lineage.dvc_files import listing_of, md5_of
 from tests.project import dvc
 
 STEP = """

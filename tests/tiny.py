@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
 from minimind.datasets.encoded import EncodedDataset
 from minimind.model.transformer import ModelConfig, Transformer
-from minimind.tokenizer_training import save_tokenizer, train_tokenizer
 
 VOCAB_SIZE = 97
 TOKENIZER_SIZE = 267  # of the tiny tokenizer: single bytes, control tokens and tags

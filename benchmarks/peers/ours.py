@@ -11,8 +11,13 @@ import torch
 from benchmarks.material import END, Material
 from benchmarks.paced import Paced
 from benchmarks.peers import Step
+from minimind.compute.matmuls import choose_products
+from minimind.compute.precision import autocast
+from minimind.compute.processes import Processes
+from minimind.compute.settings import RuntimeSettings
+from minimind.compute.sharding import shard
 from minimind.datasets.batches import Extra, in_order
-from minimind.generate import Sampling, generate
+from minimind.model.generate import Sampling, generate
 from minimind.model.transformer import Layer, Transformer
 from minimind.objectives.distill import TEACHER_IDS, TEACHER_LOGPROBS, Distill, bucket_logprobs
 from minimind.objectives.dpo import Dpo, row_logprobs
@@ -25,13 +30,8 @@ from minimind.reinforcement.loop import ReinforcementConfig, reinforce
 from minimind.reinforcement.prompts import Draws, Indices, Prompt
 from minimind.reinforcement.rewards import Rewards
 from minimind.reinforcement.rollout import SamplingConfig
-from minimind.runtime.parallel import spread
-from minimind.runtime.processes import Processes
-from minimind.runtime.products import choose_products
-from minimind.runtime.settings import RuntimeSettings
 from minimind.training.fit import take_step
 from minimind.training.optimizer import Optimizer, OptimizerConfig
-from minimind.training.precision import autocast
 
 CPU = torch.device("cpu")
 torch.utils.deterministic.fill_uninitialized_memory = False
@@ -108,7 +108,7 @@ def _supervised(material: Material, work: str, compile: bool) -> Step:
     section = with_shared(material.params[work], material.params, OptimizerConfig)
     config = OptimizerConfig(**{key: section[key] for key in OptimizerConfig.model_fields})
     run = bare_run(compile)
-    trained, forward = spread(material.model(), Layer, run)
+    trained, forward = shard(material.model(), Layer, run.device, run.processes, run.settings)
     optimizer = Optimizer(trained, config, CPU)
     batches = replace(material.batches(work), extras=extras)
     numbers = count()

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 import typer
 from tqdm import tqdm
 
+from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.lint import Against, LintFormat, detect_format
 from minimind.datasets.lint import lint as lint_rows
 from minimind.errors import UserError
 from minimind.report.tables import table
-from minimind.tokenizer import ChatTokenizer
 
 Row = list[str]
 

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from minimind.cli.lint import lint
+from minimind.cli.presets import apply_preset, read_preset
 from minimind.errors import UserError
-from minimind.presets import apply_preset, read_preset
-from minimind.runtime.command import stage_app
-from minimind.verify import Project
+from minimind.lineage.verify import Project
+from minimind.terminal.command import stage_app
 
 app = stage_app("minimind")
 

@@ -17,7 +17,7 @@ from minimind.errors import UserError
 from minimind.report.report import record_table
 from minimind.report.results import read_record
 from minimind.report.tables import table
-from minimind.runtime.command import stage_app
+from minimind.terminal.command import stage_app
 
 RECORD = Path("benchmarks/results/claims.json")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from minimind.chat_format import Message
+from minimind.chat.template import Message
 from minimind.errors import UserError
 from minimind.params import Section, Seed
 

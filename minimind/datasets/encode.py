@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from minimind.chat_format import Message
+from minimind.chat.template import Message
+from minimind.chat.tokenizer import CONTEXT, ChatTokenizer, EncodedRow
 from minimind.datasets.augment import Augmentation, AugmentConfig
 from minimind.datasets.formats import (
     BadRowError,
@@ -36,7 +37,6 @@ from minimind.errors import UserError
 from minimind.files import replacing
 from minimind.metrics import Number, rounded
 from minimind.params import Section
-from minimind.tokenizer import CONTEXT, ChatTokenizer, EncodedRow
 
 Format = Literal["text", "chat", "reason", "preference"]
 OnBadRow = Literal["error", "skip"]

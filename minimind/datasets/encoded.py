@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from minimind.chat.tokenizer import ChatTokenizer
 from minimind.errors import UserError
 
 LARGEST_CLASS = 2
@@ -83,17 +84,18 @@ class EncodedDataset:
         span = slice(self.offsets[index], self.offsets[index + 1])
         return self.tokens[span], self.classes[span]
 
-    def check_tokenizer(self, fingerprint: str, vocab_size: int, checkpoint: Path) -> None:
+    def check_tokenizer_of(self, checkpoint: Path) -> None:
         """Raise UserError unless the tokenizer of ``checkpoint`` is the one that encoded this."""
-        if fingerprint != self.tokenizer:
+        tokenizer = ChatTokenizer.load(checkpoint)
+        if tokenizer.fingerprint != self.tokenizer:
             raise UserError(
                 f"{self.directory} was encoded with another tokenizer than that of {checkpoint}; "
                 "encode it with the tokenizer of the checkpoint."
             )
-        if (largest := int(self.tokens.max())) >= vocab_size:
+        if (largest := int(self.tokens.max())) >= tokenizer.vocab_size:
             raise UserError(
                 f"{self.directory / 'tokens.bin'} has the token {largest}, but the tokenizer only "
-                f"{vocab_size} of them; encode the data set again."
+                f"{tokenizer.vocab_size} of them; encode the data set again."
             )
 
     def check_format(self, *allowed: str) -> None:

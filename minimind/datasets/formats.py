@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-from minimind.chat_format import Message
+from minimind.chat.template import Message
+from minimind.chat.tokenizer import TAGS
 from minimind.errors import UserError
-from minimind.tokenizer import TAGS
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -324,3 +324,21 @@ def _shown(value: Any) -> str:
     """A value in at most 40 printable characters."""
     shown = repr(value)
     return shown if len(shown) <= 40 else shown[:37] + "..."
+
+
+def read_texts(source: Path) -> Iterator[str]:
+    """Texts of a JSONL file or folder of them: ``{"text"}`` rows, or each content of a chat.
+
+    Raises:
+        UserError: a row is neither; the message names file and line.
+    """
+
+    def parse(record: dict[str, Any]) -> list[str]:
+        if "text" in record:
+            return [parse_text(record)]
+        if "conversations" in record:
+            return [message["content"] for message in parse_chat(record)]
+        raise UserError('it has neither "text" nor "conversations"; a row must have one of them')
+
+    for row in read_rows(source, parse):
+        yield from row.value

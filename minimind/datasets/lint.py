@@ -11,7 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from minimind.chat_format import Message
+from minimind.chat.template import Message
+from minimind.chat.tokenizer import CONTROL_TOKENS, TAGS, ChatTokenizer
 from minimind.datasets.encode import Format, encode_rows, row_batches
 from minimind.datasets.formats import (
     BadRowError,
@@ -37,7 +38,6 @@ from minimind.datasets.row_checks import (
     texts,
 )
 from minimind.errors import UserError
-from minimind.tokenizer import CONTROL_TOKENS, TAGS, ChatTokenizer
 
 LintFormat = Literal["text", "chat", "reason", "preference", "prompts"]
 Level = Literal["error", "warning"]

@@ -10,7 +10,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from minimind.chat_format import Message
+from minimind.chat.template import Message
+from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.formats import (
     FaultError,
     Place,
@@ -22,7 +23,6 @@ from minimind.datasets.formats import (
     parse_text,
     read_rows,
 )
-from minimind.tokenizer import ChatTokenizer
 
 Doubt = Literal[
     "duplicate",

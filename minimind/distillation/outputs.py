@@ -22,18 +22,18 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 
+from minimind.compute.precision import DType
 from minimind.datasets.batches import Extra, in_order
 from minimind.datasets.encoded import EncodedDataset
 from minimind.distillation.teacher import Teacher
 from minimind.errors import UserError
 from minimind.files import replacing
+from minimind.lineage.resume import TrainingState
 from minimind.metrics import Number
 from minimind.objectives.distill import TEACHER_IDS, TEACHER_LOGPROBS, bucket_logprobs
 from minimind.objectives.loss import token_logprobs
 from minimind.params import Section
-from minimind.runtime.run import Run
-from minimind.training.precision import DType
-from minimind.training.resume import TrainingState
+from minimind.training.session import Run
 
 # 16 bits are enough: what they change is far below what the K tokens leave out
 # (docs/deviations.md has the figures), and float32 would take half as much space again.

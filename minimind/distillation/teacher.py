@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from minimind.checkpoint import WEIGHTS, config_json, load_config, load_model
+from minimind.chat.tokenizer import ChatTokenizer
+from minimind.compute.precision import DType, autocast
 from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import UserError
+from minimind.model.checkpoint import WEIGHTS, config_json, load_config, load_model
 from minimind.model.transformer import Output, PackedTokens
-from minimind.tokenizer import ChatTokenizer
-from minimind.training.precision import DType, autocast
 
 
 class Teacher(nn.Module):

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 
 from pydantic import PositiveInt
 
-from minimind.errors import UserError
-from minimind.evaluation.answers import (
+from minimind.chat.answers import (
     answer_like,
     find_answer,
     is_full_sentence,
@@ -19,14 +18,15 @@ from minimind.evaluation.answers import (
     normalise,
     thought_of,
 )
+from minimind.chat.tokenizer import CONTEXT, ChatTokenizer
+from minimind.compute.precision import DType
+from minimind.errors import UserError
 from minimind.evaluation.likelihood import Fork, branch_logprobs
 from minimind.evaluation.problems import Problem
-from minimind.generate import generate
 from minimind.metrics import Number
+from minimind.model.generate import generate
 from minimind.model.transformer import Transformer
 from minimind.params import Section
-from minimind.tokenizer import CONTEXT, ChatTokenizer
-from minimind.training.precision import DType
 
 
 class EvaluateConfig(Section):

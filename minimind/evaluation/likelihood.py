@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind.compute.precision import DType, autocast
 from minimind.model.transformer import Transformer
-from minimind.training.precision import DType, autocast
 
 TOKENS_AT_A_TIME = 8192  # bounds the memory that logits take
 

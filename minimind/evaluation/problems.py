@@ -22,10 +22,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from minimind.chat_format import Message
+from minimind.chat.answers import find_answer
+from minimind.chat.template import Message
 from minimind.datasets.formats import BadRowError, Place, parse_chat, read_rows
 from minimind.errors import UserError, complaint
-from minimind.evaluation.answers import find_answer
 
 
 @dataclass(frozen=True)

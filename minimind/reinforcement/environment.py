@@ -6,13 +6,13 @@ from typing import TypeVar
 
 import numpy as np
 
+from minimind.chat.tokenizer import ChatTokenizer
+from minimind.compute.processes import Processes
 from minimind.model.transformer import Transformer
 from minimind.reinforcement.advantages import Values
 from minimind.reinforcement.prompts import Indices, Prompt
 from minimind.reinforcement.rewards import Rewards, Sample, require_finite
 from minimind.reinforcement.rollout import Rollout, SamplingConfig, sample
-from minimind.runtime.processes import Processes
-from minimind.tokenizer import ChatTokenizer
 
 T = TypeVar("T")
 

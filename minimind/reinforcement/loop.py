@@ -11,8 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from minimind.compute.processes import Processes
+from minimind.compute.sharding import full_tensor, gather, load_parameters, shard
 from minimind.datasets.batches import Counts, Step, divide
 from minimind.errors import UserError
+from minimind.lineage.resume import TrainingState
 from minimind.metrics import Number
 from minimind.model.transformer import Layer, Transformer
 from minimind.objectives.policy import LossType, PolicyGradient, k3
@@ -22,13 +25,10 @@ from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.prompts import Draws, Indices
 from minimind.reinforcement.rewards import RewardsConfig
 from minimind.reinforcement.rollout import Rollout, completion_logprobs, pack_completions
-from minimind.runtime.parallel import collect, load_parameters, spread, whole
-from minimind.runtime.processes import Processes
-from minimind.runtime.run import Run
 from minimind.training.fit import MAX_CURVE_ROWS, History, take_step
 from minimind.training.optimizer import Optimizer, OptimizerConfig
-from minimind.training.resume import TrainingState
 from minimind.training.schedule import ScheduleName, learning_rate
+from minimind.training.session import Run
 
 
 class ReinforcementConfig(OptimizerConfig):
@@ -109,10 +109,10 @@ def reinforce(
     model.to(run.device).train()
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     # Where weights are divided, `model` is the whole policy, brought up to date to sample from.
-    trained, forward = spread(model, Layer, run)
+    trained, forward = shard(model, Layer, run.device, run.processes, run.settings)
     optimizer = Optimizer(trained, config, run.device, run.processes.world)
     history = _restore(trained, optimizer, method, run)
-    collect(trained, model)
+    gather(trained, model)
     if history.step == 0:
         method.start(model, environment, run)
     progress = run.progress(num_steps, history.step)
@@ -151,7 +151,7 @@ def reinforce(
             rollout, advantages, reference_logprobs, advantages_alone, rows_at_a_time, run.processes
         )
         values = _update(forward, optimizer, step, config, history.step, num_steps, run)
-        collect(trained, model)
+        gather(trained, model)
         _require_finite(values, history.step, indices, environment, config)
         values |= {
             "reward": float(rewards.mean()),
@@ -296,7 +296,7 @@ def _state(
 ) -> TrainingState:
     """All that the rest of the run depends on. Sampling has no state: its keys are the steps'."""
     parameters = model.named_parameters()
-    tensors: dict[str, Tensor] = {f"model/{name}": whole(p).cpu() for name, p in parameters}
+    tensors: dict[str, Tensor] = {f"model/{name}": full_tensor(p).cpu() for name, p in parameters}
     tensors |= {f"optimizer/{name}": t for name, t in optimizer.state_tensors().items()}
     tensors |= {f"method/{name}": tensor for name, tensor in method.state_tensors().items()}
     values = {

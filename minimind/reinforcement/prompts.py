@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.epochs import num_steps, steps_per_epoch
 from minimind.datasets.formats import parse_prompt, read_rows
 from minimind.errors import UserError
-from minimind.tokenizer import ChatTokenizer
 
 Indices = NDArray[np.int64]
 

@@ -14,10 +14,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from pydantic import Field, model_validator
 
+from minimind.chat.tokenizer import TAGS
 from minimind.errors import UserError
 from minimind.params import Section
 from minimind.reinforcement.advantages import Values
-from minimind.tokenizer import TAGS
 
 COMPLETE_REWARD, TAG_REWARD = 0.5, 0.25
 _COMPLETE = re.compile(

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minimind.compute.precision import DType, autocast
 from minimind.datasets.batches import Counts, PackedBatch
-from minimind.generate import Sampling, generate
+from minimind.model.generate import Sampling, generate
 from minimind.model.transformer import PackedTokens, Transformer
 from minimind.objectives.loss import token_logprobs
-from minimind.training.precision import DType, autocast
 
 
 class Rollout(NamedTuple):

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from minimind.chat.tokenizer import ChatTokenizer
+from minimind.compute.device import keep_few_products
 from minimind.model.transformer import Transformer
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.loop import ReinforcementConfig
@@ -9,9 +11,7 @@ from minimind.reinforcement.prompts import load_prompts
 from minimind.reinforcement.reward_scorer import load_reward_model
 from minimind.reinforcement.rewards import Rewards, load_custom_reward
 from minimind.reinforcement.rollout import SamplingConfig
-from minimind.runtime.device import keep_few_products
-from minimind.runtime.run import Run
-from minimind.tokenizer import ChatTokenizer
+from minimind.training.session import Run
 
 
 def build_environment(

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple, Protocol
 
 from pydantic import Field, PositiveInt
 
+from minimind.chat.tokenizer import ChatTokenizer
+from minimind.compute.precision import DType
 from minimind.datasets.formats import Place, parse_prompt, read_rows
 from minimind.errors import UserError
 from minimind.files import replacing
-from minimind.generate import Sampling, generate
+from minimind.lineage.resume import TrainingState
+from minimind.model.generate import Sampling, generate
 from minimind.model.transformer import Transformer
 from minimind.params import Section, Seed
-from minimind.runtime.run import Run
-from minimind.tokenizer import ChatTokenizer
-from minimind.training.precision import DType
-from minimind.training.resume import TrainingState
+from minimind.training.session import Run
 
 
 class CompletionConfig(Section):

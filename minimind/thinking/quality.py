@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
-from minimind.evaluation.answers import find_answer, thought_of
+from minimind.chat.answers import find_answer, thought_of
 from minimind.metrics import Number
 from minimind.thinking.completions import Completion, CompletionConfig, Prompt
 

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import PositiveInt, ValidationInfo, field_validator
 
-from minimind.evaluation.answers import normalise, thought_of
+from minimind.chat.answers import normalise, thought_of
 from minimind.metrics import Number
 from minimind.thinking.completions import Completion, CompletionConfig, Prompt
 

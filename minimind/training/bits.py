@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 
+from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.batches import count
 from minimind.datasets.encoded import EncodedDataset
 from minimind.metrics import Number
-from minimind.tokenizer import ChatTokenizer
 from minimind.training.fit import FitConfig, History, split
 
 NEGATIVE_LOG_LIKELIHOODS = ("nll", "ce")  # what objectives call it; their loss may weigh tokens

@@ -10,6 +10,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from minimind.compute.precision import autocast
+from minimind.compute.sharding import (
+    full_tensor,
+    gather,
+    load_parameters,
+    part_like,
+    shard,
+    trained_parameters,
+    without_sync,
+)
 from minimind.datasets.batches import (
     Batches,
     Extra,
@@ -22,25 +32,14 @@ from minimind.datasets.batches import (
 )
 from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import UserError
+from minimind.lineage.resume import TrainingState
 from minimind.metrics import Number
 from minimind.model.transformer import Decoder, Layer
 from minimind.objectives.loss import Loss, Objective, Term
 from minimind.params import Seed
-from minimind.runtime.compiling import choose_form
-from minimind.runtime.parallel import (
-    collect,
-    load_parameters,
-    part_like,
-    spread,
-    trained_parameters,
-    whole,
-    without_sync,
-)
-from minimind.runtime.run import Run
 from minimind.training.optimizer import Optimizer, OptimizerConfig
-from minimind.training.precision import autocast
-from minimind.training.resume import TrainingState
 from minimind.training.schedule import ScheduleName, learning_rate
+from minimind.training.session import Run
 
 MAX_CURVE_ROWS = 2000
 HIDDEN = ("step", "lr", "grad_norm")  # of a curve's row, in the metrics
@@ -127,17 +126,8 @@ def fit(
     for module in model.modules():
         if isinstance(module, Decoder):
             module.recompute_layers = config.gradient_checkpointing
-    trained, forward = spread(model, Layer, run)
+    trained, forward = shard(model, Layer, run.device, run.processes, run.settings)
 
-    def attempt(form: nn.Module) -> None:
-        """The first step without its update."""
-        for batch in batches.step(0, rank=0, world=1).micro_batches:
-            with autocast(run.device, config.dtype):
-                terms = objective(form, batch.to(run.device), progress=0.0).terms.values()
-            torch.stack([term.total for term in terms]).sum().backward()
-        trained.zero_grad()
-
-    forward = choose_form(forward, attempt, num_steps, run)
     if run.processes.rank:
         torch.manual_seed(config.seed + run.processes.rank)  # a dropout of its own
     optimizer = Optimizer(trained, config, run.device, run.processes.world)
@@ -216,7 +206,7 @@ def fit(
     if best:
         trained.load_state_dict(best, strict=False)
         history.validation = mean_loss(forward, objective, dataset, held_out, extras, config, run)
-    collect(trained, model)
+    gather(trained, model)
     run.record |= {
         "steps": history.step,
         "tokens": history.tokens,
@@ -360,9 +350,9 @@ def _state(
 ) -> TrainingState:
     """All that the rest of the run depends on, whole: it can go on in other processes."""
     parameters = trained_parameters(model)
-    tensors: dict[str, Tensor] = {f"model/{name}": whole(p).cpu() for name, p in parameters}
+    tensors: dict[str, Tensor] = {f"model/{name}": full_tensor(p).cpu() for name, p in parameters}
     tensors |= {f"optimizer/{name}": t for name, t in optimizer.state_tensors().items()}
-    tensors |= {f"best/{name}": whole(tensor).cpu() for name, tensor in best.items()}
+    tensors |= {f"best/{name}": full_tensor(tensor).cpu() for name, tensor in best.items()}
     # Of every process: each draws its own dropout.
     tensors["rng/cpu"] = torch.stack(run.processes.gather(torch.get_rng_state()))
     if run.device.type == "cuda":

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minimind.runtime.parallel import part_like, whole
+from minimind.compute.sharding import full_tensor, part_like
 
 
 class Muon(torch.optim.Muon):
@@ -51,7 +51,7 @@ class Muon(torch.optim.Muon):
             assert gradient is not None
             buffer.lerp_(gradient, 1 - group["momentum"])
             update = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
-            update = whole(update)
+            update = full_tensor(update)
             updates.append(update.T if _is_tall(parameter) else update)
         stacked = torch.stack(updates).to(self.dtype)
         orthogonal = orthogonalize(

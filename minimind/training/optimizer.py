@@ -7,10 +7,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from minimind.compute.precision import DType
+from minimind.compute.sharding import full_tensor, part_like
 from minimind.params import Section
-from minimind.runtime.parallel import part_like, whole
 from minimind.training.muon import Muon
-from minimind.training.precision import DType
 
 FIRST_SCALE = 2.0**16  # of a loss in float16; halved whenever a gradient overflows
 
@@ -72,12 +72,12 @@ class Optimizer:
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        return float(whole(norm))
+        return float(full_tensor(norm))
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every moment and counter, whole, by name: ``<optimizer>.<parameter>.<key>``."""
         tensors = {
-            f"{index}.{parameter}.{key}": whole(value).cpu()
+            f"{index}.{parameter}.{key}": full_tensor(value).cpu()
             for index, optimizer in enumerate(self.optimizers)
             for parameter, state in optimizer.state_dict()["state"].items()
             for key, value in state.items()

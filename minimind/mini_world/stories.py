@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from minimind.datasets.mini_world_problems import Problem, Step, answer_of
+from minimind.mini_world.problems import Problem, Step, answer_of
 
 Thing = tuple[str, str]  # a noun and the measure word that Chinese wants
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from minimind.checkpoint import WEIGHTS, save_checkpoint
 from minimind.files import replacing
+from minimind.model.checkpoint import WEIGHTS, save_checkpoint
 from minimind.model.reward import RewardModel
 
 

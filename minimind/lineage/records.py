@@ -15,7 +15,7 @@ from typing import Any
 
 from minimind.errors import UserError
 from minimind.files import replacing
-from minimind.runtime.dvc_files import (
+from minimind.lineage.dvc_files import (
     first_difference,
     listing_of,
     md5_of,
@@ -25,7 +25,7 @@ from minimind.runtime.dvc_files import (
     value_at,
     variants,
 )
-from minimind.runtime.dvc_process import our_dvc
+from minimind.lineage.dvc_process import our_dvc
 
 # A process's creation is told by a clock that may be set meanwhile.
 CLOCK_TOLERANCE_SECONDS = 60.0

@@ -4,10 +4,10 @@ import os
 
 import torch
 
+from minimind.compute.launch import is_worker
+from minimind.compute.matmuls import choose_products
+from minimind.compute.settings import RuntimeSettings
 from minimind.errors import UserError
-from minimind.runtime.launch import is_worker
-from minimind.runtime.products import choose_products
-from minimind.runtime.settings import RuntimeSettings
 
 
 def prepare_device(settings: RuntimeSettings) -> torch.device:

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML  # as DVC reads its files: numbers must come out al
 from ruamel.yaml.error import YAMLError
 
 from minimind.errors import UserError
-from minimind.runtime.dvc_files import (
+from minimind.lineage.dvc_files import (
     first_difference,
     md5_of,
     md5_of_file,
@@ -22,7 +22,7 @@ from minimind.runtime.dvc_files import (
     value_at,
     variants,
 )
-from minimind.runtime.records import Record, record_name
+from minimind.lineage.records import Record, record_name
 
 CHECKPOINT_FOLDERS = ("models", "exports")
 UNKNOWN = "unknown"  # the hash of a file in a folder that is not here, nor DVC's list of it

@@ -15,25 +15,25 @@ from typing import Any
 
 import torch
 
-from minimind.errors import Stopped, UserError
-from minimind.params import Section
-from minimind.runtime.device import prepare_device
-from minimind.runtime.dvc_files import md5_of_file
-from minimind.runtime.launch import is_worker, launch, other_machines
-from minimind.runtime.processes import (
+from minimind.compute.device import prepare_device
+from minimind.compute.launch import is_worker, launch, other_machines
+from minimind.compute.matmuls import products_in_float32
+from minimind.compute.processes import (
     Processes,
-    SharedStore,
     join_processes,
     leave_processes,
 )
-from minimind.runtime.products import products_in_float32
-from minimind.runtime.progress import Progress
-from minimind.runtime.provenance import Provenance
-from minimind.runtime.records import Records
-from minimind.runtime.settings import RuntimeSettings, load_settings
-from minimind.runtime.stop import StopRequest
-from minimind.runtime.tracker import start_tracker
-from minimind.training.resume import STATE_FORMAT, ResumeStore, forget_recorded
+from minimind.compute.settings import RuntimeSettings, load_settings
+from minimind.errors import Stopped, UserError
+from minimind.lineage.dvc_files import md5_of_file
+from minimind.lineage.provenance import Provenance
+from minimind.lineage.records import Records
+from minimind.lineage.resume import STATE_FORMAT, ResumeStore, forget_recorded
+from minimind.lineage.shared_resume import SharedStore
+from minimind.params import Section
+from minimind.terminal.progress import Progress
+from minimind.terminal.signals import StopRequest
+from minimind.terminal.trackers import start_tracker
 
 # A state is saved no more often than every this many times what saving took the last time:
 # so saving never costs more than 1 % of training.
@@ -58,9 +58,6 @@ class Run:
     metrics_md5: str = ""  # of the metrics file, once the outputs are written
     started: float = field(default_factory=time.monotonic)
 
-    def __post_init__(self) -> None:
-        self.is_compiled = self.settings.compile is True  # auto: see runtime/compiling.py
-
     def progress(self, num_steps: int, first_step: int) -> Progress:
         silent = not self.processes.is_writer
         return Progress(self.stage, num_steps, first_step, self.settings.log_seconds, silent)
@@ -81,7 +78,7 @@ class Run:
             "processes": self.processes.world,
             "shard": self.settings.shard and self.processes.world > 1,
             "threads": torch.get_num_threads(),
-            "compile": self.is_compiled,
+            "compile": self.settings.compile,
             "matmul_precision": torch.get_float32_matmul_precision(),
             "cpu_products_in_float32": products_in_float32(),
             "torch": torch.__version__,

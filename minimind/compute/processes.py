@@ -8,14 +8,11 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from minimind.training.resume import ResumeStore, TrainingState
 
 T = TypeVar("T")
 
@@ -48,13 +45,13 @@ class Processes:
         """Every process's value, by rank: what JSON can hold, and tensors."""
         if self.world == 1:
             return [value]
-        text = _to_bytes(value)
+        text = to_bytes(value)
         (longest,) = self.largest(len(text))
         # JSON may end in spaces. PyTorch's own exchange of objects would unpickle what comes in.
         padded = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8)
         texts = [torch.empty_like(padded) for _ in range(self.world)]
         dist.all_gather(texts, padded)
-        return [_from_bytes(text) for text in texts]
+        return [from_bytes(text) for text in texts]
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over processes; the same bits on each."""
@@ -90,75 +87,20 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
-class SharedStore(ResumeStore):
-    """The states of many processes: one writes them, all of them read."""
-
-    def __init__(self, directory: Path, processes: Processes) -> None:
-        self.processes = processes
-        if processes.is_writer:
-            super().__init__(directory)
-
-    def save(self, state: TrainingState) -> None:
-        """As for one process, with tensors that are whole; returns when the state is there."""
-        if self.processes.is_writer:
-            super().save(state)
-        self.processes.wait()
-
-    def load(self) -> tuple[TrainingState | None, list[str]]:
-        """What the writer reads, sent to all: they need not have its disk."""
-        state, damaged = super().load() if self.processes.is_writer else (None, [])
-        return _send(state), damaged
-
-    def finish(self, record: dict[str, Any]) -> None:
-        if self.processes.is_writer:
-            super().finish(record)
-
-    def remove(self) -> None:
-        if self.processes.is_writer:
-            super().remove()
-
-    def close(self) -> None:
-        if self.processes.is_writer:
-            super().close()
-
-
-def _send(state: TrainingState | None) -> TrainingState | None:
-    """The first process's state, on all of them."""
-    text = _to_bytes((state.step, state.values, _shapes(state)) if state else None)
-    length = torch.tensor(len(text))
-    dist.broadcast(length, src=0)
-    header = torch.frombuffer(bytearray(text.ljust(int(length))[: int(length)]), dtype=torch.uint8)
-    dist.broadcast(header, src=0)
-    if (found := _from_bytes(header)) is None:
-        return None
-    step, values, shapes = found
-    tensors = {}
-    for name, (shape, dtype) in shapes.items():
-        tensor = state.tensors[name] if state else torch.empty(shape, dtype=getattr(torch, dtype))
-        if tensor.numel():
-            dist.broadcast(tensor, src=0)
-        tensors[name] = tensor
-    return TrainingState(step, tensors, values)
-
-
-def _shapes(state: TrainingState) -> dict[str, tuple[list[int], str]]:
-    return {name: (list(t.shape), _name(t.dtype)) for name, t in state.tensors.items()}
-
-
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _to_bytes(value: Any) -> bytes:
+def to_bytes(value: Any) -> bytes:
     """JSON, in which numbers keep all their bits; tuples become lists."""
 
     def tensor_as_json(tensor: Tensor) -> dict[str, Any]:
-        return {"tensor": tensor.tolist(), "dtype": _name(tensor.dtype)}
+        return {"tensor": tensor.tolist(), "dtype": dtype_name(tensor.dtype)}
 
     return json.dumps(value, default=tensor_as_json).encode()
 
 
-def _from_bytes(text: Tensor) -> Any:
+def from_bytes(text: Tensor) -> Any:
     def tensor_from_json(found: dict[str, Any]) -> Any:
         if found.keys() != {"tensor", "dtype"}:
             return found

@@ -1,4 +1,4 @@
-"""Refuse parameters that a shell would act on: python -m minimind.runtime.shell_safe
+"""Refuse parameters that a shell would act on: python -m minimind.terminal.shell_safe
 
 DVC writes parameters into the commands of dvc.yaml and hands these to a shell, before any code of
 a stage could look at them. There they stand in single quotes, out of which nothing leads but a

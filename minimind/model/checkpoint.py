@@ -13,11 +13,10 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minimind.datasets.encoded import EncodedDataset
+from minimind.chat.tokenizer import ChatTokenizer
 from minimind.errors import UserError, complaint
 from minimind.files import replacing
 from minimind.model.transformer import ModelConfig, ModelShape, Transformer
-from minimind.tokenizer import ChatTokenizer
 
 WEIGHTS = "model.safetensors"
 # Everything else in a checkpoint's directory belongs to the tokenizer.
@@ -194,12 +193,6 @@ def _require_room(directory: Path, config: ModelConfig) -> None:
                 f"{directory}: its tokenizer has {num_tokens} tokens, its model only "
                 f"{config.vocab_size}; they do not belong together."
             )
-
-
-def require_same_tokenizer(checkpoint: Path, dataset: EncodedDataset) -> None:
-    """Raises UserError unless `dataset` was encoded with the tokenizer in `checkpoint`."""
-    tokenizer = ChatTokenizer.load(checkpoint)
-    dataset.check_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size, checkpoint)
 
 
 def _no_selection_biases(config: ModelConfig) -> dict[str, torch.Tensor]:

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from minimind.compute.settings import RuntimeSettings
 from minimind.errors import UserError
 from minimind.params import Section
-from minimind.runtime.settings import RuntimeSettings
 
 
 def start_tracker(

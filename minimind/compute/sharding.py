@@ -15,22 +15,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from minimind.runtime.compiling import compiled
-from minimind.runtime.run import Run
+from minimind.compute.compiling import compiled
+from minimind.compute.processes import Processes
+from minimind.compute.settings import RuntimeSettings
 
 
-def spread(model: nn.Module, layer_type: type[nn.Module], run: Run) -> tuple[nn.Module, nn.Module]:
+def shard(
+    model: nn.Module,
+    layer_type: type[nn.Module],
+    device: torch.device,
+    processes: Processes,
+    settings: RuntimeSettings,
+) -> tuple[nn.Module, nn.Module]:
     """Give every process a part in training `model`: what is trained, and what is called for it.
 
     With one process, or copies, `model` itself is trained, on the device. In parts, a copy of it
-    is, divided layer by layer, and `model` is left as it is: see :func:`collect`.
+    is, divided layer by layer, and `model` is left as it is: see :func:`gather`.
     """
-    if run.processes.world > 1 and run.settings.shard:
-        sharded = _sharded(model, layer_type, run)
-        return sharded, compiled(sharded, run.settings)
-    model.to(run.device).train()
-    forward = compiled(model, run.settings)
-    if run.processes.world == 1:
+    if processes.world > 1 and settings.shard:
+        sharded = _sharded(model, layer_type, device, processes)
+        return sharded, compiled(sharded, settings)
+    model.to(device).train()
+    forward = compiled(model, settings)
+    if processes.world == 1:
         return model, forward
     with warnings.catch_warnings():  # of an option's new name, which older versions do not know
         warnings.simplefilter("ignore", FutureWarning)
@@ -41,12 +48,14 @@ def spread(model: nn.Module, layer_type: type[nn.Module], run: Run) -> tuple[nn.
         )
 
 
-def _sharded(model: nn.Module, layer_type: type[nn.Module], run: Run) -> nn.Module:
+def _sharded(
+    model: nn.Module, layer_type: type[nn.Module], device: torch.device, processes: Processes
+) -> nn.Module:
     # Imported here: it takes a second, and only those who shard need it.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(run.device.type, (run.processes.world,))
+    mesh = init_device_mesh(device.type, (processes.world,))
     sharded = copy.deepcopy(model).train()
     for module in list(sharded.modules()):
         if isinstance(module, layer_type):
@@ -66,7 +75,7 @@ def without_sync(forward: nn.Module) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor, on every process; all of them must ask."""
     return tensor.full_tensor() if _is_divided(tensor) else tensor  # type: ignore[attr-defined]
 
@@ -101,10 +110,10 @@ def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def collect(trained: nn.Module, model: nn.Module) -> None:
-    """Bring the weights of what `spread` made of `model` back into `model`."""
+def gather(trained: nn.Module, model: nn.Module) -> None:
+    """Bring the weights of what `shard` made of `model` back into `model`."""
     if trained is not model:
         for (_, source), (_, target) in zip(
             trained_parameters(trained), trained_parameters(model), strict=True
         ):
-            target.copy_(whole(source))
+            target.copy_(full_tensor(source))

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from minimind.runtime.dvc_files import output_paths, value_at, variants
+from minimind.lineage.dvc_files import output_paths, value_at, variants
 
 _PARAMETER = re.compile(r"\$\{(?!(?:item|key)\b)([\w.]+)\}")
 

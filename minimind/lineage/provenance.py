@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from minimind.errors import UserError
+from minimind.lineage.code import was_edited
+from minimind.lineage.dvc_files import md5_of_content, read_as_written, value_at
+from minimind.lineage.records import Records
 from minimind.params import Section, load_section, shared_keys
-from minimind.runtime.code import was_edited
-from minimind.runtime.dvc_files import md5_of_content, read_as_written, value_at
-from minimind.runtime.records import Records
 
 RUNTIME_PACKAGE = "minimind.runtime"  # decides how, not what; see its modules
 # Where modules that decide a result are found; a stage that runs is called by the last of these.
@@ -124,7 +124,7 @@ class Provenance:
 def unchanged(
     params: Path, sections: Mapping[str, Section], inputs: Iterable[Path]
 ) -> Iterator[None]:
-    """Around the work of a stage that is too short for :func:`minimind.runtime.run.start_run`.
+    """Around the work of a stage that is too short for :func:`minimind.training.session.start_run`.
 
     Raises:
         UserError: code, inputs or sections of the params file were edited meanwhile, or those of

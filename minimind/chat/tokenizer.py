@@ -1,6 +1,6 @@
 """Text and chats as token ids, and which of those tokens a model is trained to predict.
 
-What a chat's turns are, :mod:`minimind.chat_format` says.
+What a chat's turns are, :mod:`minimind.chat.template` says.
 Starts fast: needs ``tokenizers`` only, neither transformers nor torch.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import tokenizers
 
-from minimind.chat_format import Message, turns
+from minimind.chat.template import Message, turns
 from minimind.errors import UserError
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

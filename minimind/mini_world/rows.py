@@ -16,8 +16,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt, field_validator
 
-from minimind.datasets.mini_world_problems import Problem, ProblemSpace, answer_of
-from minimind.datasets.mini_world_stories import (
+from minimind.errors import UserError
+from minimind.files import replacing
+from minimind.mini_world.problems import Problem, ProblemSpace, answer_of
+from minimind.mini_world.stories import (
     CHINESE,
     ENGLISH,
     Language,
@@ -27,8 +29,6 @@ from minimind.datasets.mini_world_stories import (
     tell,
     tell_without_events,
 )
-from minimind.errors import UserError
-from minimind.files import replacing
 from minimind.params import Section, Seed
 
 LEVELS = (1, 2, 3, 4)

@@ -13,7 +13,7 @@ from types import FrameType
 import psutil
 
 from minimind.errors import Stopped
-from minimind.runtime.dvc_process import writers
+from minimind.lineage.dvc_process import writers
 
 SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
 

@@ -13,8 +13,8 @@ from typing import Any
 import typer
 from safetensors import SafetensorError
 
+from minimind.compute.launch import Kind, is_worker, say_last_words
 from minimind.errors import Stopped, UserError
-from minimind.runtime.launch import Kind, is_worker, say_last_words
 
 OUTPUTS = ("output", "metrics", "curve", "predictions", "rejected")  # options that are written to
 

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind.compute.precision import DType, autocast
 from minimind.errors import UserError
 from minimind.model.attention import packed_attention
 from minimind.model.transformer import PackedTokens, Transformer
-from minimind.training.precision import DType, autocast
 
 # The cache grows by so many columns at a time and is always used whole: a product with a part
 # of a larger one would copy that part first, which costs as much as the product.

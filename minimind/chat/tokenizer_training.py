@@ -1,14 +1,14 @@
 """Makes the directory of a tokenizer: trained on the user's text, or taken over from elsewhere.
 
-Apart from ``minimind/tokenizer.py`` so that a change here does not retrain a model that was given
-its tokenizer.
+Apart from ``minimind/chat/tokenizer.py`` so that a change here does not retrain a model that was
+given its tokenizer.
 """
 
 import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,11 @@ import tokenizers
 from pydantic import Field
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from minimind.chat_format import CHAT_TEMPLATE
-from minimind.datasets.formats import parse_chat, parse_text, read_rows
+from minimind.chat.template import CHAT_TEMPLATE
+from minimind.chat.tokenizer import CONTROL_TOKENS, END, PAD, START, TAGS, TOOL_TAGS, ChatTokenizer
 from minimind.errors import UserError
 from minimind.files import replacing
 from minimind.params import Section
-from minimind.tokenizer import CONTROL_TOKENS, END, PAD, START, TAGS, TOOL_TAGS, ChatTokenizer
 
 # Of a directory that is taken over: a checkpoint's holds weights too.
 TOKENIZER_FILES = (
@@ -45,24 +44,6 @@ class TokenizerConfig(Section):
 
 _ADDED_PATTERN = re.compile("|".join(map(re.escape, CONTROL_TOKENS + TAGS + TOOL_TAGS)))
 _CHINESE = re.compile("[\u4e00-\u9fff]")
-
-
-def read_texts(source: Path) -> Iterator[str]:
-    """Texts of a JSONL file or folder of them: ``{"text"}`` rows, or each content of a chat.
-
-    Raises:
-        UserError: a row is neither; the message names file and line.
-    """
-
-    def parse(record: dict[str, Any]) -> list[str]:
-        if "text" in record:
-            return [parse_text(record)]
-        if "conversations" in record:
-            return [message["content"] for message in parse_chat(record)]
-        raise UserError('it has neither "text" nor "conversations"; a row must have one of them')
-
-    for row in read_rows(source, parse):
-        yield from row.value
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:

@@ -25,9 +25,7 @@ class RuntimeSettings(BaseSettings):
     cpu_products: Literal["auto", "native", "float32"] = Field(
         default="auto", description="of 16-bit values: auto asks whether the CPU has instructions"
     )
-    compile: bool | Literal["auto"] = Field(
-        default=False, description="torch.compile; costs 10-60 s at the start; auto: if it pays"
-    )
+    compile: bool = Field(default=False, description="torch.compile; costs 10-60 s at the start")
     processes: int = Field(default=1, ge=1, description="of this machine, that train one model")
     shard: bool = Field(default=False, description="divide the weights among the processes")
     wandb: Literal["off", "offline", "online"] = "off"
