@@ -76,18 +76,23 @@ def measure(folder: Path, gigabytes: float, data_format: str, num_steps: int) ->
     """One row of the results."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["tokenizer"]["vocab_size"] = VOCAB_SIZE
-    params["pretrain"] |= {"max_steps": num_steps, "validation_share": 0.0}
+    params["pretrain"] |= {"max_steps": num_steps, "validation_share": 0.0, "init": "tokenizer"}
+    name = {"text": "pretrain", "chat": "sft"}[data_format]
+    nothing = folder / "nothing.jsonl"
+    nothing.write_text('{"text": "what no row asks"}\n', encoding="utf-8")
+    params["data"] |= {"tokenizer": "sample.jsonl", name: "data.jsonl"}
+    params["data"] |= {"problems": nothing.name, "text": nothing.name}
+    params["data"]["synonyms"] = str(ROOT / params["data"]["synonyms"])
+    params["encode"]["tokenizer"] = "tokenizer"
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     source, sample = folder / "data.jsonl", folder / "sample.jsonl"
     WRITERS[data_format](sample, TOKENIZER_BYTES)
     num_rows = WRITERS[data_format](source, int(gigabytes * GB))
     _say(f"{source.stat().st_size / 1e6:,.0f} MB in {num_rows:,} rows")
-    name = {"text": "pretrain", "chat": "sft"}[data_format]
-    tokenizer = ["--source", sample.name, "--output", "tokenizer", "--metrics", "tokenizer.json"]
-    encode = [f"--source={source.name}", "--tokenizer=tokenizer", "--output=encoded"]
-    encode += [f"--format={data_format}", f"--name={name}", "--metrics=encode.json"]
-    encode += [f"--synonyms={ROOT / params['data']['synonyms']}"]
-    pretrain = ["--init=tokenizer", "--text=encoded", "--output=model"]
+    tokenizer = ["--output=tokenizer", "--metrics=tokenizer.json"]
+    encode = [f"--format={data_format}", f"--name={name}", "--output=encoded"]
+    encode += ["--metrics=encode.json"]
+    pretrain = ["--text=encoded", "--output=model"]
     pretrain += ["--metrics=pretrain.json", "--curve=curve.csv"]
     alone = ["--alone", source.name, "--format", data_format]
 

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 
 from minimind.errors import UserError, complaint
@@ -36,6 +44,15 @@ class Section(BaseModel):
 
 S = TypeVar("S", bound=Section)
 SHARED = ("seed", "dtype")  # a section that does not set them has them from the top level
+
+
+def _is_said(value: Any) -> Any:
+    if value == "":  # the folder that we are in, to Python
+        raise ValueError("it should be a path")
+    return value
+
+
+UserPath = Annotated[Path, BeforeValidator(_is_said)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what every random generator takes
 
 
@@ -92,6 +109,20 @@ def with_shared(values: dict[str, Any], tree: Any, section: type[Section]) -> di
     inherited = [key for key in shared_keys(section) if values.get(key) is None]
     own = {key: value for key, value in values.items() if key not in inherited}
     return own | {key: tree[key] for key in inherited if key in tree}
+
+
+def load_path(path: Path, key: str) -> Path:
+    """A path that a params file says, as in `data.prompts`.
+
+    Raises:
+        UserError: the key is missing, or no text.
+    """
+    value = read_params(path)
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{path}: {key} is {value!r}; it must be a path.")
+    return Path(value)
 
 
 def read_params(path: Path) -> Any:

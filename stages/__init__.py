@@ -7,7 +7,7 @@ DVC or the torchrun that started it is gone, or that its code is being edited.
 import os
 
 from minimind.compute.launch import is_worker
-from minimind.lineage.code import note_code
+from minimind.lineage.edits import note_code
 from minimind.terminal.signals import watch_parents
 
 if os.environ.get("DVC_STAGE") or is_worker():

@@ -27,7 +27,7 @@ def main(
     The stages behind this one depend on a file that never changes: they run after it, and what
     it has found does not make them run.
     """
-    with unchanged(params, {}, inputs=[]):
+    with unchanged("check", params, {}, inputs=[]):
         if lost := list(lost_paths(stages_as_written(graph), read_params(params))):
             raise UserError(f"{params}: {' '.join(lost)}")
         with replacing(output) as partial:

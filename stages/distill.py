@@ -14,7 +14,7 @@ from minimind.metrics import write_curve, write_metrics
 from minimind.model.checkpoint import save_checkpoint, start_model
 from minimind.model.transformer import ModelShape
 from minimind.objectives.distill import Distill
-from minimind.params import load_section
+from minimind.params import UserPath, load_section
 from minimind.terminal.command import stage_app
 from minimind.training.bits import bits_per_byte
 from minimind.training.fit import FitConfig, fit, summary
@@ -28,9 +28,9 @@ class TwinConfig(FitConfig):
 
     model_config = ConfigDict(extra="ignore")
 
-    teacher: str  # a checkpoint's or any Hugging Face directory
-    data: str  # data/encoded/<data>
-    init: str  # the path of a tokenizer, for a new student, or of a checkpoint of its shape
+    teacher: UserPath  # a checkpoint's or any Hugging Face directory
+    data: str  # its name among the encoded data sets
+    init: UserPath  # the path of a tokenizer, for a new student, or of a checkpoint of its shape
     student: ModelShape
 
 
@@ -44,9 +44,7 @@ class DistillConfig(TwinConfig):
 
 @app.command()
 def main(
-    init: Annotated[Path, typer.Option(help="a tokenizer, or a checkpoint to start from")],
-    conversations: Annotated[Path, typer.Option(help="encoded data set")],
-    teacher: Annotated[Path, typer.Option(help="loaded in online mode alone")],
+    encoded: Annotated[Path, typer.Option(help="folder of encoded data sets")],
     teacher_outputs: Annotated[Path, typer.Option()],
     output: Annotated[Path, typer.Option()],
     metrics: Annotated[Path, typer.Option()],
@@ -58,27 +56,28 @@ def main(
     app.stage = stage = "twin" if twin else "distill"
     config = load_section(params, "distill", TwinConfig if twin else DistillConfig)
     alpha = config.alpha if isinstance(config, DistillConfig) else 1.0
-    inputs = [init, conversations, teacher, teacher_outputs]
-    with start_training(stage, params, {"distill": config}, inputs) as run:
+    conversations = encoded / config.data
+    inputs = [config.init, conversations, config.teacher, teacher_outputs]
+    with start_training(stage, params, {"distill": config}, inputs, code="distill") as run:
         dataset = EncodedDataset.open(conversations)
         dataset.check_format("chat", "text")
-        dataset.check_tokenizer_of(init)
+        dataset.check_tokenizer_of(config.init)
         asked_by = f"{params}: distill.student"
-        student = start_model(init, config.student, config.seed, asked_by)
+        student = start_model(config.init, config.student, config.seed, asked_by)
         run.say(f"{student.num_parameters:,} parameters")
         outputs = TeacherOutputs.open(teacher_outputs, dataset, student.config.vocab_size)
         beside = None
         if outputs.meta.mode == "online":
-            beside = load_teacher(teacher, dataset, outputs.meta.dtype).to(run.device)
+            beside = load_teacher(config.teacher, dataset, outputs.meta.dtype).to(run.device)
         objective = Distill(alpha, outputs.meta.temperature, beside)
         history = fit(student, objective, dataset, config, run, outputs.extras)
         results = {"parameters": student.num_parameters, **summary(history)}
         if "val_kl" in results:
             results["kl_to_teacher"] = results.pop("val_kl")
         with run.saving(metrics):
-            save_checkpoint(output, student, init)
+            save_checkpoint(output, student, config.init)
             write_curve(curve, history.curve)
-            results |= bits_per_byte(history, dataset, config, ChatTokenizer.load(init))
+            results |= bits_per_byte(history, dataset, config, ChatTokenizer.load(config.init))
             write_metrics(metrics, stage, results)
 
 

@@ -15,7 +15,7 @@ from minimind.errors import UserError
 from minimind.metrics import write_curve, write_metrics
 from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.objectives.dpo import Dpo, Reduction
-from minimind.params import load_section
+from minimind.params import UserPath, load_section
 from minimind.terminal.command import stage_app
 from minimind.training.fit import FitConfig, fit, summary
 from minimind.training.session import start_training
@@ -26,7 +26,7 @@ app = stage_app("dpo")
 class DpoConfig(FitConfig):
     """The `dpo` section."""
 
-    init: str  # the path of the checkpoint to start from, and of the reference
+    init: UserPath  # the path of the checkpoint to start from, and of the reference
     beta: float = Field(gt=0)  # strength of the pull towards the reference
     nll_weight: float = Field(ge=0)  # of the chosen answers' own loss; 0: DPO alone
     reduction: Reduction  # log-probabilities of an answer: sum or mean over its tokens
@@ -34,7 +34,6 @@ class DpoConfig(FitConfig):
 
 @app.command()
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="where to start from")],
     preferences: Annotated[Path, typer.Option(help="encoded preference pairs")],
     reference: Annotated[Path, typer.Option(help="the reference's log-probabilities, .npy")],
     output: Annotated[Path, typer.Option()],
@@ -44,12 +43,12 @@ def main(
 ) -> None:
     """Train on preference pairs against cached reference log-probabilities."""
     config = load_section(params, "dpo", DpoConfig)
-    inputs = [checkpoint, preferences, reference]
+    inputs = [config.init, preferences, reference]
     with start_training("dpo", params, {"dpo": config}, inputs) as run:
-        model = load_model(checkpoint)
+        model = load_model(config.init)
         dataset = EncodedDataset.open(preferences)
         dataset.check_format("preference")
-        dataset.check_tokenizer_of(checkpoint)
+        dataset.check_tokenizer_of(config.init)
         extras = {"reference": Extra(load_reference(reference, dataset), per="rows")}
         objective = Dpo(config.beta, config.reduction, config.nll_weight)
         history = fit(model, objective, dataset, config, run, extras)
@@ -57,7 +56,7 @@ def main(
         if "val_accuracy" in results:
             results["pair_accuracy"] = results.pop("val_accuracy")
         with run.saving(metrics):
-            save_checkpoint(output, model, checkpoint)
+            save_checkpoint(output, model, config.init)
             write_curve(curve, history.curve)
             write_metrics(metrics, "dpo", results)
 

@@ -17,7 +17,7 @@ from minimind.datasets.encode import (
 )
 from minimind.files import replacing
 from minimind.lineage.provenance import unchanged
-from minimind.params import load_section
+from minimind.params import load_path, load_section
 from minimind.terminal.command import stage_app
 
 app = stage_app("encode")
@@ -25,22 +25,21 @@ app = stage_app("encode")
 
 @app.command()
 def main(
-    source: Annotated[Path, typer.Option(help="JSONL file, or a folder of *.jsonl shards.")],
-    tokenizer: Annotated[Path, typer.Option(help="Directory of the tokenizer.")],
     data_format: Annotated[Format, typer.Option("--format", help="What a row is.")],
     name: Annotated[str, typer.Option(help="The data set's section below encode.")],
-    synonyms: Annotated[Path, typer.Option(help="JSON table for variations of chats.")],
     output: Annotated[Path, typer.Option(help="Directory for the arrays.")],
     metrics: Annotated[Path, typer.Option(help="JSON file for rows, tokens, shares.")],
     params: Annotated[Path, typer.Option(help="Parameters.")] = Path("params.yaml"),
-    against: Annotated[list[Path] | None, typer.Option(help="Evaluation data to look for.")] = None,
 ) -> None:
     """Check the rows of a JSONL data set and write them as memory-mapped arrays of tokens."""
     data = load_section(params, "data", DataConfig)
     section = ChatEncodeConfig if data_format in ("chat", "reason") else EncodeConfig
     config = load_section(params, f"encode.{name}", section)
     sections = {"data": data, f"encode.{name}": config}
-    with unchanged(params, sections, [source, tokenizer, synonyms, *(against or [])]):
+    source, synonyms = load_path(params, f"data.{name}"), load_path(params, "data.synonyms")
+    tokenizer = load_path(params, "encode.tokenizer")
+    evaluation = [load_path(params, "data.problems"), load_path(params, "data.text")]
+    with unchanged("encode", params, sections, [source, tokenizer, synonyms, *evaluation]):
         augmentation = None
         if isinstance(config, ChatEncodeConfig) and config.augment_copies:
             augmentation = Augmentation(config, load_synonyms(synonyms))
@@ -52,7 +51,7 @@ def main(
             config.max_length,
             data.on_bad_row,
             augmentation,
-            evaluation=against or [],
+            evaluation=evaluation,
         )
         if counts.skipped_rows:
             typer.echo(

@@ -14,7 +14,7 @@ from minimind.evaluation.problems import read_problems
 from minimind.files import replacing
 from minimind.metrics import write_metrics
 from minimind.model.checkpoint import load_model
-from minimind.params import load_section
+from minimind.params import load_path, load_section
 from minimind.terminal.command import stage_app
 from minimind.training.session import start_run
 
@@ -25,17 +25,18 @@ app = stage_app("evaluate")
 def main(
     checkpoint: Annotated[Path, typer.Option(help="the checkpoint's directory")],
     name: Annotated[str, typer.Option(help="its name in metrics and reports")],
-    problems: Annotated[Path, typer.Option(help="JSONL of problems with answers")],
-    text: Annotated[Path, typer.Option(help="JSONL of held-out text")],
     metrics: Annotated[Path, typer.Option()],
     predictions: Annotated[Path, typer.Option(help="JSONL, a row for each problem")],
     params: Annotated[Path, typer.Option()] = Path("params.yaml"),
 ) -> None:
     """Answer every problem greedily and score what the model says."""
     config = load_section(params, "evaluate", EvaluateConfig)
+    problems, text = load_path(params, "data.problems"), load_path(params, "data.text")
     inputs = [checkpoint, problems, text]
     sections = {"evaluate": config}
-    with start_run(f"evaluate-{name}", params, sections, inputs, saves_states=False) as run:
+    with start_run(
+        f"evaluate-{name}", params, sections, inputs, code="evaluate", saves_states=False
+    ) as run:
         model = load_model(checkpoint).to(run.device).eval()
         tokenizer = ChatTokenizer.load(checkpoint)
         values, answered = evaluate(

@@ -1,4 +1,4 @@
-"""A chosen checkpoint as a folder to hand out; an adapter is merged into its base."""
+"""A chosen checkpoint as a folder to hand out."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,6 @@ import typer
 
 from minimind.lineage.provenance import unchanged
 from minimind.model.checkpoint import load_model, save_checkpoint
-from minimind.model.lora import merge_adapter
 from minimind.terminal.command import stage_app
 
 app = stage_app("export")
@@ -15,17 +14,12 @@ app = stage_app("export")
 
 @app.command()
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="a checkpoint, or the base of an adapter")],
+    checkpoint: Annotated[Path, typer.Option()],
     output: Annotated[Path, typer.Option()],
-    adapter: Annotated[Path | None, typer.Option(help="merged into the checkpoint")] = None,
 ) -> None:
-    """Write a Hugging Face directory that needs neither adapter nor this project."""
-    inputs = [checkpoint] if adapter is None else [checkpoint, adapter]
-    with unchanged(Path("params.yaml"), {}, inputs):
-        model = load_model(checkpoint)
-        if adapter is not None:
-            model = merge_adapter(model, adapter)
-        save_checkpoint(output, model, checkpoint)
+    """Write a Hugging Face directory that does not need this project."""
+    with unchanged("export", Path("params.yaml"), {}, [checkpoint]):
+        save_checkpoint(output, load_model(checkpoint), checkpoint)
 
 
 if __name__ == "__main__":

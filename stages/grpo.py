@@ -9,7 +9,7 @@ from pydantic import Field
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.metrics import write_curve, write_metrics
 from minimind.model.checkpoint import load_model, save_checkpoint
-from minimind.params import load_section
+from minimind.params import load_path, load_section
 from minimind.reinforcement.group_relative import GroupRelative
 from minimind.reinforcement.loop import ReinforcementConfig, reinforce, summary
 from minimind.reinforcement.prompts import Draws
@@ -28,10 +28,6 @@ class GrpoConfig(ReinforcementConfig):
 
 @app.command()
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="where to start from, and the reference")],
-    prompts: Annotated[Path, typer.Option(help="JSONL of prompts and answers")],
-    reward_model: Annotated[Path, typer.Option(help="a directory")],
-    custom_reward: Annotated[Path, typer.Option(help="a Python file")],
     output: Annotated[Path, typer.Option()],
     metrics: Annotated[Path, typer.Option()],
     curve: Annotated[Path, typer.Option()],
@@ -39,19 +35,18 @@ def main(
 ) -> None:
     """Train on sampled completions, each compared with the others of its prompt."""
     config = load_section(params, "grpo", GrpoConfig)
-    inputs = [checkpoint, prompts, reward_model, custom_reward]
+    prompts = load_path(params, "data.prompts")
+    inputs = [config.init, prompts, config.reward_model, config.custom_reward]
     with start_training("grpo", params, {"grpo": config}, inputs) as run:
-        model, tokenizer = load_model(checkpoint), ChatTokenizer.load(checkpoint)
-        environment = build_environment(
-            config, model, tokenizer, prompts, reward_model, custom_reward, run
-        )
+        model, tokenizer = load_model(config.init), ChatTokenizer.load(config.init)
+        environment = build_environment(config, model, tokenizer, prompts, run)
         prompts_per_step = config.batch_size * config.accumulation_steps
         draws = Draws(len(environment.prompts), prompts_per_step, config.seed)
         # Dr. GRPO does without the division, which favours prompts that are almost always solved.
         method = GroupRelative(draws, config.num_generations, config.loss_type != "dr_grpo")
         history = reinforce(model, environment, method, config, run)
         with run.saving(metrics):
-            save_checkpoint(output, model, checkpoint)
+            save_checkpoint(output, model, config.init)
             write_curve(curve, history.curve)
             write_metrics(metrics, "grpo", summary(history))
 

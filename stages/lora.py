@@ -11,7 +11,7 @@ from minimind.metrics import write_curve, write_metrics
 from minimind.model.checkpoint import load_model
 from minimind.model.lora import AdapterShape, add_adapter, save_adapter
 from minimind.objectives.next_token import NextToken
-from minimind.params import load_section
+from minimind.params import UserPath, load_section
 from minimind.terminal.command import stage_app
 from minimind.training.bits import bits_per_byte
 from minimind.training.fit import FitConfig, fit, summary
@@ -23,14 +23,13 @@ app = stage_app("lora")
 class LoraStageConfig(FitConfig, AdapterShape):
     """The `lora` section."""
 
-    init: str  # the path of the checkpoint beneath the adapter
-    data: str  # what the adapter learns: data/encoded/<data>
+    init: UserPath  # the path of the checkpoint beneath the adapter
+    data: str  # what the adapter learns: its name among the encoded data sets
 
 
 @app.command()
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="what the adapter is put on")],
-    conversations: Annotated[Path, typer.Option(help="encoded data set")],
+    encoded: Annotated[Path, typer.Option(help="folder of encoded data sets")],
     output: Annotated[Path, typer.Option(help="adapter directory")],
     metrics: Annotated[Path, typer.Option()],
     curve: Annotated[Path, typer.Option()],
@@ -38,18 +37,19 @@ def main(
 ) -> None:
     """Train an adapter that stock peft loads on the stock model."""
     config = load_section(params, "lora", LoraStageConfig)
-    with start_training("lora", params, {"lora": config}, [checkpoint, conversations]) as run:
+    conversations = encoded / config.data
+    with start_training("lora", params, {"lora": config}, [config.init, conversations]) as run:
         dataset = EncodedDataset.open(conversations)
         dataset.check_format("chat", "text")
-        dataset.check_tokenizer_of(checkpoint)
-        model = add_adapter(load_model(checkpoint), config, config.seed)
+        dataset.check_tokenizer_of(config.init)
+        model = add_adapter(load_model(config.init), config, config.seed)
         num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         run.say(f"{num_trained:,} parameters of the adapter are trained")
         history = fit(model, NextToken(), dataset, config, run)
         with run.saving(metrics):
             save_adapter(output, model)
             write_curve(curve, history.curve)
-            held_out = bits_per_byte(history, dataset, config, ChatTokenizer.load(checkpoint))
+            held_out = bits_per_byte(history, dataset, config, ChatTokenizer.load(config.init))
             values = {"parameters": num_trained, **summary(history), **held_out}
             write_metrics(metrics, "lora", values)
 

@@ -22,7 +22,7 @@ def main(
 ) -> None:
     """Write short bilingual counting stories for every later stage, the same for equal seeds."""
     config = load_section(params, "mini_world", MiniWorldConfig)
-    with unchanged(params, {"mini_world": config}, inputs=[]):
+    with unchanged("mini_world", params, {"mini_world": config}, inputs=[]):
         num_rows = write_mini_world(output, config)
         write_metrics(metrics, "mini_world", num_rows)
 

@@ -11,7 +11,7 @@ from minimind.metrics import write_curve, write_metrics
 from minimind.model.checkpoint import save_checkpoint, start_model
 from minimind.model.transformer import ModelShape
 from minimind.objectives.next_token import NextToken
-from minimind.params import load_section
+from minimind.params import UserPath, load_section
 from minimind.terminal.command import stage_app
 from minimind.training.bits import bits_per_byte
 from minimind.training.fit import FitConfig, fit, summary
@@ -23,12 +23,11 @@ app = stage_app("pretrain")
 class PretrainConfig(FitConfig):
     """The `pretrain` section."""
 
-    init: str  # the path of a tokenizer, for a new model, or of a checkpoint of its shape
+    init: UserPath  # the path of a tokenizer, for a new model, or of a checkpoint of its shape
 
 
 @app.command()
 def main(
-    init: Annotated[Path, typer.Option(help="a tokenizer, or a checkpoint to start from")],
     text: Annotated[Path, typer.Option(help="encoded text")],
     output: Annotated[Path, typer.Option()],
     metrics: Annotated[Path, typer.Option()],
@@ -39,16 +38,16 @@ def main(
     config = load_section(params, "pretrain", PretrainConfig)
     shape = load_section(params, "model", ModelShape)
     sections = {"pretrain": config, "model": shape}
-    with start_training("pretrain", params, sections, [init, text]) as run:
-        model = start_model(init, shape, config.seed, f"{params}: model")
+    with start_training("pretrain", params, sections, [config.init, text]) as run:
+        model = start_model(config.init, shape, config.seed, f"{params}: model")
         run.say(f"{model.num_parameters:,} parameters")
         dataset = EncodedDataset.open(text)
-        dataset.check_tokenizer_of(init)
+        dataset.check_tokenizer_of(config.init)
         history = fit(model, NextToken(), dataset, config, run)
         with run.saving(metrics):
-            save_checkpoint(output, model, init)
+            save_checkpoint(output, model, config.init)
             write_curve(curve, history.curve)
-            held_out = bits_per_byte(history, dataset, config, ChatTokenizer.load(init))
+            held_out = bits_per_byte(history, dataset, config, ChatTokenizer.load(config.init))
             values = {"parameters": model.num_parameters, **summary(history), **held_out}
             write_metrics(metrics, "pretrain", values)
 

@@ -11,7 +11,7 @@ from minimind.datasets.encoded import EncodedDataset
 from minimind.metrics import write_curve, write_metrics
 from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.objectives.next_token import NextToken
-from minimind.params import load_section
+from minimind.params import UserPath, load_section
 from minimind.terminal.command import stage_app
 from minimind.training.bits import bits_per_byte
 from minimind.training.fit import FitConfig, fit, summary
@@ -23,14 +23,13 @@ app = stage_app("reason")
 class ReasonConfig(FitConfig):
     """The `reason` section."""
 
-    init: str  # the path of the checkpoint to start from
+    init: UserPath  # the path of the checkpoint to start from
     tag_weight: float = Field(gt=0)  # of <think>, </think>, <answer>, </answer> in the loss
     final_tag_weight: float = Field(gt=0)  # reached linearly at the last step
 
 
 @app.command()
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="where to start from")],
     conversations: Annotated[Path, typer.Option(help="encoded think/answer chats")],
     output: Annotated[Path, typer.Option()],
     metrics: Annotated[Path, typer.Option()],
@@ -39,17 +38,17 @@ def main(
 ) -> None:
     """Train on think/answer traces, the tags weighing more than other tokens."""
     config = load_section(params, "reason", ReasonConfig)
-    with start_training("reason", params, {"reason": config}, [checkpoint, conversations]) as run:
-        model = load_model(checkpoint)
+    with start_training("reason", params, {"reason": config}, [config.init, conversations]) as run:
+        model = load_model(config.init)
         dataset = EncodedDataset.open(conversations)
         dataset.check_format("chat", "text")
-        dataset.check_tokenizer_of(checkpoint)
+        dataset.check_tokenizer_of(config.init)
         objective = NextToken(config.tag_weight, config.final_tag_weight)
         history = fit(model, objective, dataset, config, run)
         with run.saving(metrics):
-            save_checkpoint(output, model, checkpoint)
+            save_checkpoint(output, model, config.init)
             write_curve(curve, history.curve)
-            held_out = bits_per_byte(history, dataset, config, ChatTokenizer.load(checkpoint))
+            held_out = bits_per_byte(history, dataset, config, ChatTokenizer.load(config.init))
             write_metrics(metrics, "reason", summary(history) | held_out)
 
 

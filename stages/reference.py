@@ -15,7 +15,7 @@ from minimind.errors import UserError
 from minimind.files import replacing
 from minimind.model.checkpoint import load_model
 from minimind.objectives.dpo import Reduction, row_logprobs
-from minimind.params import Section, load_section
+from minimind.params import Section, UserPath, load_section
 from minimind.terminal.command import stage_app
 from minimind.training.session import start_run
 
@@ -27,6 +27,7 @@ class SharedWithPolicy(Section):
 
     model_config = ConfigDict(extra="ignore")
 
+    init: UserPath
     # The reference is computed in the policy's precision, or the loss would not start at ln 2.
     dtype: DType
     reduction: Reduction
@@ -35,19 +36,18 @@ class SharedWithPolicy(Section):
 
 @app.command()
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="the reference: where dpo starts from")],
     preferences: Annotated[Path, typer.Option(help="encoded preference pairs")],
     output: Annotated[Path, typer.Option(help=".npy, float32 [rows]")],
     params: Annotated[Path, typer.Option()] = Path("params.yaml"),
 ) -> None:
     """Score every row; depends on the checkpoint and the data, never on dpo's beta or lr."""
     config = load_section(params, "dpo", SharedWithPolicy)
-    inputs = [checkpoint, preferences]
+    inputs = [config.init, preferences]
     with start_run("reference", params, {"dpo": config}, inputs, saves_states=False) as run:
-        model = load_model(checkpoint).to(run.device).eval()
+        model = load_model(config.init).to(run.device).eval()
         dataset = EncodedDataset.open(preferences)
         dataset.check_format("preference")
-        dataset.check_tokenizer_of(checkpoint)
+        dataset.check_tokenizer_of(config.init)
         pairs = np.arange(dataset.num_samples)
         with torch.inference_mode(), autocast(run.device, config.dtype):
             scores = [
@@ -57,7 +57,7 @@ def main(
         logprobs = torch.cat(scores)
         if not torch.isfinite(logprobs).all():
             raise UserError(
-                f"{checkpoint} gives log-probabilities that are not finite; "
+                f"{config.init} gives log-probabilities that are not finite; "
                 "take another, or dpo.dtype float32."
             )
         with run.saving(output), replacing(output) as partial, partial.open("wb") as file:

@@ -21,28 +21,28 @@ app = stage_app("report")
 
 @app.command()
 def main(
-    evaluation: Annotated[list[Path], typer.Option(help="a checkpoint's metrics, in this order")],
+    checkpoints: Annotated[list[str], typer.Argument(help="their names, in this order")],
+    evaluations: Annotated[Path, typer.Option(help="folder of <checkpoint>.json")],
     predictions: Annotated[Path, typer.Option(help="folder of <checkpoint>.jsonl")],
+    training: Annotated[Path, typer.Option(help="folder of <stage>.json")],
     output: Annotated[Path, typer.Option(help="Markdown")],
-    training: Annotated[list[Path] | None, typer.Option(help="a training stage's metrics")] = None,
     record: Annotated[Path | None, typer.Option(help="runs of other seeds, recorded")] = None,
 ) -> None:
     """Write what each checkpoint can do, how its training ended, and what it says."""
-    answers = [predictions / f"{path.stem}.jsonl" for path in evaluation]
-    inputs = [*evaluation, *answers, *(training or []), *([record] if record else [])]
-    with unchanged(Path("params.yaml"), {}, inputs):
-        evaluations = read_evaluations(evaluation, predictions)
-        trained = read_metrics(training or [])
-        checkpoints = checkpoint_section(evaluations, trained)
-        sections = ["# Report", checkpoints]
+    evaluated = [evaluations / f"{name}.json" for name in checkpoints]
+    answers = [predictions / f"{name}.jsonl" for name in checkpoints]
+    trained = [training / f"{name}.json" for name in checkpoints]
+    inputs = [*evaluated, *answers, *trained, *([record] if record else [])]
+    with unchanged("report", Path("params.yaml"), {}, inputs):
+        results, metrics = read_evaluations(evaluated, predictions), read_metrics(trained)
+        table = checkpoint_section(results, metrics)
+        sections = ["# Report", table]
         if runs := read_record(record) if record else []:
-            sections.append(record_section(runs, [e.name for e in evaluations]))
-        if trained:
-            sections.append(training_section(trained))
-        sections.append(examples_section(evaluations))
+            sections.append(record_section(runs, checkpoints))
+        sections += [training_section(metrics), examples_section(results)]
         with replacing(output) as partial:
             partial.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    typer.echo(checkpoints)
+    typer.echo(table)
 
 
 if __name__ == "__main__":

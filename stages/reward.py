@@ -11,7 +11,7 @@ from minimind.model.checkpoint import load_model
 from minimind.model.reward import RewardModel, dense_part
 from minimind.model.reward_checkpoint import save_reward_model
 from minimind.objectives.reward_model import PairwiseReward
-from minimind.params import load_section
+from minimind.params import UserPath, load_section
 from minimind.terminal.command import stage_app
 from minimind.training.fit import FitConfig, fit, summary
 from minimind.training.session import start_training
@@ -22,12 +22,11 @@ app = stage_app("reward")
 class RewardConfig(FitConfig):
     """The `reward` section."""
 
-    init: str  # the path of the checkpoint to start from; of a mixture, its dense part
+    init: UserPath  # the path of the checkpoint to start from; of a mixture, its dense part
 
 
 @app.command()
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="where to start from")],
     preferences: Annotated[Path, typer.Option(help="encoded preference pairs")],
     output: Annotated[Path, typer.Option()],
     metrics: Annotated[Path, typer.Option()],
@@ -36,18 +35,18 @@ def main(
 ) -> None:
     """Train a score that is higher for the chosen side of a pair."""
     config = load_section(params, "reward", RewardConfig)
-    with start_training("reward", params, {"reward": config}, [checkpoint, preferences]) as run:
-        base = load_model(checkpoint)
+    with start_training("reward", params, {"reward": config}, [config.init, preferences]) as run:
+        base = load_model(config.init)
         model = RewardModel(dense_part(base, config.seed) if base.config.num_experts else base)
         dataset = EncodedDataset.open(preferences)
         dataset.check_format("preference")
-        dataset.check_tokenizer_of(checkpoint)
+        dataset.check_tokenizer_of(config.init)
         history = fit(model, PairwiseReward(), dataset, config, run)
         results = summary(history)
         if "val_accuracy" in results:
             results["pair_accuracy"] = results.pop("val_accuracy")
         with run.saving(metrics):
-            save_reward_model(output, model, checkpoint)
+            save_reward_model(output, model, config.init)
             write_curve(curve, history.curve)
             write_metrics(metrics, "reward", results)
 

@@ -10,7 +10,7 @@ from minimind.datasets.encoded import EncodedDataset
 from minimind.metrics import write_curve, write_metrics
 from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.objectives.next_token import NextToken
-from minimind.params import load_section
+from minimind.params import UserPath, load_section
 from minimind.terminal.command import stage_app
 from minimind.training.bits import bits_per_byte
 from minimind.training.fit import FitConfig, fit, summary
@@ -22,12 +22,11 @@ app = stage_app("sft")
 class SftConfig(FitConfig):
     """The `sft` section."""
 
-    init: str  # the path of the checkpoint to start from
+    init: UserPath  # the path of the checkpoint to start from
 
 
 @app.command()
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="where to start from")],
     conversations: Annotated[Path, typer.Option(help="encoded chats")],
     output: Annotated[Path, typer.Option()],
     metrics: Annotated[Path, typer.Option()],
@@ -36,16 +35,16 @@ def main(
 ) -> None:
     """Train on the assistant's turns of conversations."""
     config = load_section(params, "sft", SftConfig)
-    with start_training("sft", params, {"sft": config}, [checkpoint, conversations]) as run:
-        model = load_model(checkpoint)
+    with start_training("sft", params, {"sft": config}, [config.init, conversations]) as run:
+        model = load_model(config.init)
         dataset = EncodedDataset.open(conversations)
         dataset.check_format("chat", "text")
-        dataset.check_tokenizer_of(checkpoint)
+        dataset.check_tokenizer_of(config.init)
         history = fit(model, NextToken(), dataset, config, run)
         with run.saving(metrics):
-            save_checkpoint(output, model, checkpoint)
+            save_checkpoint(output, model, config.init)
             write_curve(curve, history.curve)
-            held_out = bits_per_byte(history, dataset, config, ChatTokenizer.load(checkpoint))
+            held_out = bits_per_byte(history, dataset, config, ChatTokenizer.load(config.init))
             write_metrics(metrics, "sft", summary(history) | held_out)
 
 

@@ -8,7 +8,7 @@ import typer
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.metrics import write_curve, write_metrics
 from minimind.model.checkpoint import load_model, save_checkpoint
-from minimind.params import load_section
+from minimind.params import load_path, load_section
 from minimind.reinforcement.loop import ReinforcementConfig, reinforce, summary
 from minimind.reinforcement.prompts import Draws
 from minimind.reinforcement.setup import build_environment
@@ -28,10 +28,6 @@ class SpoConfig(ReinforcementConfig):
 
 @app.command()
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="where to start from, and the reference")],
-    prompts: Annotated[Path, typer.Option(help="JSONL of prompts and answers")],
-    reward_model: Annotated[Path, typer.Option(help="a directory")],
-    custom_reward: Annotated[Path, typer.Option(help="a Python file")],
     output: Annotated[Path, typer.Option()],
     metrics: Annotated[Path, typer.Option()],
     curve: Annotated[Path, typer.Option()],
@@ -39,18 +35,17 @@ def main(
 ) -> None:
     """Train on sampled completions, each compared with its prompt's tracked value."""
     config = load_section(params, "spo", SpoConfig)
-    inputs = [checkpoint, prompts, reward_model, custom_reward]
+    prompts = load_path(params, "data.prompts")
+    inputs = [config.init, prompts, config.reward_model, config.custom_reward]
     with start_training("spo", params, {"spo": config}, inputs) as run:
-        model, tokenizer = load_model(checkpoint), ChatTokenizer.load(checkpoint)
-        environment = build_environment(
-            config, model, tokenizer, prompts, reward_model, custom_reward, run
-        )
+        model, tokenizer = load_model(config.init), ChatTokenizer.load(config.init)
+        environment = build_environment(config, model, tokenizer, prompts, run)
         prompts_per_step = config.batch_size * config.accumulation_steps
         draws = Draws(len(environment.prompts), prompts_per_step, config.seed)
         method = SingleStream(draws, config.tracker)
         history = reinforce(model, environment, method, config, run)
         with run.saving(metrics):
-            save_checkpoint(output, model, checkpoint)
+            save_checkpoint(output, model, config.init)
             write_curve(curve, history.curve)
             write_metrics(metrics, "spo", summary(history))
 

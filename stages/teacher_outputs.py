@@ -14,7 +14,7 @@ from minimind.distillation.outputs import (
 )
 from minimind.distillation.teacher import load_teacher
 from minimind.metrics import Number, write_metrics
-from minimind.params import load_section
+from minimind.params import load_path, load_section
 from minimind.terminal.command import stage_app
 from minimind.training.session import start_run
 
@@ -23,14 +23,15 @@ app = stage_app("teacher_outputs")
 
 @app.command()
 def main(
-    teacher: Annotated[Path, typer.Option(help="a checkpoint, or any Hugging Face directory")],
-    conversations: Annotated[Path, typer.Option(help="encoded data set")],
+    encoded: Annotated[Path, typer.Option(help="folder of encoded data sets")],
     output: Annotated[Path, typer.Option()],
     metrics: Annotated[Path, typer.Option()],
     params: Annotated[Path, typer.Option()] = Path("params.yaml"),
 ) -> None:
     """Keep the teacher's likeliest tokens; or, in online mode, only check that it fits."""
     config = load_section(params, "teacher_outputs", TeacherOutputsConfig)
+    teacher = load_path(params, "distill.teacher")
+    conversations = encoded / load_path(params, "distill.data")
     inputs = [teacher, conversations]
     with start_run("teacher_outputs", params, {"teacher_outputs": config}, inputs) as run:
         dataset = EncodedDataset.open(conversations)

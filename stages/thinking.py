@@ -9,7 +9,7 @@ import typer
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.metrics import write_metrics
 from minimind.model.checkpoint import load_model
-from minimind.params import load_section
+from minimind.params import load_path, load_section
 from minimind.terminal.command import stage_app
 from minimind.thinking.completions import Checkpoint, complete_all, read_prompts, write_rows
 from minimind.thinking.quality import ThinkingConfig, assess
@@ -21,18 +21,17 @@ app = stage_app("thinking")
 
 @app.command()
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="that thinks")],
-    prompts: Annotated[Path, typer.Option(help="JSONL of prompts; answers are not looked at")],
     predictions: Annotated[Path, typer.Option(help="JSONL, a row for each prompt")],
     metrics: Annotated[Path, typer.Option()],
     params: Annotated[Path, typer.Option()] = Path("params.yaml"),
 ) -> None:
     """Sample a thought and an answer a prompt, and check what can be checked."""
     config = load_section(params, "thinking", ThinkingConfig)
-    with start_run("thinking", params, {"thinking": config}, [checkpoint, prompts]) as run:
+    prompts = load_path(params, "data.free_prompts")
+    with start_run("thinking", params, {"thinking": config}, [config.init, prompts]) as run:
         asked = read_prompts(prompts, config.num_prompts, needs_answers=False)
-        tokenizer = ChatTokenizer.load(checkpoint)
-        model = load_model(checkpoint).to(run.device).eval()
+        tokenizer = ChatTokenizer.load(config.init)
+        model = load_model(config.init).to(run.device).eval()
         source = Checkpoint(model, tokenizer, config, num_samples=1)
         assessed = [
             assess(prompt, completion, lambda text: len(tokenizer.encode_text(text)))

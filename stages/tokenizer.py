@@ -16,7 +16,7 @@ from minimind.chat.tokenizer_training import (
 from minimind.datasets.formats import read_texts
 from minimind.lineage.provenance import unchanged
 from minimind.metrics import write_metrics
-from minimind.params import load_section
+from minimind.params import load_path, load_section
 from minimind.terminal.command import stage_app
 
 app = stage_app("tokenizer")
@@ -24,14 +24,14 @@ app = stage_app("tokenizer")
 
 @app.command()
 def main(
-    source: Annotated[Path, typer.Option(help="JSONL, a folder of it, or a tokenizer to adopt.")],
     output: Annotated[Path, typer.Option(help="Directory for the tokenizer.")],
     metrics: Annotated[Path, typer.Option(help="JSON file for vocabulary and compression.")],
     params: Annotated[Path, typer.Option(help="Parameters.")] = Path("params.yaml"),
 ) -> None:
     """Train a byte-level BPE on a JSONL source, or adopt the directory of a foreign tokenizer."""
     config = load_section(params, "tokenizer", TokenizerConfig)
-    with unchanged(params, {"tokenizer": config}, [source]):
+    source = load_path(params, "data.tokenizer")
+    with unchanged("tokenizer", params, {"tokenizer": config}, [source]):
         if (source / "tokenizer.json").is_file():
             adopt_tokenizer(source, output)
             measured = measure_tokenizer(ChatTokenizer.load(output), [])

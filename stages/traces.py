@@ -9,7 +9,7 @@ import typer
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.metrics import write_metrics
 from minimind.model.checkpoint import load_model
-from minimind.params import load_section
+from minimind.params import load_path, load_section
 from minimind.terminal.command import stage_app
 from minimind.thinking.completions import Checkpoint, Source, complete_all, read_prompts, write_rows
 from minimind.thinking.endpoint import Endpoint
@@ -21,8 +21,6 @@ app = stage_app("traces")
 
 @app.command()
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="that thinks, unless an endpoint does")],
-    prompts: Annotated[Path, typer.Option(help="JSONL of prompts with answers")],
     output: Annotated[Path, typer.Option(help="JSONL in the reason format")],
     rejected: Annotated[Path, typer.Option(help="JSONL of the others, with a reason each")],
     metrics: Annotated[Path, typer.Option()],
@@ -30,10 +28,11 @@ def main(
 ) -> None:
     """Sample, verify, keep what differs."""
     config = load_section(params, "traces", TracesConfig)
-    with start_run("traces", params, {"traces": config}, [checkpoint, prompts]) as run:
+    prompts = load_path(params, "data.prompts")
+    with start_run("traces", params, {"traces": config}, [config.init, prompts]) as run:
         asked = read_prompts(prompts, config.num_prompts, needs_answers=True)
         prompts_at_a_time = max(1, config.batch_size // config.num_samples)
-        source = open_source(checkpoint, config, run)
+        source = open_source(config, run)
         traces = Traces()
         for prompt, completions in zip(
             asked, complete_all(source, asked, prompts_at_a_time, run), strict=True
@@ -47,7 +46,7 @@ def main(
         run.say(f"no trace was kept: {rejected} says why; stage encode needs one row or more")
 
 
-def open_source(checkpoint: Path, config: TracesConfig, run: Run) -> Source:
+def open_source(config: TracesConfig, run: Run) -> Source:
     """The endpoint if there is one, else the checkpoint."""
     if config.endpoint is not None and config.model is not None:
         return Endpoint(
@@ -58,8 +57,8 @@ def open_source(checkpoint: Path, config: TracesConfig, run: Run) -> Source:
             config,
             config.num_samples,
         )
-    model = load_model(checkpoint).to(run.device).eval()
-    return Checkpoint(model, ChatTokenizer.load(checkpoint), config, config.num_samples)
+    model = load_model(config.init).to(run.device).eval()
+    return Checkpoint(model, ChatTokenizer.load(config.init), config, config.num_samples)
 
 
 if __name__ == "__main__":

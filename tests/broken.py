@@ -18,6 +18,7 @@ import minimind.cli.main
 from minimind.terminal.command import StageApp
 from stages import (
     check,
+    code,
     distill,
     dpo,
     encode,
@@ -25,6 +26,7 @@ from stages import (
     export,
     grpo,
     lora,
+    merge,
     mini_world,
     pretrain,
     reason,
@@ -78,84 +80,76 @@ TINY: dict[str, dict[str, Any]] = {
     "evaluate": {"batch_size": 4, "max_new_tokens": 4},
 }
 
+# Where the workspace has what params.yaml names.
+PATHS: dict[str, dict[str, str]] = {
+    "data": {
+        "tokenizer": "text.jsonl",
+        "pretrain": "text.jsonl",
+        "sft": "chats.jsonl",
+        "dpo": "pairs.jsonl",
+        "reason": "thoughts.jsonl",
+        "prompts": "prompts.jsonl",
+        "free_prompts": "prompts.jsonl",
+        "problems": "problems.jsonl",
+        "text": "text.jsonl",
+        "synonyms": "synonyms.json",
+    },
+    "pretrain": {"init": "models/tokenizer"},
+    "distill": {"init": "models/tokenizer", "teacher": "models/base", "data": "sft"},
+    "lora": {"init": "models/base", "data": "sft"},
+    **{name: {"init": "models/base"} for name in ("sft", "dpo", "reason", "reward")},
+    **{name: {"init": "models/base"} for name in ("traces", "thinking")},
+    "grpo": {"init": "models/base", "custom_reward": "custom.py"},
+    "spo": {"init": "models/base", "custom_reward": "custom.py"},
+}
 TRAINED = "--output out/model --metrics out/metrics.json --curve out/curve.csv"
-REWARDED = "--reward-model models/reward --custom-reward custom.py"
-PROMPTED = "--checkpoint models/base --prompts prompts.jsonl"
-BASE_AND_CHATS = "--checkpoint models/base --conversations encoded/sft"
-ENCODED = (
-    "--tokenizer models/tokenizer --synonyms synonyms.json "
-    "--output out/data --metrics out/metrics.json"
-)
+ENCODED = "--output out/data --metrics out/metrics.json"
 COMMANDS: dict[str, tuple[StageApp, str]] = {
     "check": (check.app, "--output out/checked.txt"),
+    "code": (code.app, "--output out/code"),
     "mini_world": (mini_world.app, "--output out/world --metrics out/metrics.json"),
-    "tokenizer": (
+    "tokenizer": (tokenizer.app, "--output out/tokenizer --metrics out/metrics.json"),
+    "adopt": (
         tokenizer.app,
-        "--source text.jsonl --output out/tokenizer --metrics out/metrics.json",
+        "--output out/tokenizer --metrics out/metrics.json --params adopt.yaml",
     ),
-    "adopt": (tokenizer.app, "--source foreign --output out/tokenizer --metrics out/metrics.json"),
-    "encode pretrain": (
-        encode.app,
-        f"--name pretrain --format text --source text.jsonl {ENCODED}",
-    ),
-    "encode sft": (encode.app, f"--name sft --format chat --source chats.jsonl {ENCODED}"),
-    "encode dpo": (encode.app, f"--name dpo --format preference --source pairs.jsonl {ENCODED}"),
-    "encode reason": (
-        encode.app,
-        f"--name reason --format reason --source thoughts.jsonl {ENCODED}",
-    ),
-    "pretrain": (
-        pretrain.app,
-        f"--init models/tokenizer --text encoded/pretrain {TRAINED}",
-    ),
-    "sft": (sft.app, f"{BASE_AND_CHATS} {TRAINED}"),
-    "reference": (
-        reference.app,
-        "--checkpoint models/base --preferences encoded/dpo --output out/ref.npy",
-    ),
-    "dpo": (
-        dpo.app,
-        f"--checkpoint models/base --preferences encoded/dpo --reference reference.npy {TRAINED}",
-    ),
-    "reason": (
-        reason.app,
-        f"--checkpoint models/base --conversations encoded/reason {TRAINED}",
-    ),
-    "reward": (reward.app, f"--checkpoint models/base --preferences encoded/dpo {TRAINED}"),
-    "grpo": (grpo.app, f"{PROMPTED} {REWARDED} {TRAINED}"),
-    "spo": (spo.app, f"{PROMPTED} {REWARDED} {TRAINED}"),
+    "encode pretrain": (encode.app, f"--name pretrain --format text {ENCODED}"),
+    "encode sft": (encode.app, f"--name sft --format chat {ENCODED}"),
+    "encode dpo": (encode.app, f"--name dpo --format preference {ENCODED}"),
+    "encode reason": (encode.app, f"--name reason --format reason {ENCODED}"),
+    "pretrain": (pretrain.app, f"--text encoded/pretrain {TRAINED}"),
+    "sft": (sft.app, f"--conversations encoded/sft {TRAINED}"),
+    "reference": (reference.app, "--preferences encoded/dpo --output out/ref.npy"),
+    "dpo": (dpo.app, f"--preferences encoded/dpo --reference reference.npy {TRAINED}"),
+    "reason": (reason.app, f"--conversations encoded/reason {TRAINED}"),
+    "reward": (reward.app, f"--preferences encoded/dpo {TRAINED}"),
+    "grpo": (grpo.app, TRAINED),
+    "spo": (spo.app, TRAINED),
     "traces": (
         traces.app,
-        f"{PROMPTED} --output out/t.jsonl --rejected out/r.jsonl --metrics out/metrics.json",
+        "--output out/t.jsonl --rejected out/r.jsonl --metrics out/metrics.json",
     ),
     "thinking": (
         thinking.app,
-        f"{PROMPTED} --predictions out/predictions.jsonl --metrics out/metrics.json",
+        "--predictions out/predictions.jsonl --metrics out/metrics.json",
     ),
     "teacher_outputs": (
         teacher_outputs.app,
-        "--teacher models/base --conversations encoded/sft "
-        "--output out/outputs --metrics out/metrics.json",
+        "--encoded encoded --output out/outputs --metrics out/metrics.json",
     ),
-    "distill": (
-        distill.app,
-        "--init models/tokenizer --conversations encoded/sft "
-        f"--teacher models/base --teacher-outputs outputs {TRAINED}",
-    ),
-    "lora": (lora.app, f"{BASE_AND_CHATS} {TRAINED}"),
-    "export": (
-        export.app,
-        "--checkpoint models/base --adapter models/lora --output out/export",
-    ),
+    "distill": (distill.app, f"--encoded encoded --teacher-outputs outputs {TRAINED}"),
+    "lora": (lora.app, f"--encoded encoded {TRAINED}"),
+    "merge": (merge.app, "--adapter models/lora --output out/export"),
+    "export": (export.app, "--checkpoint models/base --output out/export"),
     "evaluate": (
         evaluate.app,
-        "--checkpoint models/base --name sft --problems problems.jsonl --text text.jsonl "
+        "--checkpoint models/base --name sft "
         "--metrics out/metrics.json --predictions out/predictions.jsonl",
     ),
     "report": (
         report.app,
-        "--evaluation evaluated.json --predictions predictions --output out/report.md "
-        "--training trained.json --record record.json",
+        "sft --evaluations evaluated --predictions predictions --training trained "
+        "--record record.json --output out/report.md",
     ),
     "preset": (minimind.cli.main.app, "preset mine"),
 }
@@ -203,9 +197,12 @@ def build(directory: Path) -> Path:
         assert set(values) <= set(params[section]), f"tiny values of {section} are not parameters"
         student = params[section].get("student", {}) | values.get("student", {})
         params[section] |= values | ({"student": student} if student else {})
-    params["data"]["synonyms"] = "synonyms.json"
-    params["grpo"]["custom_reward"] = params["spo"]["custom_reward"] = "custom.py"
+    for section, paths in PATHS.items():
+        assert set(paths) <= set(params[section]), f"paths of {section} are not parameters"
+        params[section] |= paths
     write_params(directory, params | {"dtype": "float32"})
+    adopt = params | {"data": params["data"] | {"tokenizer": "foreign"}}
+    (directory / "adopt.yaml").write_text(yaml.safe_dump(adopt), encoding="utf-8")
     shutil.copyfile(ROOT / "dvc.yaml", directory / "dvc.yaml")
     write_rows(directory / "text.jsonl", [{"text": f"{n} + 1 = {n + 1}"} for n in range(12)])
     chats = [chat(f"{n} + 1 = ?", str(n + 1)) for n in range(12)]
@@ -222,7 +219,8 @@ def build(directory: Path) -> Path:
     (directory / "custom.py").write_text(CUSTOM_REWARD)
     (directory / "presets").mkdir()
     (directory / "presets/mine.yaml").write_text("sft: {lr: 1.0e-4}\n")
-    (directory / "trained.json").write_text('{"sft": {"loss": 1.5, "steps": 2}}')
+    (directory / "trained").mkdir()
+    (directory / "trained/sft.json").write_text('{"sft": {"loss": 1.5, "steps": 2}}')
     recorded = {"seed": 1, "dtype": "float32", "isa": "AVX2"}
     recorded |= {"metrics": {"training": {}, "evaluation": {"sft": {"exact": 0.5}}}}
     (directory / "record.json").write_text(json.dumps({"runs": [recorded]}))
@@ -239,7 +237,10 @@ def build(directory: Path) -> Path:
     made(
         directory,
         "evaluate",
-        **{"out_metrics.json": "evaluated.json", "out_predictions.jsonl": "predictions/sft.jsonl"},
+        **{
+            "out_metrics.json": "evaluated/sft.json",
+            "out_predictions.jsonl": "predictions/sft.jsonl",
+        },
     )
     shutil.rmtree(directory / ".resume")
     shutil.rmtree(directory / "runs")

@@ -103,15 +103,9 @@ def _fit(
 def _reinforce(config: GrpoConfig | SpoConfig, run: Run) -> tuple[History, nn.Module]:
     start = Path("models/start")
     model = load_model(start)
-    environment = build_environment(
-        config,
-        model,
-        ChatTokenizer.load(start),
-        Path("prompts.jsonl"),
-        Path("none"),
-        Path("custom.py"),
-        run,
-    )
+    config = config.model_copy(update={"custom_reward": Path("custom.py")})
+    prompts = Path("prompts.jsonl")
+    environment = build_environment(config, model, ChatTokenizer.load(start), prompts, run)
     prompts_per_step = config.batch_size * config.accumulation_steps
     draws = Draws(len(environment.prompts), prompts_per_step, config.seed)
     if isinstance(config, GrpoConfig):

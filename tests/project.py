@@ -68,6 +68,7 @@ def copy_project(directory: Path) -> Path:
 # The stages of a tiny project, and the variants of those that have some: as much graph as the
 # everyday commands need, so that all of it is run in seconds.
 CHAIN: dict[str, list[str]] = {
+    "code": [],
     "check": [],
     "mini_world": [],
     "tokenizer": [],

@@ -185,14 +185,17 @@ def write_chats(path: Path) -> Path:
 
 
 def run(folder: Path, tokenizer: Path, data_format: str, **keys: Any) -> Any:
-    sections = {"data": {"on_bad_row": "skip"}, "encode": {"x": {"max_length": 512, **keys}}}
+    nothing = folder / "nothing.jsonl"
+    nothing.write_text('{"text": "what no row asks"}\n')
+    data = {"on_bad_row": "skip", "x": str(write_chats(folder / "chats.jsonl"))}
+    data |= {"synonyms": str(SHIPPED), "problems": str(nothing), "text": str(nothing)}
+    encode = {"tokenizer": str(tokenizer), "x": {"max_length": 512, **keys}}
+    sections = {"data": data, "encode": encode}
     (folder / "params.yaml").write_text(json.dumps(sections))
     return CliRunner().invoke(
         app,
         [
-            *("--source", str(write_chats(folder / "chats.jsonl")), "--name", "x"),
-            *("--tokenizer", str(tokenizer), "--format", data_format),
-            *("--synonyms", str(SHIPPED), "--output", str(folder / "encoded")),
+            *("--name", "x", "--format", data_format, "--output", str(folder / "encoded")),
             *("--metrics", str(folder / "metrics.json")),
             *("--params", str(folder / "params.yaml")),
         ],

@@ -320,11 +320,13 @@ class Project:
         return CliRunner().invoke(stage.app, list(arguments))
 
     def teach(self, output: str = "outputs", teacher: str = "models/teacher") -> Result:
-        paths = ["--conversations", "data", "--output", output, "--metrics", f"{output}.json"]
-        return self.run(teacher_outputs, "--teacher", teacher, *paths)
+        self.params["distill"] |= {"teacher": teacher}
+        paths = ["--encoded", ".", "--output", output, "--metrics", f"{output}.json"]
+        return self.run(teacher_outputs, *paths)
 
     def distill(self, output: str, *flags: str, init: str = "models/tokenizer") -> Result:
-        inputs = ["--init", init, "--conversations", "data", "--teacher", "models/teacher"]
+        self.params["distill"] |= {"init": init}
+        inputs = ["--encoded", "."]
         outputs = ["--output", f"models/{output}", "--metrics", f"{output}.json"]
         rest = ["--teacher-outputs", "outputs", "--curve", f"{output}.csv"]
         return self.run(distill, *inputs, *outputs, *rest, *flags)
@@ -400,7 +402,7 @@ def test_the_twin_is_plain_fine_tuning_of_the_same_student(project: Project) -> 
     vocab_size = ChatTokenizer.load(Path("models/tokenizer")).vocab_size
     new = tiny_model(FIT["seed"], vocab_size=vocab_size, **STUDENT)
     save_checkpoint(Path("models/student"), new, Path("models/tokenizer"))
-    paths = ["--checkpoint", "models/student", "--conversations", "data", "--output", "models/sft"]
+    paths = ["--conversations", "data", "--output", "models/sft"]
     succeeds(project.run(sft, *paths, "--metrics", "sft.json", "--curve", "sft.csv"))
     succeeds(project.teach())
     succeeds(project.distill("fresh", "--twin"))

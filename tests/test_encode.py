@@ -93,20 +93,23 @@ class Stage:
         on_bad_row: str = "error",
         against: Path | None = None,
     ) -> Any:
-        params = {"data": {"on_bad_row": on_bad_row, "sft": "data/sft.jsonl"}}
-        params["encode"] = {"sft": {"max_length": max_length}}
+        source = write_rows(self.folder / "sft.jsonl", rows)
+        nothing = write_rows(self.folder / "nothing.jsonl", [{"text": "what no row asks"}])
+        evaluation = dict.fromkeys(["problems", "text"], str(against or nothing))
+        params: dict[str, Any] = {
+            "data": {"on_bad_row": on_bad_row, "sft": str(source), "synonyms": "not read"},
+            "encode": {"tokenizer": str(self.tokenizer), "sft": {"max_length": max_length}},
+        }
+        params["data"] |= evaluation
         if data_format in ("chat", "reason"):
             params["encode"]["sft"] |= NO_COPIES
         (self.folder / "params.yaml").write_text(json.dumps(params))
-        source = write_rows(self.folder / "sft.jsonl", rows)
         return CliRunner().invoke(
             app,
             [
-                *("--source", str(source), "--tokenizer", str(self.tokenizer)),
                 *("--format", data_format, "--name", "sft", "--output", str(self.output)),
-                *("--metrics", str(self.metrics_file), "--synonyms", "not read"),
+                *("--metrics", str(self.metrics_file)),
                 *("--params", str(self.folder / "params.yaml")),
-                *(["--against", str(against)] if against else []),
             ],
         )
 
@@ -423,11 +426,13 @@ def test_source_rows_of_other_samples_are_noticed(stage: Stage) -> None:
             EncodedDataset.open(stage.output)
 
 
-def test_another_tokenizer_is_noticed(stage: Stage, tokenizer: ChatTokenizer) -> None:
+def test_another_tokenizer_is_noticed(stage: Stage) -> None:
     dataset, _ = stage.encode(chat_rows(CHATS), "chat")
-    dataset.check_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size, Path("models/sft"))
-    with pytest.raises(UserError, match="another tokenizer than that of models/sft"):
-        dataset.check_tokenizer("0" * 32, tokenizer.vocab_size, Path("models/sft"))
+    dataset.check_tokenizer_of(stage.tokenizer)
+    other = stage.folder / "other"
+    save_tokenizer(train_tokenizer(["another text"], 300), other)
+    with pytest.raises(UserError, match=f"another tokenizer than that of {other}"):
+        dataset.check_tokenizer_of(other)
 
 
 def test_encoding_starts_without_torch_and_transformers() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from scipy.stats import binomtest
 from typer.testing import CliRunner
 
@@ -366,17 +367,26 @@ def learn_by_heart(model: Transformer, rows: list[list[int]]) -> None:
     raise AssertionError(f"not learnt: the loss is still {loss.item()}")
 
 
+def with_data(folder: Path, output: Path, problems: Path, text: Path) -> Path:
+    """The parameters of a folder, with what to evaluate on."""
+    params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
+    params["data"] = {"problems": str(problems), "text": str(text)}
+    file = output / "evaluated.yaml"
+    file.write_text(yaml.safe_dump(params), encoding="utf-8")
+    return file
+
+
 def run(
     folder: Path, name: str, problems: str, output: Path
 ) -> tuple[dict[str, Number], list[Prediction]]:
+    params = with_data(folder, output, folder / problems, folder / "text.jsonl")
     result = CliRunner().invoke(
         app,
         [
             *("--checkpoint", f"{folder / 'checkpoint'}", "--name", name),
-            *("--problems", f"{folder / problems}", "--text", f"{folder / 'text.jsonl'}"),
             *("--metrics", f"{output / 'metrics.json'}"),
             *("--predictions", f"{output / 'predictions.jsonl'}"),
-            *("--params", f"{folder / 'params.yaml'}"),
+            *("--params", f"{params}"),
         ],
     )
     assert result.exit_code == 0, result.output
@@ -623,12 +633,12 @@ def test_answers_may_be_numbers_and_chats_may_be_problems(tmp_path: Path) -> Non
 
 def invoke(folder: Path, **changes: Path) -> str:
     """The one line with which the stage ends."""
+    data = {"problems": folder / "problems.jsonl", "text": folder / "text.jsonl"}
+    data |= {key: path for key, path in changes.items() if key in data}
     options = {
         "checkpoint": folder / "checkpoint",
-        "problems": folder / "problems.jsonl",
-        "text": folder / "text.jsonl",
-        "params": folder / "params.yaml",
-    } | changes
+        "params": with_data(folder, Path(), **data),
+    } | {key: path for key, path in changes.items() if key not in data}
     arguments = [text for key, value in options.items() for text in (f"--{key}", f"{value}")]
     result = CliRunner().invoke(
         app, ["--name", "x", "--metrics", "m.json", "--predictions", "p.jsonl", *arguments]

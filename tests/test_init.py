@@ -54,21 +54,24 @@ def test_a_foreign_checkpoint_is_a_start(workspace: Path, foreign: Path, stage: 
     name = {"pretrain": "pretrain", "dpo": "dpo", "reward": "dpo", "reason": "reason"}.get(
         stage, "sft"
     )
+    set_params(
+        workspace,
+        encode={"tokenizer": str(foreign)},
+        distill={"teacher": str(foreign), "data": "data"},
+    )
     set_params(workspace, **{stage: {"lr": 1e-12, "init": str(foreign)}})
-    outcome = run(f"encode {name}", workspace, "--tokenizer", str(foreign))
+    outcome = run(f"encode {name}", workspace)
     assert outcome.exit_code == 0, outcome
-    options = ["--init" if stage in ("pretrain", "distill") else "--checkpoint", str(foreign)]
     data = {"pretrain": "--text", "dpo": "--preferences", "reward": "--preferences"}
-    if stage != "grpo":
-        options += [data.get(stage, "--conversations"), "out/data"]
+    options = [] if stage == "grpo" else [data.get(stage, "--conversations"), "out/data"]
     if stage == "dpo":
         referred = run("reference", workspace, *options)
         assert referred.exit_code == 0, referred
         options += ["--reference", "out/ref.npy"]
     if stage == "distill":
-        taught = run("teacher_outputs", workspace, "--teacher", str(foreign), *options[2:])
+        taught = run("teacher_outputs", workspace, "--encoded", "out")
         assert taught.exit_code == 0, taught
-        options += ["--teacher", str(foreign), "--teacher-outputs", "out/outputs"]
+        options = ["--encoded", "out", "--teacher-outputs", "out/outputs"]
     outcome = run(stage, workspace, *options)
     assert outcome.exit_code == 0, outcome
     before = load_file(foreign / "model.safetensors")

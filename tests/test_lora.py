@@ -20,7 +20,7 @@ from minimind.errors import UserError
 from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.model.lora import AdapterShape, add_adapter, merge_adapter, save_adapter
 from minimind.objectives.next_token import NextToken
-from stages import export, lora
+from stages import export, lora, merge
 from tests.tiny import random_rows, tiny_model, write_rows
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -70,7 +70,7 @@ def project(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def train(output: str = "adapter", **changes: object) -> Result:
     Path("params.yaml").write_text(yaml.safe_dump({"lora": CONFIG | changes}))
-    inputs = ["--checkpoint", "base", "--conversations", "data"]
+    inputs = ["--encoded", "."]
     outputs = ["--output", output, "--metrics", f"{output}.json", "--curve", f"{output}.csv"]
     return CliRunner().invoke(lora.app, inputs + outputs)
 
@@ -142,9 +142,9 @@ def test_an_adapter_of_a_mixture_is_on_attention_alone(project: Path, tokenizer:
 
 def test_the_export_is_the_adapted_model(project: Path) -> None:
     adapter = trained()
-    arguments = ["--checkpoint", "base", "--adapter", str(adapter), "--output", "exports/lora"]
-    assert CliRunner().invoke(export.app, arguments).exit_code == 0
-    assert CliRunner().invoke(export.app, [*arguments[:-1], "exports/again"]).exit_code == 0
+    arguments = ["--adapter", str(adapter), "--output", "exports/lora"]
+    assert CliRunner().invoke(merge.app, arguments).exit_code == 0
+    assert CliRunner().invoke(merge.app, [*arguments[:-1], "exports/again"]).exit_code == 0
     assert files(Path("exports/lora")) == files(Path("exports/again"))
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), adapter)
     torch.testing.assert_close(logits(load_model(Path("exports/lora"))), logits(stock))

@@ -727,9 +727,10 @@ CAUSES["data of another format"] = [
         ("reward", "--preferences", "encoded/sft", "preference"),
         ("sft", "--conversations", "encoded/dpo", "chat"),
         ("reason", "--conversations", "encoded/dpo", "chat"),
-        ("lora", "--conversations", "encoded/dpo", "chat"),
-        ("teacher_outputs", "--conversations", "encoded/dpo", "chat"),
     ]
+] + [
+    Case(command, with_params(lora__data="dpo", distill__data="dpo"), ("encoded/dpo", "chat"))
+    for command in ("lora", "teacher_outputs", "distill")
 ]
 
 
@@ -1022,13 +1023,16 @@ CAUSES["a teacher that does not fit"] = [
 CAUSES["a student of another shape than its checkpoint"] = [
     Case(
         "distill",
-        with_params(**{f"distill__student__{key}": value}),
+        with_params(**{f"distill__student__{key}": value, "distill__init": BASE}),
         (f"distill.student.{key} is {value}", BASE),
-        ("--init", BASE),
     )
     for key, value in (("hidden_size", 16), ("num_layers", 2), ("max_positions", 99))
 ] + [
-    Case("pretrain", with_params(model__num_layers=2), ("model.num_layers", BASE), ("--init", BASE))
+    Case(
+        "pretrain",
+        with_params(model__num_layers=2, pretrain__init=BASE),
+        ("model.num_layers", BASE),
+    )
 ]
 
 
@@ -1105,7 +1109,7 @@ CAUSES["a reward model that is none"] = [
 ]
 ADAPTER = "models/lora/adapter_config.json"
 CAUSES["an adapter that does not fit"] = [
-    Case("export", broken, ("models/lora",))
+    Case("merge", broken, ("models/lora",))
     for broken in [
         without("models/lora"),
         as_file("models/lora"),
@@ -1133,16 +1137,19 @@ CAUSES["an adapter that does not fit"] = [
 CAUSES["results that cannot be reported"] = [
     Case("report", broken, (named,))
     for named, broken in [
-        ("evaluated.json", without("evaluated.json")),
-        ("evaluated.json", as_folder("evaluated.json")),
-        ("evaluated.json", with_text("evaluated.json", b"{")),
-        ("evaluated.json", with_text("evaluated.json", b"[]")),
-        ("evaluated.json", with_text("evaluated.json", b"{}")),
-        ("evaluated.json", with_text("evaluated.json", b'{"sft": 5}')),
-        ("evaluated.json", with_text("evaluated.json", b'{"a": {}, "b": {}}')),
-        ("evaluated.json", with_text("evaluated.json", b'{"sft": {"in_form": "x"}}')),
-        ("evaluated.json", with_text("evaluated.json", b'{"sft": {"complete_think": [1]}}')),
-        ("evaluated.json", with_text("evaluated.json", b"[" * 50_000)),
+        ("evaluated/sft.json", without("evaluated/sft.json")),
+        ("evaluated/sft.json", as_folder("evaluated/sft.json")),
+        ("evaluated/sft.json", with_text("evaluated/sft.json", b"{")),
+        ("evaluated/sft.json", with_text("evaluated/sft.json", b"[]")),
+        ("evaluated/sft.json", with_text("evaluated/sft.json", b"{}")),
+        ("evaluated/sft.json", with_text("evaluated/sft.json", b'{"sft": 5}')),
+        ("evaluated/sft.json", with_text("evaluated/sft.json", b'{"a": {}, "b": {}}')),
+        ("evaluated/sft.json", with_text("evaluated/sft.json", b'{"sft": {"in_form": "x"}}')),
+        (
+            "evaluated/sft.json",
+            with_text("evaluated/sft.json", b'{"sft": {"complete_think": [1]}}'),
+        ),
+        ("evaluated/sft.json", with_text("evaluated/sft.json", b"[" * 50_000)),
         ("predictions/sft.jsonl", without("predictions/sft.jsonl")),
         ("predictions/sft.jsonl:1", with_text("predictions/sft.jsonl", b"")),
         ("predictions/sft.jsonl:2", with_line("predictions/sft.jsonl", 2, "{")),
@@ -1172,10 +1179,10 @@ CAUSES["results that cannot be reported"] = [
                 {"problem": None},
             )
         ),
-        ("trained.json", without("trained.json")),
-        ("trained.json", with_text("trained.json", b"7")),
-        ("trained.json", with_text("trained.json", b'{"sft": {"loss": null}}')),
-        ("trained.json", with_text("trained.json", b'{"sft": {"loss": "low"}}')),
+        ("trained/sft.json", without("trained/sft.json")),
+        ("trained/sft.json", with_text("trained/sft.json", b"7")),
+        ("trained/sft.json", with_text("trained/sft.json", b'{"sft": {"loss": null}}')),
+        ("trained/sft.json", with_text("trained/sft.json", b'{"sft": {"loss": "low"}}')),
         ("record.json", as_folder("record.json")),
         ("record.json", with_text("record.json", b"{")),
         ("record.json", with_text("record.json", b"{}")),

@@ -77,8 +77,8 @@ def test_a_change_of_a_shared_key_is_noticed_where_it_is_used(params: Path) -> N
     unused = {"a": load_section(params, "a", Neither)}
     write(params, seed=2)
     with pytest.raises(UserError, match=r"params.yaml: a changed while the stage was running"):
-        Provenance([], params, used).check()
-    Provenance([], params, unused).check()
+        Provenance("sft", [], params, used).check()
+    Provenance("sft", [], params, unused).check()
 
 
 def test_a_record_has_the_shared_keys_that_are_used(
@@ -87,12 +87,12 @@ def test_a_record_has_the_shared_keys_that_are_used(
     """DVC has them in its lock, with which the record is compared."""
     monkeypatch.setenv("DVC_STAGE", "a")
     for section, expected in ((Both, {"a", "seed", "dtype"}), (Neither, {"a"})):
-        with unchanged(params, {"a": load_section(params, "a", section)}, []):
+        with unchanged("sft", params, {"a": load_section(params, "a", section)}, []):
             pass
         record = json.loads(Path("runs/a.json").read_text())
         assert record["params"]["params.yaml"].keys() == expected
     write(params, a={"lr": 0.1, "seed": 5})  # whose own one DVC tracks with its section
-    with unchanged(params, {"a": load_section(params, "a", Both)}, []):
+    with unchanged("sft", params, {"a": load_section(params, "a", Both)}, []):
         pass
     tree = json.loads(Path("runs/a.json").read_text())["params"]["params.yaml"]
     assert (tree["a"]["seed"], tree["seed"]) == ("5", "1")

@@ -1,6 +1,8 @@
 """A dependency that is edited during a run: nothing is recorded, even if the edit is undone."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,8 @@ from typer.testing import CliRunner
 
 import minimind.mini_world.rows
 from minimind.errors import UserError
-from minimind.lineage import code
+from minimind.lineage import edits
+from minimind.lineage.code import write_code
 from minimind.lineage.provenance import Provenance, unchanged
 from minimind.lineage.records import Records
 from minimind.training.fit import FitConfig
@@ -99,7 +102,7 @@ def test_a_run_that_was_edited_while_its_record_was_written_leaves_none(
     monkeypatch.setenv("DVC_STAGE", "../dvc.yaml:encode@sft")
     source = Path("source.jsonl")
     source.write_text("1")
-    with unchanged(Path("params.yaml"), {}, [source]):
+    with unchanged("encode", Path("params.yaml"), {}, [source]):
         pass
     assert Path("runs/encode-sft.json").is_file()
     write = Records.write
@@ -112,7 +115,7 @@ def test_a_run_that_was_edited_while_its_record_was_written_leaves_none(
     monkeypatch.setattr(Records, "write", write_and_edit)
     with (
         pytest.raises(UserError, match=CHANGED),
-        unchanged(Path("params.yaml"), {}, [source]),
+        unchanged("encode", Path("params.yaml"), {}, [source]),
     ):
         pass
     assert not list(Path("runs").iterdir())
@@ -132,10 +135,25 @@ def test_a_parameter_of_another_stage_may_be_edited(
     assert list(tmp_path.glob(".resume/*/*/finished.json"))
 
 
-def test_code_that_was_imported_is_a_dependency() -> None:
-    pinned = {path.resolve() for path in Provenance([], Path(), {}).files}
-    assert ROOT / "minimind/training/fit.py" in pinned
-    assert not any("runtime" in path.parts for path in pinned)
+def test_a_stages_code_is_loaded_when_it_starts() -> None:
+    """What is edited later does not run, not even by an import inside a function."""
+    code = "import sys; from minimind.lineage.provenance import loaded_code; "
+    code += "print(sorted({*loaded_code('sft')} - {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "['stages.sft']\n"
+
+
+def test_dvc_must_record_the_code_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_code(Path("code"), ["encode"])
+    Provenance("encode", [], Path(), {}, by_dvc=True).check()
+    file = Path("code/encode.json")
+    file.write_text(file.read_text().replace("minimind.files", "minimind.filed"))
+    with pytest.raises(UserError, match=r"code/encode.json is not of the code that is here"):
+        Provenance("encode", [], Path(), {}, by_dvc=True)
+    Provenance("encode", [], Path(), {})
 
 
 def test_a_short_stage_notices_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,11 +177,12 @@ def test_a_short_stage_notices_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_code_that_is_edited_while_it_is_imported_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(code, "_at_start", {})
-    code.note_code()
-    Provenance([], Path(), {})
+    monkeypatch.setattr(edits, "_at_start", {})
+    edits.note_code()
+    Provenance("sft", [], Path(), {})
     edited = ROOT / "minimind/training/fit.py"
-    size, inode, changed = code._at_start[edited]
-    code._at_start[edited] = (size, inode, changed - 1)  # as if it was older when imports began
+    size, inode, changed = edits._at_start[edited]
+    edits._at_start[edited] = (size, inode, changed - 1)  # as if it was older when imports began
     with pytest.raises(UserError, match=r"fit\.py changed while the stage was starting"):
-        Provenance([], Path(), {})
+        Provenance("sft", [], Path(), {})
+    Provenance("encode", [], Path(), {})  # which does not use it

@@ -167,8 +167,8 @@ def test_the_report_notices_an_edit_while_it_is_written(project: Path, is_edited
     command = "python edited.py" if is_edited else "python -m stages.report"
     graph = yaml.safe_load((project / "dvc.yaml").read_text(encoding="utf-8"))
     graph["stages"]["report"] = {
-        "cmd": f"{command} --evaluation metrics/evaluate/sft.json --predictions predictions "
-        "--output reports/report.md",
+        "cmd": f"{command} sft --evaluations metrics/evaluate --predictions predictions "
+        "--training metrics --output reports/report.md",
         "deps": ["metrics/evaluate/sft.json", "predictions/sft.jsonl"],
         "outs": ["reports/report.md"],
     }

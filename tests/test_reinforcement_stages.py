@@ -104,7 +104,6 @@ CUSTOM = """
 def score(prompt, completion, answer):
     return sum(c.isascii() for c in completion) / max(1, len(completion))
 """
-OPTIONS = ["checkpoint", "prompts", "reward-model", "custom-reward", "output", "metrics", "curve"]
 
 
 @pytest.fixture
@@ -129,16 +128,15 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def write_params(**changes: Any) -> None:
-    params = {"grpo": GRPO, "spo": SPO, "reward": REWARD}
+    params: dict[str, Any] = {"grpo": GRPO, "spo": SPO, "reward": REWARD}
+    params["data"] = {"prompts": "prompts.jsonl"}
     for name, section in changes.items():
         params[name] = params[name] | section
     Path("params.yaml").write_text(yaml.safe_dump(params))
 
 
 def run_stage(stage: str, output: str = "out") -> Result:
-    values = ["models/start", "prompts.jsonl", "models/reward", "custom.py"]
-    values += [f"models/{output}", f"{output}.json", f"{output}.csv"]
-    arguments = [x for option, v in zip(OPTIONS, values, strict=True) for x in (f"--{option}", v)]
+    arguments = [f"--output=models/{output}", f"--metrics={output}.json", f"--curve={output}.csv"]
     return CliRunner().invoke({"grpo": grpo, "spo": spo}[stage].app, arguments)
 
 
@@ -350,7 +348,7 @@ def train_reward_model(num_pairs: int = 64) -> dict[str, float]:
     write_jsonl(Path("pairs.jsonl"), rows)
     tokenizer = ChatTokenizer.load(Path("models/tokenizer"))
     encode_dataset(Path("pairs.jsonl"), Path("data/pairs"), tokenizer, "preference", 64, "error")
-    arguments = "--checkpoint models/start --preferences data/pairs --output models/reward "
+    arguments = "--preferences data/pairs --output models/reward "
     arguments += "--metrics reward.json --curve reward.csv"
     result = CliRunner().invoke(reward.app, arguments.split())
     assert result.exit_code == 0, result.output

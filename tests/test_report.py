@@ -62,15 +62,15 @@ def write(folder: Path, name: str, predictions: list[dict[str, Any]], **changes:
     return metrics
 
 
-def run(
-    folder: Path, *names: str, training: tuple[Path, ...] = (), record: Path | None = None
-) -> tuple[int, str, str]:
-    """Exit code, and what is printed on stdout and stderr."""
-    arguments = ["--predictions", f"{folder / 'predictions'}", "--output", f"{folder / 'r.md'}"]
+def run(folder: Path, *names: str, record: Path | None = None) -> tuple[int, str, str]:
+    """Exit code, and what is printed on stdout and stderr; of training, what is in metrics/."""
+    arguments = [*names, "--evaluations", f"{folder / 'metrics/evaluate'}"]
+    arguments += ["--predictions", f"{folder / 'predictions'}", "--output", f"{folder / 'r.md'}"]
+    arguments += ["--training", f"{folder / 'metrics'}"]
     for name in names:
-        arguments += ["--evaluation", f"{folder / 'metrics/evaluate' / name}.json"]
-    for path in training:
-        arguments += ["--training", f"{path}"]
+        trained = folder / "metrics" / f"{name}.json"
+        if trained.parent.is_dir() and not trained.exists():
+            trained.write_text("{}")
     if record:
         arguments += ["--record", f"{record}"]
     result = CliRunner().invoke(app, arguments)
@@ -95,8 +95,9 @@ def test_a_column_for_each_checkpoint_in_the_given_order(tmp_path: Path) -> None
     mixed = [prediction(id=f"{i}", level=1 + i % 2, correct=i < 3) for i in range(10)]
     write(tmp_path, "sft", right)
     write(tmp_path, "grpo", mixed, complete_think=0.123)
-    (tmp_path / "sft.json").write_text('{"sft": {"bits_per_byte": 0.12345, "val_loss": 3}}')
-    code, printed, _ = run(tmp_path, "sft", "grpo", training=(tmp_path / "sft.json",))
+    trained = '{"sft": {"bits_per_byte": 0.12345, "val_loss": 3}}'
+    (tmp_path / "metrics/sft.json").write_text(trained)
+    code, printed, _ = run(tmp_path, "sft", "grpo")
     assert code == 0
     # Wilson: 10 of 10 is 72 to 100 %; 5 of 10, 24 to 76; 3 of 10, 11 to 60; 2 of 10, 6 to 51;
     # 2 of 5, 12 to 77; 1 of 5, 4 to 62.
@@ -272,14 +273,15 @@ def test_the_readmes_table_is_printed(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_training_metrics_are_listed_whatever_they_are(tmp_path: Path) -> None:
     write(tmp_path, "dpo", [prediction()])
-    one, other = tmp_path / "dpo.json", tmp_path / "sizes.json"
+    write(tmp_path, "sft", [prediction()])
+    one, other = tmp_path / "metrics/dpo.json", tmp_path / "metrics/sft.json"
     one.write_text('{"dpo": {"loss": 0.69314718, "pair_accuracy": 0.9, "steps": 1200000}}')
-    other.write_text('{"encode": {"sft": {"rows": 3}}}')
-    code, printed, _ = run(tmp_path, "dpo", training=(one, other))
+    other.write_text('{"sft": {"rows": {"all": 3}}}')
+    code, printed, _ = run(tmp_path, "dpo", "sft")
     report = (tmp_path / "r.md").read_text("utf-8")
     assert code == 0 and "## Training" in report and "## Training" not in printed
-    assert "| dpo    | loss 0.693147, pair_accuracy 0.9, steps 1200000 |" in report
-    assert "| encode | sft.rows 3 " in report
+    assert "| dpo   | loss 0.693147, pair_accuracy 0.9, steps 1200000 |" in report
+    assert "| sft   | rows.all 3 " in report
     assert read_metrics([one])["dpo"]["steps"] == 1200000
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import yaml
 
-from minimind.terminal.shell_safe import unsafe_parameters
 from tests.broken import build, contents, run
 from tests.graph import ROOT
 from tests.project import copy_project, dvc
@@ -174,17 +173,18 @@ def test_resume_states_are_safetensors_and_json(project: Path) -> None:
 # Parameters in dvc.yaml's commands and paths
 
 GRAPH: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text("utf-8"))["stages"]
-QUOTED = re.compile(r"'[^']*'")
 
 
 @pytest.mark.parametrize("name", GRAPH)
-def test_parameters_stand_in_quotes_behind_a_check(name: str) -> None:
+def test_no_parameter_stands_in_a_command(name: str) -> None:
+    """DVC hands commands to a shell. What varies in them are words of dvc.yaml itself."""
     command = GRAPH[name].get("do", GRAPH[name])["cmd"]
-    commands = [command] if isinstance(command, str) else command
-    if any("${" in text for text in commands):
-        assert commands[0] == "python -m minimind.terminal.shell_safe"
-    for text in commands:
-        assert "${" not in QUOTED.sub("", text), f"{name}: put its parameters in single quotes"
+    assert "${" not in re.sub(r"\$\{(key|item|item\.format)\}", "", command)
+    variants = GRAPH[name].get("foreach", {})
+    words = variants.items() if isinstance(variants, dict) else zip(variants, variants, strict=True)
+    for key, item in words:
+        word = item.get("format") if isinstance(item, dict) else item
+        assert re.fullmatch(r"[\w/]+", f"{key}{word}")
 
 
 @pytest.mark.parametrize("name", GRAPH)
@@ -203,49 +203,35 @@ def test_no_parameter_names_an_output(name: str) -> None:
         assert re.fullmatch(r"\w+", variant)
 
 
-@pytest.mark.parametrize(
-    ("value", "is_safe"),
-    [
-        ('data/a b;$(x)`y`"z"&|.jsonl', True),  # inside single quotes these are letters
-        ("数据/对话.jsonl", True),
-        ("a'; touch pwned; '", False),
-        ("a\ntouch pwned", False),
-        ("a\x1b[2J", False),
-        (["fine", "it's"], False),
-    ],
-)
-def test_what_leads_out_of_quotes_is_refused(value: Any, is_safe: bool) -> None:
-    lines = list(unsafe_parameters("cmd: run '${data.sft}' '${item}'", {"data": {"sft": value}}))
-    assert (lines == []) == is_safe
-    assert all("data.sft" in line for line in lines)
-
-
 def test_dvc_runs_no_part_of_a_parameter(tmp_path: Path) -> None:
     """Files of such names are there, so that DVC has no reason of its own to refuse them."""
     project = copy_project(tmp_path / "project")
     evil = 'x; touch pwned1 & $(touch pwned2) `touch pwned3` " || touch pwned4 #.jsonl'
-    worse = "x'; touch pwned5; '.jsonl"
+    worse = "x'; touch pwned5; '\n.jsonl"
     chat = '{"conversations": [{"role": "user", "content": "1+1"}, '
     chat += '{"role": "assistant", "content": "2"}]}\n'
     for name in (evil, worse):
         (project / name).write_text(chat, encoding="utf-8")
     params = yaml.safe_load((project / "params.yaml").read_text(encoding="utf-8"))
     params["data"] |= dict.fromkeys(["tokenizer", "problems", "text"], evil)
-    for name, expected in ((evil, 0), (worse, 255)):
+    for name in (evil, worse):
         params["data"]["sft"] = name
         (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
-        printed = dvc(project, "repro", "--force", "encode@sft", expect=expected)
+        dvc(project, "repro", "--force", "encode@sft")
         assert not list(project.rglob("pwned*"))
-        assert ("params.yaml: data.sft is" in printed) == bool(expected)
 
 
 def test_a_checkpoint_from_outside_is_read_and_nothing_is_written_there(project: Path) -> None:
     outside = project.with_name("outside")
     shutil.move(project / "models" / "base", outside)
     before = contents(project.parent)
-    for command in ("sft", "grpo", "traces", "teacher_outputs", "export"):
-        option = "--teacher" if command == "teacher_outputs" else "--checkpoint"
-        assert run(command, project, option, "../outside").exit_code == 0
+    params = yaml.safe_load((project / "params.yaml").read_text(encoding="utf-8"))
+    for section in ("sft", "grpo", "traces", "lora"):
+        params[section]["init"] = "../outside"
+    params["distill"]["teacher"] = "../outside"
+    (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    for command in ("sft", "grpo", "traces", "teacher_outputs", "merge"):
+        assert run(command, project).exit_code == 0
     after = contents(project.parent)
     changed = {name for name in after if after[name] != before.get(name)}
     assert changed
@@ -257,8 +243,9 @@ def test_a_custom_reward_outside_of_the_project_is_not_run(project: Path) -> Non
     (project.parent / "custom.py").write_text("open('pwned', 'w')\n", encoding="utf-8")
     params = yaml.safe_load((project / "params.yaml").read_text(encoding="utf-8"))
     params["grpo"]["rewards"]["custom"] = 1.0
+    params["grpo"]["custom_reward"] = "../custom.py"
     (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
-    outcome = run("grpo", project, "--custom-reward", "../custom.py")
+    outcome = run("grpo", project)
     assert outcome.exit_code == 1
     assert "must be a .py file inside of" in outcome.stderr
     assert not (project / "pwned").exists()

@@ -99,6 +99,17 @@ def run_stage(stage: Any, **options: Path | str) -> None:
     assert result.exit_code == 0, result.output
 
 
+def params_with(folder: Path, place: Path, **data: Path) -> Path:
+    """The folder's parameters with these sources of data, written beside what a stage writes."""
+    params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
+    params["data"] |= {name: str(path) for name, path in data.items()}
+    params["encode"]["tokenizer"] = str(folder / "tokenizer")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    file = place.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(params), encoding="utf-8")
+    return file
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     paths = (path for path in sorted(directory.rglob("*")) if path.is_file())
     return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
@@ -116,10 +127,9 @@ def test_tokenizer(folder: Path, tmp_path: Path) -> None:
     for kind, source in sources(folder, "tokenizer").items():
         run_stage(
             stages.tokenizer,
-            source=source,
             output=tmp_path / kind / "tokenizer",
             metrics=tmp_path / kind / "metrics.json",
-            params=folder / "params.yaml",
+            params=params_with(folder, tmp_path / kind, tokenizer=source),
         )
     assert contents(tmp_path / "whole") == contents(tmp_path / "shards")
 
@@ -131,15 +141,17 @@ def test_encode(folder: Path, tmp_path: Path, key: str) -> None:
         against = source if key == "pretrain" else sources(folder, "problems")[kind]
         run_stage(
             stages.encode,
-            source=source,
-            tokenizer=folder / "tokenizer",
             format=FORMATS[key],
             name=key,
-            synonyms=ROOT / "minimind/datasets/synonyms.json",
-            against=against,
             output=tmp_path / kind / "encoded",
             metrics=tmp_path / kind / "metrics.json",
-            params=folder / "params.yaml",
+            params=params_with(
+                folder,
+                tmp_path / kind,
+                **{key: source, "synonyms": ROOT / "minimind/datasets/synonyms.json"},
+                problems=against,
+                text=against,
+            ),
         )
     assert contents(tmp_path / "whole") == contents(tmp_path / "shards")
     counts = json.loads((tmp_path / "whole/metrics.json").read_text())["encode"][key]
@@ -166,11 +178,14 @@ def test_evaluate(folder: Path, tokenizer: ChatTokenizer, tmp_path: Path) -> Non
             stages.evaluate,
             checkpoint=tmp_path / "checkpoint",
             name="pretrain",
-            problems=sources(folder, "problems")[kind],
-            text=sources(folder, "text")[kind],
             metrics=tmp_path / kind / "metrics.json",
             predictions=tmp_path / kind / "predictions.jsonl",
-            params=folder / "params.yaml",
+            params=params_with(
+                folder,
+                tmp_path / kind,
+                problems=sources(folder, "problems")[kind],
+                text=sources(folder, "text")[kind],
+            ),
         )
     assert contents(tmp_path / "whole") == contents(tmp_path / "shards")
 

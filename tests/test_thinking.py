@@ -165,13 +165,13 @@ def run(folder: Path, prompts: Sequence[str], **changes: Any) -> Any:
         "seed": 1,
         "dtype": "bfloat16",
     }
-    (folder / "params.yaml").write_text(json.dumps({"thinking": values | changes}))
+    params = {"thinking": values | changes, "data": {"free_prompts": "prompts.jsonl"}}
+    (folder / "params.yaml").write_text(json.dumps(params))
     lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in prompts]
     (folder / "prompts.jsonl").write_text("".join(lines))
     return CliRunner().invoke(
         app,
         [
-            *("--checkpoint", "model", "--prompts", "prompts.jsonl"),
             *("--predictions", "predictions/thinking.jsonl"),
             *("--metrics", "metrics/thinking.json", "--params", "params.yaml"),
         ],

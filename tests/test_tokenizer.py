@@ -545,9 +545,9 @@ def write_stage_inputs(folder: Path) -> list[str]:
     rows = [{"text": text} for text in CORPUS] + [{"conversations": CHATS["chinese"]}]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (folder / "source.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    (folder / "params.yaml").write_text("tokenizer: {vocab_size: 300}\n")
+    params = {"tokenizer": {"vocab_size": 300}, "data": {"tokenizer": f"{folder / 'source.jsonl'}"}}
+    (folder / "params.yaml").write_text(json.dumps(params))
     return [
-        *("--source", str(folder / "source.jsonl")),
         *("--output", str(folder / "tokenizer")),
         *("--metrics", str(folder / "metrics" / "tokenizer.json")),
         *("--params", str(folder / "params.yaml")),

@@ -101,13 +101,13 @@ class Stage:
             "instruction": "",
         }
         params = self.folder / "params.yaml"
-        params.write_text(json.dumps({"traces": values | changes}))
+        data = {"prompts": "prompts.jsonl"}
+        params.write_text(json.dumps({"traces": values | changes, "data": data}))
         lines = [json.dumps(row) + "\n" for row in prompts]
         (self.folder / "prompts.jsonl").write_text("".join(lines))
         return CliRunner().invoke(
             app,
             [
-                *("--checkpoint", "model", "--prompts", "prompts.jsonl"),
                 *("--output", "data/traces.jsonl", "--rejected", "data/rejected.jsonl"),
                 *("--metrics", "metrics/traces.json", "--params", "params.yaml"),
             ],

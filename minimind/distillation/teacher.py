@@ -62,7 +62,7 @@ def load_teacher(directory: Path, dataset: EncodedDataset, dtype: DType) -> Teac
             f"the teacher {directory} has another tokenizer than {dataset.directory}; student and "
             "teacher must share one: take another teacher, or adopt its by data.tokenizer."
         )
-    dataset.check_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size, directory)
+    dataset.check_tokenizer_of(directory)
     model = load_model(directory) if _is_ours(directory) else _load_foreign(directory)
     return Teacher(model, tokenizer.vocab_size, dtype)
 

@@ -1,30 +1,266 @@
-"""The project's source files as they were when this process began, before it imported them.
+"""Which of the project's own code decides a stage's result, as digests that DVC can follow.
 
-A stage takes seconds to import what it needs. Code that is edited meanwhile is not the code that
-runs.
+DVC hashes bytes and follows no imports. So the stage `code` writes, for each module in `stages/`,
+which modules it imports, however far, and a digest of what each says: its syntax tree without
+comments, docstrings and layout. Every other stage depends on its file, `code/<stage>.json`.
+
+- Imports inside functions belong to it, and those by importlib: a name with a constant beginning
+  (``import_module(f"minimind.tasks.{name}")``) stands for all modules that begin so.
+- A file beside a module, whose name stands in the module's code, belongs to it with its bytes.
+- The same code gives the same digest on every Python (`ast.dump` does not).
 """
 
+import ast
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
-Marks = tuple[int, int, int]  # size, inode, time of change in ns
-ROOT = Path(__file__).resolve().parents[2]
-_at_start: dict[Path, Marks] = {}
+from minimind.errors import UserError
+from minimind.files import replacing
+
+TOP_PACKAGES = ("minimind", "stages")
+# Decides how a result is computed, never what it is: devices, processes, signals, records. Imports
+# are followed through it, but it is in no digest...
+HOW = ("minimind.compute", "minimind.lineage", "minimind.terminal")
+# ... apart from what stands there and changes values.
+VALUES = ("minimind.compute.matmuls", "minimind.compute.precision")
+# Names of the library that are loaded when they are asked for: in no closure, or each would be the
+# whole library. And what the stages do before anything is imported.
+ENTRANCES = ("minimind", "stages")
+# Of a syntax node: said by its place, or by comments.
+_SILENT_FIELDS = ("ctx", "kind", "type_comment", "type_ignores")
+_DYNAMIC = ("import_module", "__import__")
 
 
-def note_code() -> None:
-    """To be called before anything of the project is imported."""
-    for package in ("minimind", "stages"):
-        for path in (ROOT / package).rglob("*.py"):
-            if path.is_file():  # and not some editor's dangling link
-                _at_start[path] = _marks(path)
+def code_of(stage: str) -> dict[str, str]:
+    """Digests of what decides the result of ``stages/<stage>.py``, by name of module or file.
+
+    Raises:
+        UserError: a module cannot be parsed, or an import not be followed.
+    """
+    digests: dict[str, str] = {}
+    for module, path in modules_of(stage).items():
+        digests[module] = _digest_of_file(path)
+        digests |= {_beside(module, file): _digest_of_bytes(file) for file in _named(path)}
+    return dict(sorted(digests.items()))
 
 
-def was_edited(path: Path) -> bool:
-    """Whether a source file is not what it was when its import began."""
-    path = path.resolve()
-    return path in _at_start and _at_start[path] != _marks(path)
+def modules_of(stage: str) -> dict[str, Path]:
+    """The files of those modules that decide the result of ``stages/<stage>.py``, by name."""
+    names = [name for name in closure(f"stages.{stage}") if _is_digested(name)]
+    return {name: path for name in names if (path := _path_of(name))}
 
 
-def _marks(path: Path) -> Marks:
-    stat = path.stat()
-    return stat.st_size, stat.st_ino, stat.st_mtime_ns
+def closure(module: str) -> list[str]:
+    """A module and all of the project that it imports, however far, in alphabetical order."""
+    reached, waiting = set(), [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            waiting += () if name in ENTRANCES else imports_of(name)
+    return sorted(reached)
+
+
+def write_code(folder: Path, stages: Iterable[str]) -> None:
+    """``<folder>/<stage>.json`` for each stage; nothing is written if one cannot be followed."""
+    texts = {stage: json.dumps(code_of(stage), indent=1) + "\n" for stage in stages}
+    with replacing(folder) as partial:
+        partial.mkdir()
+        for stage, text in texts.items():
+            (partial / f"{stage}.json").write_text(text, encoding="utf-8")
+
+
+def stage_names() -> list[str]:
+    """The modules in ``stages/``, but the one that writes their digests."""
+    names = {path.stem for path in _folder_of("stages").glob("[!_]*.py")}
+    return sorted(names - {"code"})
+
+
+def source_files() -> list[Path]:
+    """Every file that is part of the code: what DVC hashes of the two packages."""
+    folders = (_folder_of(name) for name in TOP_PACKAGES)
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in files if path.suffix != ".pyc")
+
+
+def digest_of(source: str) -> str:
+    """Of a module's code: the same for any comments, docstrings and layout.
+
+    Raises:
+        SyntaxError: it is no Python.
+    """
+    text = _written(ast.parse(source))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
+
+
+@cache
+def imports_of(module: str) -> list[str]:
+    """Modules of the project that a module imports itself, anywhere in its code.
+
+    Raises:
+        UserError: it imports what cannot be told from its code.
+    """
+    path = _path_of(module)
+    assert path is not None, module
+    found: set[str] = set()
+    for node in ast.walk(_parsed(path)):
+        for name in _imported(node, module, path):
+            found |= _modules_on_the_way(name)
+    return sorted(found)
+
+
+def _imported(node: ast.AST, module: str, path: Path) -> Iterator[str]:
+    """Dotted names that a node imports; those of objects in modules, too."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            is_package = path.name == "__init__.py"
+            parents = module.split(".")[: len(module.split(".")) - node.level + is_package]
+            base = ".".join([*parents, *([base] if base else [])])
+        for alias in node.names:
+            name = f"{base}.{alias.name}"
+            if base in ENTRANCES and _path_of(name) is None:
+                raise UserError(
+                    f"{path}:{node.lineno}: {alias.name} is imported from {base}, which loads it "
+                    "when it is asked for; import it from its own module."
+                )
+            yield name
+    elif isinstance(node, ast.Call) and _called(node) in _DYNAMIC and node.args:
+        start, is_whole = _constant_start(node.args[0])
+        if is_whole:
+            yield start
+        elif start.startswith(tuple(f"{top}." for top in TOP_PACKAGES)):
+            yield from (name for name in _all_modules() if name.startswith(start))
+        elif not _decides_how(module):
+            raise UserError(
+                f"{path}:{node.lineno}: which module is imported cannot be told from the code; "
+                'begin its name with a constant, as in import_module(f"minimind.tasks.{name}").'
+            )
+
+
+def _called(call: ast.Call) -> str:
+    function = call.func
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def _constant_start(node: ast.expr) -> tuple[str, bool]:
+    """The constant beginning of a text, and whether it is all of it."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value, True
+    if isinstance(node, ast.JoinedStr) and node.values:
+        return _constant_start(node.values[0])[0], False
+    if isinstance(node, ast.BinOp):
+        return _constant_start(node.left)[0], False
+    return "", False
+
+
+def _modules_on_the_way(name: str) -> set[str]:
+    """The project's modules that importing a dotted name loads: packages on the way, too."""
+    parts = name.split(".")
+    names = (".".join(parts[: k + 1]) for k in range(len(parts)))
+    return {name for name in names if parts[0] in TOP_PACKAGES and _path_of(name)}
+
+
+@cache
+def _path_of(module: str) -> Path | None:
+    top, *parts = module.split(".")
+    place = _folder_of(top).joinpath(*parts)
+    for path in (place.with_suffix(".py"), place / "__init__.py") if parts else ():
+        if path.is_file():
+            return path
+    return place / "__init__.py" if not parts else None
+
+
+@cache
+def _folder_of(top_package: str) -> Path:
+    """Where a package stands, in a clone or installed; found without importing it."""
+    spec = PathFinder.find_spec(top_package)
+    assert spec is not None and spec.submodule_search_locations, top_package
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+@cache
+def _all_modules() -> list[str]:
+    modules = []
+    for top in TOP_PACKAGES:
+        folder = _folder_of(top)
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            modules.append(".".join([top, *(part for part in parts if part != "__init__")]))
+    return sorted(modules)
+
+
+def _is_digested(module: str) -> bool:
+    return module in VALUES or not (_decides_how(module) or module in ENTRANCES)
+
+
+def _decides_how(module: str) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in HOW)
+
+
+def _named(path: Path) -> list[Path]:
+    """Files beside a module whose names stand in its code."""
+    beside = [file for file in path.parent.iterdir() if file.is_file() and file.suffix != ".py"]
+    if not beside:
+        return []
+    texts = {node.value for node in ast.walk(_parsed(path)) if isinstance(node, ast.Constant)}
+    return sorted(file for file in beside if file.name in texts)
+
+
+def _beside(module: str, file: Path) -> str:
+    return f"{module.rpartition('.')[0].replace('.', '/')}/{file.name}"
+
+
+def _digest_of_bytes(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+@cache
+def _digest_of_file(path: Path) -> str:
+    return hashlib.sha256(_written(_parsed(path)).encode("ascii")).hexdigest()[:16]
+
+
+@cache
+def _parsed(path: Path) -> ast.Module:
+    try:
+        return ast.parse(path.read_bytes(), path.name)
+    except (SyntaxError, ValueError) as error:
+        raise UserError(
+            f"{path}:{getattr(error, 'lineno', 1)}: not Python: {error}; mend it."
+        ) from None
+
+
+def _written(value: Any) -> str:
+    """A syntax tree as ASCII text. What is not there is not written: later Pythons have more."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    if not isinstance(value, ast.AST):
+        return f"{type(value).__name__}:{value!a}"
+    fields = {name: getattr(value, name, None) for name in value._fields}
+    if isinstance(body := fields.get("body"), list):
+        fields["body"] = [node for node in body if not _is_text_alone(node)]
+    if isinstance(value, ast.JoinedStr):
+        fields["values"] = [part for part in value.values if getattr(part, "value", None) != ""]
+    written = [
+        f"{name}={_written(field)}"
+        for name, field in sorted(fields.items())
+        if name not in _SILENT_FIELDS
+        and (isinstance(value, ast.Constant) or (field is not None and field != []))
+    ]
+    return f"{type(value).__name__}({','.join(written)})"
+
+
+def _is_text_alone(node: ast.AST) -> bool:
+    """A docstring, or one of a value: nothing happens there."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )

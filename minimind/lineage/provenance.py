@@ -5,23 +5,23 @@ run would be recorded as if it had made the weights. What is edited between the 
 DVC's hashing, the next stage finds by the record that is left here.
 """
 
+import json
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from minimind.errors import UserError
-from minimind.lineage.code import was_edited
+from minimind.lineage.code import code_of, modules_of
 from minimind.lineage.dvc_files import md5_of_content, read_as_written, value_at
+from minimind.lineage.edits import was_edited
 from minimind.lineage.records import Records
 from minimind.params import Section, load_section, shared_keys
 
-RUNTIME_PACKAGE = "minimind.runtime"  # decides how, not what; see its modules
-# Where modules that decide a result are found; a stage that runs is called by the last of these.
-TRACKED_PACKAGES = ("minimind", "stages", "__main__")
+CODE = Path("code")  # where stage `code` writes what the others depend on
 
 
 @dataclass(frozen=True)
@@ -64,27 +64,47 @@ class Pinned:
 
 
 class Provenance:
-    """What a result depends on: inputs, sections of a params file, imported code of the project."""
+    """What a result depends on: code of the project, inputs, sections of a params file."""
 
     def __init__(
-        self, inputs: Iterable[Path], params: Path, sections: Mapping[str, Section]
+        self,
+        code: str,
+        inputs: Iterable[Path],
+        params: Path,
+        sections: Mapping[str, Section],
+        by_dvc: bool = False,
     ) -> None:
-        """inputs: files, and folders with all that is in them.
+        """code: the module in stages/; inputs: files, and folders with all that is in them.
+
+        by_dvc: whether DVC runs the stage, and so records code/<stage>.json as what it was made of.
 
         Raises:
-            UserError: code was edited while it was imported, or an input is missing.
+            UserError: code was edited while it was imported, or is not that which DVC records;
+                or an input is missing.
         """
-        if edited := [str(path) for path in code_files() if was_edited(path)]:
-            raise UserError(
-                f"{', '.join(edited)} changed while the stage was starting: run `dvc repro` again."
-            )
-        self.files = {path: Pinned.of(path) for path in sorted({*code_files(), *_files(inputs)})}
+        self.code = loaded_code(code)
+        digests = [file for file in [CODE / f"{code}.json"] if by_dvc and file.exists()]
+        self.inputs = [_relative(path) for path in _files(inputs)]
+        self.files = {path: Pinned.of(path) for path in sorted({*self.inputs, *digests})}
         self.params = params
         self.sections = sections
+        for file in digests:
+            if json.loads(file.read_text(encoding="utf-8")) != self.code:
+                raise UserError(
+                    f"{file} is not of the code that is here: it was edited since `dvc repro` "
+                    "began; run it again."
+                )
 
     def digests(self) -> dict[str, str]:
         """MD5 by path."""
         return {str(path): pinned.md5 for path, pinned in self.files.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """What runs of the same code on the same inputs have in common, under DVC or not."""
+        return {
+            "code": self.code,
+            "files": {str(path): self.files[path].md5 for path in sorted({*self.inputs})},
+        }
 
     def check(self) -> None:
         """Raises UserError when a file or section is not what it was at the start."""
@@ -109,6 +129,7 @@ class Provenance:
         shared = {key for section in self.sections.values() for key in shared_keys(type(section))}
         names = [*self.sections, *sorted(shared)]
         made_from = {
+            "code": self.code,
             "files": self.digests(),
             "params": {str(self.params): {name: value_at(tree, name) for name in names}},
         }
@@ -122,19 +143,22 @@ class Provenance:
 
 @contextmanager
 def unchanged(
-    params: Path, sections: Mapping[str, Section], inputs: Iterable[Path]
+    stage: str, params: Path, sections: Mapping[str, Section], inputs: Iterable[Path]
 ) -> Iterator[None]:
     """Around the work of a stage that is too short for :func:`minimind.training.session.start_run`.
 
+    stage: its module in stages/.
+
     Raises:
-        UserError: code, inputs or sections of the params file were edited meanwhile, or those of
+        UserError: inputs or sections of the params file were edited meanwhile, or those of
             the stage before it when DVC recorded that.
     """
     # Not by our settings, whose import takes longer than some of these stages.
     records = Records(Path(os.environ.get("DVC_ROOT", ".")), os.environ.get("DVC_STAGE", ""))
     records.refuse_false_lock()
+    by_dvc = bool(records.stage) and stage != CODE.name  # which makes what the others depend on
     here = (path for path in inputs if path.exists())  # the stage misses others
-    provenance = Provenance(here, params, sections)
+    provenance = Provenance(stage, here, params, sections, by_dvc)
     yield
     if records.stage:
         provenance.seal(records, records.stage, {"metrics_md5": records.metrics_md5()})
@@ -142,20 +166,21 @@ def unchanged(
         provenance.check()
 
 
-def code_files() -> list[Path]:
-    """Source files of the project's imported modules that decide a result."""
-    root = Path(__file__).resolve().parents[2]
-    found = []
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if name.partition(".")[0] not in TRACKED_PACKAGES or name.startswith(RUNTIME_PACKAGE):
-            continue
-        if not file:
-            continue
-        path = Path(file).resolve()
-        if path.is_relative_to(root / "minimind") or path.is_relative_to(root / "stages"):
-            found.append(_relative(path))
-    return found
+def loaded_code(stage: str) -> dict[str, str]:
+    """Digests of a stage's code, all of it loaded: what is edited from now on does not run.
+
+    Raises:
+        UserError: it was edited since this process began.
+    """
+    digests, modules = code_of(stage), modules_of(stage)
+    for name in modules:
+        if name != f"stages.{stage}":  # which runs, by the name of __main__
+            import_module(name)
+    if edited := [str(_relative(path)) for path in modules.values() if was_edited(path)]:
+        raise UserError(
+            f"{', '.join(edited)} changed while the stage was starting: run `dvc repro` again."
+        )
+    return digests
 
 
 def _files(inputs: Iterable[Path]) -> Iterable[Path]:

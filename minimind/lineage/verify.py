@@ -216,7 +216,7 @@ class Project:
         generations, seen, stages = [], {stage}, [stage]
         while stages:
             paths = [dep["path"] for name in stages for dep in self._entries(name, "deps")]
-            paths = [path for path in dict.fromkeys(paths) if not path.endswith(".py")]
+            paths = [path for path in dict.fromkeys(paths) if not path.startswith("code/")]
             paths = [path for path in paths if path not in seen]
             if paths:
                 generations.append(", ".join(paths))

@@ -19,7 +19,7 @@ from minimind.lineage.resume import TrainingState
 from minimind.metrics import Number
 from minimind.model.transformer import Layer, Transformer
 from minimind.objectives.policy import LossType, PolicyGradient, k3
-from minimind.params import Seed
+from minimind.params import Seed, UserPath
 from minimind.reinforcement.advantages import Values
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.prompts import Draws, Indices
@@ -34,7 +34,7 @@ from minimind.training.session import Run
 class ReinforcementConfig(OptimizerConfig):
     """Keys that the sections of grpo and spo share."""
 
-    init: str  # the path of the checkpoint to start from, and of the reference
+    init: UserPath  # the path of the checkpoint to start from, and of the reference
     seed: Seed
     epochs: float = Field(gt=0, le=1e6)  # over the prompts
     max_steps: int = Field(ge=0)  # rollouts, each with its updates; 0: as the epochs say
@@ -51,10 +51,10 @@ class ReinforcementConfig(OptimizerConfig):
     warmup_steps: int = Field(ge=0)  # of optimizer steps
     curve_interval: int = Field(gt=0)  # steps a row of the curve averages over
     rewards: RewardsConfig
-    reward_model: str  # a directory, read if rewards.reward_model is above 0
+    reward_model: UserPath  # a directory, read if rewards.reward_model is above 0
     hub_reward_model: str | None  # instead of it owner/name@commit on the Hugging Face hub
     trust_remote_code: bool  # whether code that comes with a reward model may run
-    custom_reward: str  # a Python file, read if rewards.custom is above 0
+    custom_reward: UserPath  # a Python file, read if rewards.custom is above 0
 
 
 class Method(Protocol):

@@ -19,8 +19,6 @@ def build_environment(
     model: Transformer,
     tokenizer: ChatTokenizer,
     prompts: Path,
-    reward_model: Path,
-    custom_reward: Path,
     run: Run,
 ) -> Environment:
     """Prompts, sampling and those rewards that have a weight.
@@ -36,11 +34,11 @@ def build_environment(
         config.rewards,
         config.max_new_tokens,
         load_reward_model(
-            reward_model, config.hub_reward_model, config.trust_remote_code, run.device
+            config.reward_model, config.hub_reward_model, config.trust_remote_code, run.device
         )
         if "reward_model" in weights
         else None,
-        load_custom_reward(custom_reward) if "custom" in weights else None,
+        load_custom_reward(config.custom_reward) if "custom" in weights else None,
     )
     sampling = SamplingConfig(
         config.temperature,

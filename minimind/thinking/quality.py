@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from minimind.chat.answers import find_answer, thought_of
 from minimind.metrics import Number
+from minimind.params import UserPath
 from minimind.thinking.completions import Completion, CompletionConfig, Prompt
 
 _THINKING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
@@ -28,7 +29,7 @@ _SPACED_SIGN = re.compile(r"(?<=[0-9)])[ \t]*([-+*/=])[ \t]*")
 class ThinkingConfig(CompletionConfig):
     """The `thinking` section."""
 
-    init: str  # the path of the checkpoint that thinks
+    init: UserPath  # the path of the checkpoint that thinks
 
 
 @dataclass(frozen=True)

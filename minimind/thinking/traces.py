@@ -9,13 +9,14 @@ from pydantic import PositiveInt, ValidationInfo, field_validator
 
 from minimind.chat.answers import normalise, thought_of
 from minimind.metrics import Number
+from minimind.params import UserPath
 from minimind.thinking.completions import Completion, CompletionConfig, Prompt
 
 
 class TracesConfig(CompletionConfig):
     """The `traces` section."""
 
-    init: str  # the path of the checkpoint that thinks
+    init: UserPath  # the path of the checkpoint that thinks
     num_samples: PositiveInt  # of each prompt
     max_kept_per_prompt: PositiveInt
     endpoint: str | None  # an OpenAI-compatible server instead of the checkpoint

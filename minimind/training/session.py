@@ -156,6 +156,7 @@ def start_run(
     params: Path,
     sections: Mapping[str, Section],
     inputs: Sequence[Path],
+    code: str | None = None,
     saves_states: bool = True,
     many_processes: bool = False,
 ) -> Iterator[Run]:
@@ -163,6 +164,7 @@ def start_run(
 
     sections: those sections of the params file that decide the result, by name.
     inputs: files and folders that decide the result.
+    code: the module in stages/, if it is not called as the stage.
     saves_states: whether the stage looks at `run.stop` and saves what it has; a stage that does
         not, because it is short, stops at once.
     many_processes: whether the stage divides its work among processes, where there are some.
@@ -176,7 +178,8 @@ def start_run(
     records = Records(settings.root, settings.dvc_stage)
     if processes.is_writer:
         records.refuse_false_lock()
-    provenance = Provenance(inputs, params, sections)
+    by_dvc = bool(settings.dvc_stage)
+    provenance = Provenance(code or stage, inputs, params, sections, by_dvc)
     fingerprint = _fingerprint(stage, sections, provenance)
     if len({*processes.gather(fingerprint)}) > 1:
         raise UserError("the machines have not the same code, parameters and inputs.")
@@ -203,7 +206,11 @@ def start_run(
 
 
 def start_training(
-    stage: str, params: Path, sections: Mapping[str, Section], inputs: Sequence[Path]
+    stage: str,
+    params: Path,
+    sections: Mapping[str, Section],
+    inputs: Sequence[Path],
+    code: str | None = None,
 ) -> AbstractContextManager[Run]:
     """As :func:`start_run`, in as many processes as are asked for.
 
@@ -212,7 +219,7 @@ def start_training(
     num_processes = load_settings().processes
     if (num_processes > 1 or other_machines()) and not is_worker():
         raise SystemExit(launch(stage, num_processes))
-    return start_run(stage, params, sections, inputs, many_processes=True)
+    return start_run(stage, params, sections, inputs, code, many_processes=True)
 
 
 def _fingerprint(stage: str, sections: Mapping[str, Section], provenance: Provenance) -> str:
@@ -220,7 +227,7 @@ def _fingerprint(stage: str, sections: Mapping[str, Section], provenance: Proven
         "state_format": STATE_FORMAT,
         "stage": stage,
         "params": {name: section.model_dump(mode="json") for name, section in sections.items()},
-        "files": provenance.digests(),
+        **provenance.identity(),
     }
     text = json.dumps(identity, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
