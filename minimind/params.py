@@ -1,8 +1,9 @@
 """Sections of params.yaml as frozen, checked objects.
 
-A section is a pydantic class that stands next to the code it configures. It has no
-defaults: what is not in params.yaml does not exist, so what DVC tracks is all there is.
-Only the seed and the number format may stand once, at the top, for all sections that have none.
+A section is a pydantic class that stands next to the code it configures. params.yaml lists what
+people turn; the rest are defaults of the class, part of the code that DVC tracks, and set by
+``-S '++reason.grad_clip=0.5'``. Seed and number format may stand once, at the top, for all
+sections that have none; there they must stand.
 """
 
 from pathlib import Path
@@ -91,8 +92,11 @@ def load_section(path: Path, name: str, section: type[S]) -> S:
         value = value[part]
     if not isinstance(value, dict):
         raise UserError(f"{path}: {name} is {value!r}; it must be a section with keys.")
+    values = with_shared(value, tree, section)
+    if missing := [key for key in shared_keys(section) if key not in values]:
+        raise UserError(f"{path}: {' and '.join(missing)} is missing; add it.")
     try:
-        return section.model_validate(with_shared(value, tree, section))
+        return section.model_validate(values)
     except ValidationError as error:
         inherited = [key for key in shared_keys(section) if value.get(key) is None]
         problems = [_describe(name, detail, section, inherited) for detail in error.errors()]

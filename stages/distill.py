@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.encoded import EncodedDataset
@@ -14,7 +14,7 @@ from minimind.metrics import write_curve, write_metrics
 from minimind.model.checkpoint import save_checkpoint, start_model
 from minimind.model.transformer import ModelShape
 from minimind.objectives.distill import Distill
-from minimind.params import UserPath, load_section
+from minimind.params import Section, UserPath, load_section
 from minimind.terminal.command import stage_app
 from minimind.training.bits import bits_per_byte
 from minimind.training.fit import FitConfig, fit, summary
@@ -23,10 +23,8 @@ from minimind.training.session import start_training
 app = stage_app("distill")
 
 
-class TwinConfig(FitConfig):
-    """Those keys of the `distill` section that decide the no-teacher baseline."""
-
-    model_config = ConfigDict(extra="ignore")
+class DistillConfig(FitConfig):
+    """The `distill` section, which decides the no-teacher baseline too."""
 
     teacher: UserPath  # a checkpoint's or any Hugging Face directory
     data: str  # its name among the encoded data sets
@@ -34,12 +32,10 @@ class TwinConfig(FitConfig):
     student: ModelShape
 
 
-class DistillConfig(TwinConfig):
-    """The `distill` section."""
+class DistillLossConfig(Section):
+    """The `distill_loss` section."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    alpha: float = Field(ge=0, le=1)  # share of cross-entropy; the rest is the teacher's
+    alpha: float = Field(0.1, ge=0, le=1)  # share of cross-entropy; the rest is the teacher's
 
 
 @app.command()
@@ -54,11 +50,15 @@ def main(
 ) -> None:
     """Train a student on data and teacher, or the baseline, only measured against the teacher."""
     app.stage = stage = "twin" if twin else "distill"
-    config = load_section(params, "distill", TwinConfig if twin else DistillConfig)
-    alpha = config.alpha if isinstance(config, DistillConfig) else 1.0
+    config = load_section(params, "distill", DistillConfig)
+    sections: dict[str, Section] = {"distill": config}
+    alpha = 1.0
+    if not twin:
+        loss = load_section(params, "distill_loss", DistillLossConfig)
+        sections["distill_loss"], alpha = loss, loss.alpha
     conversations = encoded / config.data
     inputs = [config.init, conversations, config.teacher, teacher_outputs]
-    with start_training(stage, params, {"distill": config}, inputs, code="distill") as run:
+    with start_training(stage, params, sections, inputs, code="distill") as run:
         dataset = EncodedDataset.open(conversations)
         dataset.check_format("chat", "text")
         dataset.check_tokenizer_of(config.init)

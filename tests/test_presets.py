@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 from minimind.chat.tokenizer_training import TokenizerConfig
 from minimind.cli.main import app
 from minimind.datasets.encode import ChatEncodeConfig, EncodeConfig
+from minimind.errors import UserError
 from minimind.model.transformer import ModelConfig, ModelShape, Transformer
 from minimind.params import Section, load_section
-from stages.distill import DistillConfig
+from stages.distill import DistillConfig, DistillLossConfig
 from stages.dpo import DpoConfig
 from stages.grpo import GrpoConfig
 from stages.lora import LoraStageConfig
@@ -38,6 +39,7 @@ SECTIONS: dict[str, type[Section]] = {
     "dpo": DpoConfig,
     "reason": ReasonConfig,
     "distill": DistillConfig,
+    "distill_loss": DistillLossConfig,
     "lora": LoraStageConfig,
     "grpo": GrpoConfig,
     "spo": SpoConfig,
@@ -74,7 +76,7 @@ def test_comments_and_other_values_stay(tmp_path: Path) -> None:
         assert comment in after
     changed = dict(line.strip().split(": ", 1) for line in said.splitlines() if " -> " in line)
     old, new = _flat(yaml.safe_load(before)), _flat(yaml.safe_load(after))
-    assert {key for key in old if old[key] != new[key]} == set(changed)
+    assert {key for key in new if old.get(key) != new[key]} == set(changed)
     assert new["model.num_layers"] == 16
     assert changed.get("model.num_layers", "") in ("", f"{old['model.num_layers']} -> 16")
 
@@ -106,10 +108,22 @@ def test_a_preset_may_give_a_section_a_seed_of_its_own(tmp_path: Path) -> None:
     assert (values["seed"], values["sft"]["seed"], values["evaluate"]["dtype"]) == (2, 5, "float32")
 
 
-def test_an_unknown_preset_or_key_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
+def test_a_preset_may_set_what_params_yaml_does_not_list(tmp_path: Path) -> None:
+    params, _ = applied(tmp_path, "small")
+    (tmp_path / "mine.yaml").write_text("sft: {grad_clip: 0.5}\n")
+    where = ["--presets", str(tmp_path), "--params", str(params)]
+    assert CliRunner().invoke(app, ["preset", "mine", *where]).exit_code == 0
+    assert load_section(params, "sft", SftConfig).grad_clip == 0.5
+    (tmp_path / "mine.yaml").write_text("sft: {learning_rate: 1.0}\n")
+    assert CliRunner().invoke(app, ["preset", "mine", *where]).exit_code == 0
+    with pytest.raises(UserError, match=r"sft\.learning_rate is not a known key"):
+        load_section(params, "sft", SftConfig)
+
+
+def test_an_unknown_preset_or_section_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
     params, _ = applied(tmp_path, "small")
     once = params.read_bytes()
-    (tmp_path / "mine.yaml").write_text("sft: {lr: 1.0e-4, learning_rate: 1.0}\n")
+    (tmp_path / "mine.yaml").write_text("sft: {lr: 1.0e-4}\nstf: {lr: 1.0}\n")
     where = ["--presets", str(tmp_path), "--params", str(params)]
     unknown = CliRunner().invoke(app, ["preset", "huge", *where])
     misspelt = CliRunner().invoke(app, ["preset", "mine", *where])
@@ -117,5 +131,5 @@ def test_an_unknown_preset_or_key_is_one_line_and_changes_nothing(tmp_path: Path
     assert unknown.exit_code == misspelt.exit_code == nowhere.exit_code == 1
     assert "no.yaml is missing; run from" in nowhere.stderr
     assert "there are: mine, params" in unknown.stderr
-    assert "sft.learning_rate" in misspelt.stderr
+    assert "stf" in misspelt.stderr
     assert params.read_bytes() == once

@@ -8,7 +8,6 @@ from ruamel.yaml.error import YAMLError
 
 from minimind.errors import UserError
 from minimind.files import replacing
-from minimind.params import SHARED
 
 Values = dict[str, Any]
 
@@ -44,8 +43,8 @@ def merge(below: Values, above: Values) -> Values:
 def apply_preset(params: Path, preset: Values) -> list[str]:
     """Write a preset's values into a params file; returns a line for each value that changed.
 
-    Comments and the order of keys stay. A key the file does not have is an error: nothing is
-    written then.
+    Comments and the order of keys stay. A key that a section does not list is added; a section
+    that the file does not have is an error: nothing is written then.
     """
     parser = YAML()
     parser.preserve_quotes = True
@@ -66,8 +65,8 @@ def _update(section: Any, values: Values, prefix: str) -> list[str]:
     changes = []
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(section, dict) and prefix and key in SHARED:
-            section.setdefault(key)  # which a section need not have
+        if isinstance(section, dict) and prefix and not isinstance(value, dict):
+            section.setdefault(key)  # the stage says so, if it does not know it
         if not isinstance(section, dict) or key not in section:
             raise UserError(f"the preset sets {name}, which params.yaml does not have.")
         if isinstance(value, dict) != isinstance(section[key], dict):

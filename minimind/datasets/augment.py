@@ -42,10 +42,10 @@ _NEEDED = frozenset(_NUMBERS_AND_NEGATIONS.split())
 class AugmentConfig(Section):
     """The keys of an `encode.<name>` section that are about variations."""
 
-    augment_copies: int = Field(ge=0, le=100)  # of each chat, beside the original
-    seed: Seed
-    word_dropout: float = Field(ge=0, lt=1)  # share of the words left out
-    synonym_share: float = Field(ge=0, le=1)  # of the words that have synonyms, replaced
+    augment_copies: int = Field(0, ge=0, le=100)  # of each chat, beside the original
+    seed: Seed = 1
+    word_dropout: float = Field(0.1, ge=0, lt=1)  # share of the words left out
+    synonym_share: float = Field(0.5, ge=0, le=1)  # of the words that have synonyms, replaced
 
 
 class Augmentation:

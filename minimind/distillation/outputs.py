@@ -48,8 +48,8 @@ class TeacherOutputsConfig(Section):
     mode: Literal["cached", "online"]
     temperature: float = Field(gt=0)
     top_k: int = Field(gt=0)  # of cached mode; online takes the whole distribution
-    dtype: DType
-    batch_size: int = Field(gt=0)  # rows computed at once
+    dtype: DType = "bfloat16"
+    batch_size: int = Field(64, gt=0)  # rows computed at once
 
 
 class TeacherMeta(Section):

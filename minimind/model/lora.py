@@ -7,7 +7,7 @@ Importing this module is slow: peft imports transformers.
 import json
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from peft import (
@@ -33,10 +33,10 @@ Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 class AdapterShape(Section):
     """Keys of the `lora` section that make an adapter."""
 
-    rank: int = Field(gt=0, le=2**14)
-    alpha: float = Field(gt=0)  # the product of the two matrices is scaled by alpha / rank
-    dropout: float = Field(ge=0, lt=1)  # of the adapter's input
-    projections: list[Projection] = Field(min_length=1)
+    rank: int = Field(16, gt=0, le=2**14)
+    alpha: float = Field(32.0, gt=0)  # the product of the two matrices is scaled by alpha / rank
+    dropout: float = Field(0.0, ge=0, lt=1)  # of the adapter's input
+    projections: list[Projection] = Field([*get_args(Projection)], min_length=1)
 
 
 def add_adapter(model: Transformer, shape: AdapterShape, seed: int) -> PeftModel:

@@ -35,14 +35,14 @@ class ModelShape(Section):
     num_layers: int = Field(gt=0, le=2**10)
     num_heads: int = Field(gt=0)
     num_kv_heads: int = Field(gt=0)
-    max_positions: int = Field(gt=0)
-    rope_theta: float = Field(gt=0)
-    norm_eps: float = Field(gt=0)
-    num_experts: int = Field(ge=0)  # 0: one feed-forward network for all tokens of a layer
+    max_positions: int = Field(1024, gt=0)
+    rope_theta: float = Field(1e6, gt=0)
+    norm_eps: float = Field(1e-5, gt=0)
+    num_experts: int = Field(0, ge=0)  # 0: one feed-forward network for all tokens of a layer
     # The following are read only where there are experts, and are 0 elsewhere.
-    num_experts_per_token: int = Field(ge=0)
-    num_shared_experts: int = Field(ge=0)  # beside those that are chosen, for every token
-    balance_alpha: float = Field(ge=0)  # weight of the balance loss in every training loss
+    num_experts_per_token: int = Field(2, ge=0)
+    num_shared_experts: int = Field(1, ge=0)  # beside those that are chosen, for every token
+    balance_alpha: float = Field(0.1, ge=0)  # weight of the balance loss in every training loss
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ModelShape":

@@ -49,15 +49,15 @@ CustomReward = Callable[[str, str, str | None], float]
 class RewardsConfig(Section):
     """Weights of the parts, 0 leaving a part out, and what the parts need to know."""
 
-    format: float = Field(ge=0)
-    answer: float = Field(ge=0)
-    length: float = Field(ge=0)
-    repetition: float = Field(ge=0)
-    reward_model: float = Field(ge=0)
-    custom: float = Field(ge=0)
-    free_length: int = Field(ge=0)  # tokens that cost nothing
-    repetition_ngram: int = Field(gt=0)  # tokens of what counts as a repetition
-    reward_model_clip: float = Field(gt=0)  # scores are clipped to +- this
+    format: float = Field(0.2, ge=0)
+    answer: float = Field(1.0, ge=0)
+    length: float = Field(0.0, ge=0)
+    repetition: float = Field(0.0, ge=0)
+    reward_model: float = Field(0.0, ge=0)
+    custom: float = Field(0.0, ge=0)
+    free_length: int = Field(48, ge=0)  # tokens that cost nothing
+    repetition_ngram: int = Field(8, gt=0)  # tokens of what counts as a repetition
+    reward_model_clip: float = Field(3.0, gt=0)  # scores are clipped to +- this
 
     @model_validator(mode="after")
     def _some_part_counts(self) -> "RewardsConfig":

@@ -19,11 +19,11 @@ from minimind.reinforcement.prompts import Indices
 class TrackerConfig(Section):
     """How fast what was seen is forgotten, and which prompts are preferred."""
 
-    d_half: float = Field(gt=0)  # change of the policy after which half of it is forgotten
-    rho_min: float = Field(gt=0, lt=1)  # share that is kept at least
-    rho_max: float = Field(gt=0, lt=1)  # and at most
-    initial_samples: int = Field(gt=0)  # completions of each prompt to start from
-    exploration: float = Field(gt=0)  # added to every prompt's weight
+    d_half: float = Field(0.06, gt=0)  # change of the policy after which half of it is forgotten
+    rho_min: float = Field(0.5, gt=0, lt=1)  # share that is kept at least
+    rho_max: float = Field(0.96, gt=0, lt=1)  # and at most
+    initial_samples: int = Field(2, gt=0)  # completions of each prompt to start from
+    exploration: float = Field(0.05, gt=0)  # added to every prompt's weight
 
 
 class Visit(NamedTuple):

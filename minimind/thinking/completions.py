@@ -27,11 +27,11 @@ class CompletionConfig(Section):
 
     num_prompts: PositiveInt  # the first ones of the file
     temperature: float = Field(gt=0)
-    top_p: float = Field(gt=0, le=1)
+    top_p: float = Field(1.0, gt=0, le=1)
     max_new_tokens: PositiveInt
-    batch_size: PositiveInt  # completions at a time
-    seed: Seed
-    dtype: DType
+    batch_size: PositiveInt = 64  # completions at a time
+    seed: Seed = 1
+    dtype: DType = "bfloat16"
 
 
 class Prompt(NamedTuple):

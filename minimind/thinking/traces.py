@@ -12,6 +12,11 @@ from minimind.metrics import Number
 from minimind.params import UserPath
 from minimind.thinking.completions import Completion, CompletionConfig, Prompt
 
+INSTRUCTION = (
+    "Think step by step inside <think></think>, "
+    "then give nothing but the answer inside <answer></answer>."
+)
+
 
 class TracesConfig(CompletionConfig):
     """The `traces` section."""
@@ -19,9 +24,11 @@ class TracesConfig(CompletionConfig):
     init: UserPath  # the path of the checkpoint that thinks
     num_samples: PositiveInt  # of each prompt
     max_kept_per_prompt: PositiveInt
-    endpoint: str | None  # an OpenAI-compatible server instead of the checkpoint
-    model: str | None  # its name there
-    instruction: str  # a system turn for the endpoint's model; the data set goes without it
+    endpoint: str | None = None  # an OpenAI-compatible server instead of the checkpoint
+    model: str | None = None  # its name there
+    instruction: str = (
+        INSTRUCTION  # a system turn for the endpoint's model; the data set goes without it
+    )
 
     @field_validator("endpoint")
     @classmethod

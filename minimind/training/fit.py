@@ -48,19 +48,19 @@ HIDDEN = ("step", "lr", "grad_norm")  # of a curve's row, in the metrics
 class FitConfig(OptimizerConfig):
     """Keys of every supervised stage's section."""
 
-    seed: Seed
-    epochs: float = Field(gt=0, le=1e6)
-    max_steps: int = Field(ge=0)  # 0: as the epochs say
-    batch_size: int = Field(gt=0)  # samples of a micro-batch
-    accumulation_steps: int = Field(gt=0)  # micro-batches of an optimizer step
-    schedule: ScheduleName
-    warmup_steps: int = Field(ge=0)
-    validation_share: float = Field(ge=0, lt=1)
-    eval_interval: int = Field(gt=0)  # steps between validations
-    patience: int = Field(ge=0)  # validations without gain before stopping early; 0: never
-    min_delta: float = Field(ge=0)  # what counts as a gain
-    curve_interval: int = Field(gt=0)  # steps a row of the curve averages over
-    gradient_checkpointing: bool
+    seed: Seed = 1
+    epochs: float = Field(1.0, gt=0, le=1e6)
+    max_steps: int = Field(0, ge=0)  # 0: as the epochs say
+    batch_size: int = Field(16, gt=0)  # samples of a micro-batch
+    accumulation_steps: int = Field(1, gt=0)  # micro-batches of an optimizer step
+    schedule: ScheduleName = "linear"
+    warmup_steps: int = Field(0, ge=0)
+    validation_share: float = Field(0.0, ge=0, lt=1)
+    eval_interval: int = Field(500, gt=0)  # steps between validations
+    patience: int = Field(0, ge=0)  # validations without gain before stopping early; 0: never
+    min_delta: float = Field(0.0, ge=0)  # what counts as a gain
+    curve_interval: int = Field(25, gt=0)  # steps a row of the curve averages over
+    gradient_checkpointing: bool = False
 
 
 @dataclass

@@ -18,12 +18,12 @@ FIRST_SCALE = 2.0**16  # of a loss in float16; halved whenever a gradient overfl
 class OptimizerConfig(Section):
     """Keys of every trained stage's section that decide a single update."""
 
-    optimizer: Literal["adamw", "muon"]
-    lr: float = Field(gt=0)
-    weight_decay: float = Field(ge=0)  # of matrices; norms and the like never decay
-    beta2: float = Field(gt=0, lt=1)
-    grad_clip: float = Field(gt=0)
-    dtype: DType
+    optimizer: Literal["adamw", "muon"] = "muon"
+    lr: float = Field(3e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)  # of matrices; norms and the like never decay
+    beta2: float = Field(0.95, gt=0, lt=1)
+    grad_clip: float = Field(1.0, gt=0)
+    dtype: DType = "bfloat16"
 
 
 class Optimizer:
