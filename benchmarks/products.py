@@ -42,8 +42,8 @@ from minimind.objectives.distill import TEACHER_IDS, TEACHER_LOGPROBS, Distill
 from minimind.objectives.dpo import Dpo
 from minimind.objectives.loss import Objective
 from minimind.objectives.next_token import NextToken
-from minimind.training.fit import take_step
 from minimind.training.optimizer import Optimizer, OptimizerConfig
+from minimind.training.step import take_step
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMS = {  # name: (dtype, MINIMIND_CPU_PRODUCTS, ONEDNN_MAX_CPU_ISA)

@@ -20,7 +20,7 @@ from minimind.lineage.resume import ResumeStore, TrainingState
 from minimind.model.transformer import ModelConfig, ModelShape, Transformer
 from minimind.params import with_shared
 from minimind.training.optimizer import Optimizer, OptimizerConfig
-from minimind.training.session import SAVE_SPACING
+from minimind.training.run import SAVE_SPACING
 
 NUM_SAVES = 5
 ROOT = Path(__file__).resolve().parents[1]

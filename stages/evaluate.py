@@ -16,7 +16,7 @@ from minimind.metrics import write_metrics
 from minimind.model.checkpoint import load_model
 from minimind.params import load_path, load_section
 from minimind.terminal.command import stage_app
-from minimind.training.session import start_run
+from minimind.training.run import start_run
 
 app = stage_app("evaluate")
 

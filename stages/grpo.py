@@ -15,7 +15,7 @@ from minimind.reinforcement.loop import ReinforcementConfig, reinforce, summary
 from minimind.reinforcement.prompts import Draws
 from minimind.reinforcement.setup import build_environment
 from minimind.terminal.command import stage_app
-from minimind.training.session import start_training
+from minimind.training.run import start_training
 
 app = stage_app("grpo")
 

@@ -15,7 +15,7 @@ from minimind.params import UserPath, load_section
 from minimind.terminal.command import stage_app
 from minimind.training.bits import bits_per_byte
 from minimind.training.fit import FitConfig, fit, summary
-from minimind.training.session import start_training
+from minimind.training.run import start_training
 
 app = stage_app("reason")
 

@@ -17,7 +17,7 @@ from minimind.model.checkpoint import load_model
 from minimind.objectives.dpo import Reduction, row_logprobs
 from minimind.params import Section, UserPath, load_section
 from minimind.terminal.command import stage_app
-from minimind.training.session import start_run
+from minimind.training.run import start_run
 
 app = stage_app("reference")
 

@@ -14,7 +14,7 @@ from minimind.terminal.command import stage_app
 from minimind.thinking.completions import Checkpoint, complete_all, read_prompts, write_rows
 from minimind.thinking.quality import ThinkingConfig, assess
 from minimind.thinking.quality import metrics as metrics_of
-from minimind.training.session import start_run
+from minimind.training.run import start_run
 
 app = stage_app("thinking")
 

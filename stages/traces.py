@@ -14,7 +14,7 @@ from minimind.terminal.command import stage_app
 from minimind.thinking.completions import Checkpoint, Source, complete_all, read_prompts, write_rows
 from minimind.thinking.endpoint import Endpoint
 from minimind.thinking.traces import Traces, TracesConfig
-from minimind.training.session import Run, start_run
+from minimind.training.run import StageRun, start_run
 
 app = stage_app("traces")
 
@@ -46,7 +46,7 @@ def main(
         run.say(f"no trace was kept: {rejected} says why; stage encode needs one row or more")
 
 
-def open_source(config: TracesConfig, run: Run) -> Source:
+def open_source(config: TracesConfig, run: StageRun) -> Source:
     """The endpoint if there is one, else the checkpoint."""
     if config.endpoint is not None and config.model is not None:
         return Endpoint(

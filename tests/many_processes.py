@@ -32,8 +32,9 @@ from minimind.reinforcement.setup import build_environment
 from minimind.reinforcement.single_stream import SingleStream
 from minimind.terminal.command import stage_app
 from minimind.training import session
-from minimind.training.fit import FitConfig, History, fit
-from minimind.training.session import Run, start_training
+from minimind.training.fit import FitConfig, fit
+from minimind.training.run import Run, start_training
+from minimind.training.session import History
 from stages.grpo import GrpoConfig
 from stages.spo import SpoConfig
 from tests.tiny import tiny_model

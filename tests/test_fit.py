@@ -17,8 +17,9 @@ from minimind.errors import Stopped, UserError
 from minimind.model.transformer import Transformer
 from minimind.objectives.next_token import NextToken
 from minimind.training.bits import bits_per_byte
-from minimind.training.fit import FitConfig, History, fit, split, summary
-from minimind.training.session import Run, start_run
+from minimind.training.fit import FitConfig, fit, split, summary
+from minimind.training.run import Run, start_run
+from minimind.training.session import History
 from tests.tiny import random_rows, tiny_model, tiny_tokenizer, write_rows
 
 CONFIG = {

@@ -25,7 +25,7 @@ from minimind.reinforcement.reward_scorer import load_reward_model
 from minimind.reinforcement.rewards import Rewards, Sample
 from minimind.reinforcement.rollout import SamplingConfig, completion_logprobs
 from minimind.reinforcement.single_stream import SingleStream
-from minimind.training.session import start_run
+from minimind.training.run import start_run
 from stages import grpo, reward, spo
 from tests.tiny import tiny_model
 

@@ -30,8 +30,8 @@ from minimind.reinforcement.loop import ReinforcementConfig, reinforce
 from minimind.reinforcement.prompts import Draws, Indices, Prompt
 from minimind.reinforcement.rewards import Rewards
 from minimind.reinforcement.rollout import SamplingConfig
-from minimind.training.fit import take_step
 from minimind.training.optimizer import Optimizer, OptimizerConfig
+from minimind.training.step import take_step
 
 CPU = torch.device("cpu")
 torch.utils.deterministic.fill_uninitialized_memory = False

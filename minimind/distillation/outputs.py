@@ -33,7 +33,7 @@ from minimind.metrics import Number
 from minimind.objectives.distill import TEACHER_IDS, TEACHER_LOGPROBS, bucket_logprobs
 from minimind.objectives.loss import token_logprobs
 from minimind.params import Section
-from minimind.training.session import Run
+from minimind.training.run import StageRun
 
 # 16 bits are enough: what they change is far below what the K tokens leave out
 # (docs/deviations.md has the figures), and float32 would take half as much space again.
@@ -115,7 +115,7 @@ class TeacherOutputs:
 
 
 def compute_teacher_outputs(
-    teacher: Teacher, dataset: EncodedDataset, config: TeacherOutputsConfig, run: Run
+    teacher: Teacher, dataset: EncodedDataset, config: TeacherOutputsConfig, run: StageRun
 ) -> tuple[TeacherMeta, dict[str, Number]]:
     """Ask the teacher about every trained token; returns meta.json's content and metrics.
 
@@ -192,7 +192,7 @@ def online_meta(dataset: EncodedDataset, config: TeacherOutputsConfig) -> Teache
     )
 
 
-def save_teacher_outputs(directory: Path, meta: TeacherMeta, run: Run) -> None:
+def save_teacher_outputs(directory: Path, meta: TeacherMeta, run: StageRun) -> None:
     """Copy finished arrays from the resume folder to `directory`, which appears whole.
 
     Those in the resume folder go with its state, once DVC has recorded the copies.
@@ -205,7 +205,9 @@ def save_teacher_outputs(directory: Path, meta: TeacherMeta, run: Run) -> None:
         (partial / META).write_text(meta.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def _restore(meta: TeacherMeta, dataset: EncodedDataset, run: Run) -> tuple[int, dict[str, float]]:
+def _restore(
+    meta: TeacherMeta, dataset: EncodedDataset, run: StageRun
+) -> tuple[int, dict[str, float]]:
     """Samples done and sums over their tokens, of the newest state whose arrays are still there."""
     state, damaged = run.store.load()
     for line in damaged:
@@ -220,7 +222,7 @@ def _restore(meta: TeacherMeta, dataset: EncodedDataset, run: Run) -> tuple[int,
 
 
 def _grow(
-    meta: TeacherMeta, dataset: EncodedDataset, samples_done: int, run: Run
+    meta: TeacherMeta, dataset: EncodedDataset, samples_done: int, run: StageRun
 ) -> list[BinaryIO]:
     """The two array files, to be appended to; what lies beyond the samples done is cut off."""
     files: list[BinaryIO] = []

@@ -145,7 +145,7 @@ class Provenance:
 def unchanged(
     stage: str, params: Path, sections: Mapping[str, Section], inputs: Iterable[Path]
 ) -> Iterator[None]:
-    """Around the work of a stage that is too short for :func:`minimind.training.session.start_run`.
+    """Around the work of a stage that is too short for :func:`minimind.training.run.start_run`.
 
     stage: its module in stages/.
 

@@ -7,7 +7,7 @@ from minimind.reinforcement.advantages import Values, group_advantages, has_sign
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.prompts import Draws, Indices
 from minimind.reinforcement.rollout import Rollout
-from minimind.training.session import Run
+from minimind.training.run import Run
 
 
 class GroupRelative:

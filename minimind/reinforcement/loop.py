@@ -1,34 +1,27 @@
 """The loop of reinforcement: sample, judge, take gradient steps. GRPO and SPO share it."""
 
 import copy
-import math
-import time
-from dataclasses import asdict
 from typing import Literal, Protocol
 
-import numpy as np
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from minimind.compute.processes import Processes
-from minimind.compute.sharding import full_tensor, gather, load_parameters, shard
-from minimind.datasets.batches import Counts, Step, divide
-from minimind.errors import UserError
-from minimind.lineage.resume import TrainingState
+from minimind.compute.sharding import gather, shard
+from minimind.datasets.batches import Step
 from minimind.metrics import Number
 from minimind.model.transformer import Layer, Transformer
-from minimind.objectives.policy import LossType, PolicyGradient, k3
+from minimind.objectives.policy import LossType, PolicyGradient
 from minimind.params import Seed, UserPath
 from minimind.reinforcement.advantages import Values
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.prompts import Draws, Indices
 from minimind.reinforcement.rewards import RewardsConfig
-from minimind.reinforcement.rollout import Rollout, completion_logprobs, pack_completions
-from minimind.training.fit import MAX_CURVE_ROWS, History, take_step
+from minimind.reinforcement.rollout import Rollout, completion_logprobs, pack, statistics
 from minimind.training.optimizer import Optimizer, OptimizerConfig
+from minimind.training.run import Run
 from minimind.training.schedule import ScheduleName, learning_rate
-from minimind.training.session import Run
+from minimind.training.session import History, Part, Session, Weights
+from minimind.training.step import take_step
 
 
 class ReinforcementConfig(OptimizerConfig):
@@ -107,37 +100,26 @@ def reinforce(
         UserError: a loss or reward is not finite.
     """
     num_steps = method.draws.num_steps(config.epochs, config.max_steps)
-    curve_interval = max(config.curve_interval, math.ceil(num_steps / (MAX_CURVE_ROWS - 2)))
     model.to(run.device).train()
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     # Where weights are divided, `model` is the whole policy, brought up to date to sample from.
     trained, forward = shard(model, Layer, run.device, run.processes, run.settings)
     optimizer = Optimizer(trained, config, run.device, run.processes.world)
-    history = _restore(trained, optimizer, method, run)
+    parts: dict[str, Part] = {"model": Weights(trained), "method": method}
+    session = Session(run, num_steps, config.curve_interval, optimizer, parts)
     gather(trained, model)
-    if history.step == 0:
+    if session.history.step == 0:
         method.start(model, environment, run)
-    progress = run.progress(num_steps, history.step)
-    last_save, save_seconds = time.monotonic(), 0.0
-
-    def save() -> None:
-        nonlocal last_save, save_seconds
-        started = time.monotonic()
-        run.store.save(_state(trained, optimizer, method, history, run))
-        last_save = time.monotonic()
-        save_seconds = last_save - started
-
-    while history.step < num_steps:
-        started = time.monotonic()
-        indices = method.draw(history.step)
+    rows_at_a_time = config.batch_size * method.num_samples
+    for step in session.steps():
+        indices = method.draw(step)
         rows_per_step = method.draws.prompts_per_step * method.num_samples
         rollout = environment.rollout(
-            model, indices, method.num_samples, first_key=history.step * rows_per_step
+            model, indices, method.num_samples, first_key=step * rows_per_step
         )
-        parts = environment.judge(indices, rollout)
-        rewards = environment.rewards.total(parts)
+        parts_of_reward = environment.judge(indices, rollout)
+        rewards = environment.rewards.total(parts_of_reward)
         advantages, method_values = method.advantages(model, environment, indices, rollout, rewards)
-        rows_at_a_time = config.batch_size * method.num_samples
         reference_logprobs = run.processes.in_order(
             completion_logprobs(
                 reference,
@@ -149,47 +131,20 @@ def reinforce(
             )
         )
         advantages_alone = not config.beta and not model.config.num_experts  # these have a balance
-        step = _pack(
+        micro_batches = pack(
             rollout, advantages, reference_logprobs, advantages_alone, rows_at_a_time, run.processes
         )
-        values = _update(forward, optimizer, step, config, history.step, num_steps, run)
+        values = _update(forward, optimizer, micro_batches, config, step, num_steps, run)
         gather(trained, model)
-        _require_finite(values, history.step, indices, environment, config)
+        session.require_finite(values, config.dtype, lambda: _named(indices, environment))  # noqa: B023
         values |= {
             "reward": float(rewards.mean()),
-            **_statistics(parts, rollout, reference_logprobs),
+            **statistics(parts_of_reward, rollout, reference_logprobs),
             **method_values,
         }
-
-        progress.update(history.step, values["loss"], rollout.num_tokens)
-        history.step += 1
-        history.tokens += rollout.num_tokens
-        for name, value in values.items():
-            history.window[name] = history.window.get(name, 0.0) + value
-        history.window_steps += 1
-        if history.step % curve_interval == 0 or history.step == num_steps:
-            means = {name: total / history.window_steps for name, total in history.window.items()}
-            row: dict[str, Number] = {"step": history.step, **means}
-            history.curve.append(row)
-            run.log(row)
-            history.window, history.window_steps = {}, 0
-        history.seconds += time.monotonic() - started
-        stopping, saving = run.agree(run.is_save_due(last_save, save_seconds))
-        if stopping or saving:
-            save()
-        if stopping:
-            raise run.stopped(f"at step {history.step} of {num_steps}")
-
-    progress.close()
-    save()  # so that a kill from here on, while outputs are written and recorded, costs nothing
-    run.record |= {
-        "steps": history.step,
-        "tokens": history.tokens,
-        "training_seconds": round(history.seconds, 2),
-        "tokens_per_second": round(history.tokens / max(history.seconds, 1e-9)),
-        "resumes": history.resumes,
-    }
-    return history
+        session.record(values, rollout.num_tokens)
+    session.finish()
+    return session.history
 
 
 def summary(history: History) -> dict[str, Number]:
@@ -199,40 +154,6 @@ def summary(history: History) -> dict[str, Number]:
     last = {name: row[name] for name in shown if name in row}
     first_reward = history.curve[0]["reward"]
     return {"steps": history.step, "tokens": history.tokens, "first_reward": first_reward, **last}
-
-
-def _pack(
-    rollout: Rollout,
-    advantages: Values,
-    reference_logprobs: list[Tensor],
-    advantages_alone: bool,
-    rows_at_a_time: int,
-    processes: Processes,
-) -> Step:
-    """A process's micro-batches of a step, with all that the loss compares the policy with.
-
-    advantages_alone: whether the loss has no part but that of the advantages.
-    """
-    rows = np.arange(len(rollout.completions))
-    if advantages_alone and advantages.any():
-        rows = np.flatnonzero(advantages)  # the others have no gradient, and need not be computed
-    micro_batches = []
-    for part, weight in divide(rows, rows_at_a_time, processes.rank, processes.world):
-        extras = {
-            "sampled": torch.tensor([value for row in part for value in rollout.logprobs[row]]),
-            "reference": torch.cat([reference_logprobs[row] for row in part]),
-            "advantages": torch.from_numpy(advantages[part].astype(np.float32)),
-        }
-        micro_batches.append(
-            pack_completions(
-                [rollout.prompts[row] for row in part],
-                [rollout.completions[row] for row in part],
-                extras,
-                weight,
-            )
-        )
-    num_rows = len(rollout.completions)
-    return Step(micro_batches, Counts(rollout.num_tokens, num_rows, num_rows))
 
 
 def _update(
@@ -259,82 +180,6 @@ def _update(
     return {name: total / config.updates_per_rollout for name, total in sums.items()}
 
 
-def _statistics(
-    parts: dict[str, Values], rollout: Rollout, reference_logprobs: list[Tensor]
-) -> dict[str, float]:
-    """What a rollout looks like, as means over its completions or tokens."""
-    logprobs = torch.tensor([value for row in rollout.logprobs for value in row])
-    return {
-        **{f"reward_{name}": float(values.mean()) for name, values in parts.items()},
-        "kl": float(k3(logprobs, torch.cat(reference_logprobs)).mean()),
-        # The mean of -log p over drawn tokens estimates the entropy of drawing one.
-        "entropy": -float(logprobs.mean()),
-        "completion_length": rollout.num_tokens / len(rollout.completions),
-        "unfinished": 1 - sum(rollout.finished) / len(rollout.finished),
-    }
-
-
-def _require_finite(
-    values: dict[str, float],
-    step: int,
-    indices: Indices,
-    environment: Environment,
-    config: ReinforcementConfig,
-) -> None:
-    # In float16 an infinite gradient is normal: the scaler skips the step and scales down.
-    names = ["loss"] if config.dtype == "float16" else ["loss", "grad_norm"]
-    for name in names:
-        if not math.isfinite(values[name]):
-            places = [environment.prompts[index].place for index in indices]
-            shown = ", ".join(places[:8]) + (", ..." if len(places) > 8 else "")
-            raise UserError(
-                f"{name} is {values[name]} at step {step} (learning rate {values['lr']:g}) on the "
-                f"prompts {shown}; lower lr, or look at these. The last good state is kept."
-            )
-
-
-def _state(
-    model: nn.Module, optimizer: Optimizer, method: Method, history: History, run: Run
-) -> TrainingState:
-    """All that the rest of the run depends on. Sampling has no state: its keys are the steps'."""
-    parameters = model.named_parameters()
-    tensors: dict[str, Tensor] = {f"model/{name}": full_tensor(p).cpu() for name, p in parameters}
-    tensors |= {f"optimizer/{name}": t for name, t in optimizer.state_tensors().items()}
-    tensors |= {f"method/{name}": tensor for name, tensor in method.state_tensors().items()}
-    values = {
-        "history": asdict(history),
-        "scaler": optimizer.scaler_state(),
-        "computed_with": run.computed_with(),
-    }
-    return TrainingState(history.step, tensors, values)
-
-
-def _restore(model: nn.Module, optimizer: Optimizer, method: Method, run: Run) -> History:
-    """The newest state's history; model, optimizer and method are set."""
-    state, damaged = run.store.load()
-    for line in damaged:
-        run.say(line)
-    if state is None:
-        return History()
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {
-            name.removeprefix(prefix): tensor
-            for name, tensor in state.tensors.items()
-            if name.startswith(prefix)
-        }
-
-    load_parameters(model, part("model/"))
-    optimizer.load_state_tensors(part("optimizer/"))
-    optimizer.load_scaler_state(state.values["scaler"])
-    method.load_state_tensors(part("method/"))
-    history = History(**state.values["history"])
-    history.resumes += 1
-    run.say(f"going on from step {history.step}")
-    before, now = state.values["computed_with"], run.computed_with()
-    if before != now:
-        changed = ", ".join(
-            f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]
-        )
-        run.say(f"computed otherwise than before ({changed}): the last bits may differ")
-    return history
+def _named(indices: Indices, environment: Environment) -> str:
+    places = [environment.prompts[index].place for index in indices]
+    return f"the prompts {', '.join(places[:8])}" + (", ..." if len(places) > 8 else "")

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from minimind.compute.precision import DType, autocast
-from minimind.datasets.batches import Counts, PackedBatch
+from minimind.compute.processes import Processes
+from minimind.datasets.batches import Counts, PackedBatch, Step, divide
 from minimind.model.generate import Sampling, generate
 from minimind.model.transformer import PackedTokens, Transformer
 from minimind.objectives.loss import token_logprobs
+from minimind.objectives.policy import k3
+from minimind.reinforcement.advantages import Values
 
 
 class Rollout(NamedTuple):
@@ -123,3 +126,52 @@ def completion_logprobs(
         logprobs = token_logprobs(scores, batch.targets, temperature).cpu()
         scored += logprobs.split([len(completion) for completion in completions[span]])
     return scored
+
+
+def pack(
+    rollout: Rollout,
+    advantages: Values,
+    reference_logprobs: list[Tensor],
+    advantages_alone: bool,
+    rows_at_a_time: int,
+    processes: Processes,
+) -> Step:
+    """A process's micro-batches of a step, with all that the loss compares the policy with.
+
+    advantages_alone: whether the loss has no part but that of the advantages.
+    """
+    rows = np.arange(len(rollout.completions))
+    if advantages_alone and advantages.any():
+        rows = np.flatnonzero(advantages)  # the others have no gradient, and need not be computed
+    micro_batches = []
+    for part, weight in divide(rows, rows_at_a_time, processes.rank, processes.world):
+        extras = {
+            "sampled": torch.tensor([value for row in part for value in rollout.logprobs[row]]),
+            "reference": torch.cat([reference_logprobs[row] for row in part]),
+            "advantages": torch.from_numpy(advantages[part].astype(np.float32)),
+        }
+        micro_batches.append(
+            pack_completions(
+                [rollout.prompts[row] for row in part],
+                [rollout.completions[row] for row in part],
+                extras,
+                weight,
+            )
+        )
+    num_rows = len(rollout.completions)
+    return Step(micro_batches, Counts(rollout.num_tokens, num_rows, num_rows))
+
+
+def statistics(
+    parts: dict[str, Values], rollout: Rollout, reference_logprobs: list[Tensor]
+) -> dict[str, float]:
+    """What a rollout looks like, as means over its completions or tokens."""
+    logprobs = torch.tensor([value for row in rollout.logprobs for value in row])
+    return {
+        **{f"reward_{name}": float(values.mean()) for name, values in parts.items()},
+        "kl": float(k3(logprobs, torch.cat(reference_logprobs)).mean()),
+        # The mean of -log p over drawn tokens estimates the entropy of drawing one.
+        "entropy": -float(logprobs.mean()),
+        "completion_length": rollout.num_tokens / len(rollout.completions),
+        "unfinished": 1 - sum(rollout.finished) / len(rollout.finished),
+    }

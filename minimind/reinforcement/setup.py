@@ -11,7 +11,7 @@ from minimind.reinforcement.prompts import load_prompts
 from minimind.reinforcement.reward_scorer import load_reward_model
 from minimind.reinforcement.rewards import Rewards, load_custom_reward
 from minimind.reinforcement.rollout import SamplingConfig
-from minimind.training.session import Run
+from minimind.training.run import Run
 
 
 def build_environment(

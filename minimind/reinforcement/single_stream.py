@@ -9,7 +9,7 @@ from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.prompts import Draws, Indices
 from minimind.reinforcement.rollout import Rollout, completion_logprobs
 from minimind.reinforcement.tracker import TrackerConfig, ValueTracker, Visit, mean_change
-from minimind.training.session import Run
+from minimind.training.run import Run
 
 ROWS_AT_A_TIME = 512
 # Keys of the noise of initial samples, far from those of any step.

@@ -25,15 +25,14 @@ class StopRequest:
     the launcher that starts it.
 
     at_once: raise :class:`Stopped` where the signal finds us, for a stage with nothing to save.
+    listening: False leaves the signals alone, as a library should.
     """
 
-    def __init__(self, at_once: bool = False) -> None:
+    def __init__(self, at_once: bool = False, listening: bool = True) -> None:
         self.at_once = at_once
         self.signal = 0
-        self._previous = {
-            number: signal.signal(number, self._handle)
-            for number in (int(signal.SIGTERM), int(signal.SIGINT))
-        }
+        numbers = (int(signal.SIGTERM), int(signal.SIGINT)) if listening else ()
+        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
 
     @property
     def requested(self) -> bool:

@@ -19,7 +19,7 @@ from minimind.lineage.resume import TrainingState
 from minimind.model.generate import Sampling, generate
 from minimind.model.transformer import Transformer
 from minimind.params import Section, Seed
-from minimind.training.session import Run
+from minimind.training.run import StageRun
 
 
 class CompletionConfig(Section):
@@ -133,7 +133,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def complete_all(
-    source: Source, prompts: Sequence[Prompt], prompts_at_a_time: int, run: Run
+    source: Source, prompts: Sequence[Prompt], prompts_at_a_time: int, run: StageRun
 ) -> list[list[Completion]]:
     """The completions of every prompt, in their order.
 
@@ -170,7 +170,7 @@ def complete_all(
     return completions
 
 
-def _restore(run: Run) -> list[list[Completion]]:
+def _restore(run: StageRun) -> list[list[Completion]]:
     state, damaged = run.store.load()
     for line in damaged:
         run.say(line)

@@ -8,7 +8,8 @@ from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.batches import count
 from minimind.datasets.encoded import EncodedDataset
 from minimind.metrics import Number
-from minimind.training.fit import FitConfig, History, split
+from minimind.training.fit import FitConfig, split
+from minimind.training.session import History
 
 NEGATIVE_LOG_LIKELIHOODS = ("nll", "ce")  # what objectives call it; their loss may weigh tokens
 

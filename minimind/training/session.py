@@ -1,233 +1,248 @@
-"""One execution of a training stage: device, signals, resume states, provenance and record."""
+"""Where a run stands: its history, and the resume states that any kill leaves it with.
 
-import hashlib
-import json
-import platform
-import resource
-import sys
+Both loops, `fit` and `reinforce`, run in one: they take their steps, and it does the rest.
+"""
+
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
 
 import torch
+from torch import Tensor, nn
 
-from minimind.compute.device import prepare_device
-from minimind.compute.launch import is_worker, launch, other_machines
-from minimind.compute.matmuls import products_in_float32
-from minimind.compute.processes import (
-    Processes,
-    join_processes,
-    leave_processes,
-)
-from minimind.compute.settings import RuntimeSettings, load_settings
-from minimind.errors import Stopped, UserError
-from minimind.lineage.dvc_files import md5_of_file
-from minimind.lineage.provenance import Provenance
-from minimind.lineage.records import Records
-from minimind.lineage.resume import STATE_FORMAT, ResumeStore, forget_recorded
-from minimind.lineage.shared_resume import SharedStore
-from minimind.params import Section
-from minimind.terminal.progress import Progress
-from minimind.terminal.signals import StopRequest
-from minimind.terminal.trackers import start_tracker
+from minimind.compute.precision import DType
+from minimind.compute.sharding import full_tensor, load_parameters, part_like, trained_parameters
+from minimind.errors import UserError
+from minimind.lineage.resume import TrainingState
+from minimind.metrics import Number
+from minimind.training.optimizer import Optimizer
+from minimind.training.run import Run
 
-# A state is saved no more often than every this many times what saving took the last time:
-# so saving never costs more than 1 % of training.
-SAVE_SPACING = 100
-RECORDED_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "dvc")
+MAX_CURVE_ROWS = 2000
 
 
 @dataclass
-class Run:
-    """What a training loop asks of its surroundings."""
+class History:
+    """What a run remembers beside weights and optimizer; goes into the resume state as JSON."""
 
-    stage: str
-    settings: RuntimeSettings
-    device: torch.device
-    stop: StopRequest
-    provenance: Provenance
-    store: ResumeStore
-    records: Records
-    processes: Processes = field(default_factory=Processes)
-    tracker: Any = None  # a wandb.Run
-    record: dict[str, Any] = field(default_factory=dict)
-    metrics_md5: str = ""  # of the metrics file, once the outputs are written
-    started: float = field(default_factory=time.monotonic)
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    resumes: int = 0
+    curve: list[dict[str, Number]] = field(default_factory=list)
+    window: dict[str, float] = field(default_factory=dict)  # sums since the curve's last row
+    window_steps: int = 0
+    validation: dict[str, float] = field(default_factory=dict)  # the latest
+    best_loss: float = math.inf
+    best_step: int = 0
+    evaluations_without_gain: int = 0
 
-    def progress(self, num_steps: int, first_step: int) -> Progress:
-        silent = not self.processes.is_writer
-        return Progress(self.stage, num_steps, first_step, self.settings.log_seconds, silent)
 
-    def log(self, row: Mapping[str, float]) -> None:
-        """A row of the curve, to Weights & Biases if asked for."""
-        if self.tracker is not None:
-            self.tracker.log({f"{self.stage}/{k}": v for k, v in row.items()}, step=row["step"])
+class Part(Protocol):
+    """Something that the rest of a run depends on."""
 
-    def say(self, message: str) -> None:
-        if self.processes.is_writer:
-            print(f"{self.stage}: {message}", file=sys.stderr, flush=True)
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Whole, on the CPU: a run can go on in other processes."""
 
-    def computed_with(self) -> dict[str, Any]:
-        """Whatever may change the last bits of a result, and is not tracked."""
-        return {
-            "device": self.device.type,
-            "processes": self.processes.world,
-            "shard": self.settings.shard and self.processes.world > 1,
-            "threads": torch.get_num_threads(),
-            "compile": self.settings.compile,
-            "matmul_precision": torch.get_float32_matmul_precision(),
-            "cpu_products_in_float32": products_in_float32(),
-            "torch": torch.__version__,
-            "processor": torch.backends.cpu.get_cpu_capability(),
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Those of a model that are trained."""
+
+    model: nn.Module
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {name: full_tensor(p).cpu() for name, p in trained_parameters(self.model)}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        load_parameters(self.model, tensors)
+
+
+@dataclass
+class BestWeights:
+    """Those of a run's best validation; none without one."""
+
+    model: nn.Module
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def keep(self) -> None:
+        self.tensors = {name: p.detach().clone() for name, p in trained_parameters(self.model)}
+
+    def bring_back(self) -> None:
+        self.model.load_state_dict(self.tensors, strict=False)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {name: full_tensor(tensor).cpu() for name, tensor in self.tensors.items()}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        parameters = dict(self.model.named_parameters())
+        self.tensors = {
+            name: part_like(tensor.to(parameters[name].device), parameters[name])
+            for name, tensor in tensors.items()
         }
 
-    def is_save_due(self, last_save: float, save_seconds: float) -> bool:
-        """Whether to save a state: last_save is when, save_seconds how long it took."""
-        between = self.settings.save_seconds
-        if between:  # 0 asks for every step, whatever that costs
-            between = max(between, SAVE_SPACING * save_seconds)
-        return time.monotonic() - last_save >= between
 
-    def agree(self, is_save_due: bool) -> tuple[bool, bool]:
-        """Whether to stop here, and whether to save: for all processes what one of them wants."""
-        signal, due = self.processes.largest(self.stop.signal, is_save_due)
-        self.stop.signal = self.stop.signal or signal  # a signal that another process got
-        return signal != 0, bool(due)
+@dataclass(frozen=True)
+class Generators:
+    """PyTorch's random generators, of every process: each draws its own dropout."""
 
-    def raise_if_stopped(self, where: str) -> None:
-        """For stages of one process; many have to :meth:`agree` first."""
-        if self.stop.requested:
-            raise self.stopped(where)
+    run: Run
 
-    def stopped(self, where: str) -> Stopped:
-        return Stopped(
-            f"asked to stop; state saved {where}. Run the same command again to go on.",
-            self.stop.exit_code,
-        )
+    def state_tensors(self) -> dict[str, Tensor]:
+        gather = self.run.processes.gather
+        tensors = {"cpu": torch.stack(gather(torch.get_rng_state()))}
+        if self.run.device.type == "cuda":
+            tensors["cuda"] = torch.stack(gather(torch.cuda.get_rng_state()))
+        return tensors
 
-    @contextmanager
-    def saving(self, metrics: Path) -> Iterator[None]:
-        """Around the writing of outputs: what made them must be what the stage started with.
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        rank = self.run.processes.rank
+        if rank < len(tensors["cpu"]):
+            # Cloned: PyTorch reads a generator's state from where the whole tensor begins.
+            torch.set_rng_state(tensors["cpu"][rank].clone())
+            if self.run.device.type == "cuda" and "cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["cuda"][rank].clone())
 
-        Of many processes one writes; the others wait for it here, and end.
 
-        metrics: the stage's metrics file, by which a later run knows that DVC recorded this one.
-        """
-        if not self.processes.is_writer:
-            self.processes.wait()
-            leave_processes()
-            raise SystemExit(0)
-        self.provenance.check()
-        yield
-        self.provenance.check()
-        self.raise_if_stopped("at the last step")
-        self.metrics_md5 = md5_of_file(metrics)
-        self.store.finish({"folder": str(Path.cwd()), "metrics_md5": self.metrics_md5})
-        self.processes.wait()
+class Session:
+    """The steps of one run, from the newest state on, as if it had never stopped."""
 
-    def seal(self) -> None:
-        """The last act of a run that has written its outputs: its record, and a last check.
+    def __init__(
+        self,
+        run: Run,
+        num_steps: int,
+        curve_interval: int,
+        optimizer: Optimizer,
+        parts: Mapping[str, Part],
+    ) -> None:
+        """parts: all that the run depends on beside the optimizer; set to the newest state's."""
+        self.run = run
+        self.num_steps = num_steps
+        self.curve_interval = max(curve_interval, math.ceil(num_steps / (MAX_CURVE_ROWS - 2)))
+        self.optimizer = optimizer
+        self.parts = {**parts, "optimizer": optimizer}
+        self.history = self._restored()
+        self.progress = run.progress(num_steps, self.history.step)
+        self._last_save, self._save_seconds = time.monotonic(), 0.0
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing has been done yet."""
+        return self.history.step == 0 and not self.history.curve
+
+    def steps(self) -> Iterator[int]:
+        """Numbers of the steps still to be taken; after each, :meth:`record` is called.
 
         Raises:
-            UserError: what it was made from was edited; DVC records nothing then, and the same
-                code goes on from the finished state.
+            Stopped: a signal came; the state is saved.
         """
-        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        record = {
-            "seconds": round(time.monotonic() - self.started, 2),
-            "peak_memory_mib": round(peak_kib / 1024),
-            **self.record,
-            **self.computed_with(),
-            "host": platform.node(),
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in RECORDED_PACKAGES},
-            "metrics_md5": self.metrics_md5,
+        while self.history.step < self.num_steps:
+            started = time.monotonic()
+            yield self.history.step
+            self.history.seconds += time.monotonic() - started
+            due = self.run.is_save_due(self._last_save, self._save_seconds)
+            stopping, saving = self.run.agree(due)
+            if stopping or saving:
+                self._save()
+            if stopping:
+                where = f"at step {self.history.step} of {self.num_steps}"
+                raise self.run.stopped(where)
+
+    def record(
+        self,
+        values: Mapping[str, float],
+        tokens: int,
+        validate: Callable[[int], Mapping[str, Number]] = lambda step: {},
+    ) -> None:
+        """A step is done: these were its values.
+
+        validate: called with the number of steps done; what it gives is part of the curve's row.
+        """
+        history = self.history
+        self.progress.update(history.step, values["loss"], tokens)
+        history.step += 1
+        history.tokens += tokens
+        for name, value in values.items():
+            history.window[name] = history.window.get(name, 0.0) + value
+        history.window_steps += 1
+        validation = validate(history.step)
+        if history.step % self.curve_interval == 0 or history.step == self.num_steps:
+            means = {name: total / history.window_steps for name, total in history.window.items()}
+            row: dict[str, Number] = {"step": history.step, **means, **validation}
+            history.curve.append(row)
+            self.run.log(row)
+            history.window, history.window_steps = {}, 0
+
+    def require_finite(
+        self, values: Mapping[str, float], dtype: DType, where: Callable[[], str]
+    ) -> None:
+        """Raise UserError where a loss or gradient is not; `where`: on what, in words."""
+        # In float16 an infinite gradient is normal: the scaler skips the step and scales down.
+        names = ["loss"] if dtype == "float16" else ["loss", "grad_norm"]
+        for name in [name for name in names if not math.isfinite(values[name])]:
+            raise UserError(
+                f"{name} is {values[name]} at step {self.history.step} (learning rate "
+                f"{values['lr']:g}) on {where()}; lower lr, or look at these. The last good state "
+                "is kept."
+            )
+
+    def finish(self) -> None:
+        """All steps are taken, or no more are wanted."""
+        self.progress.close()
+        self._save()  # so that a kill while outputs are written and recorded costs nothing
+        history = self.history
+        self.run.record |= {
+            "steps": history.step,
+            "tokens": history.tokens,
+            "training_seconds": round(history.seconds, 2),
+            "tokens_per_second": round(history.tokens / max(history.seconds, 1e-9)),
+            "resumes": history.resumes,
         }
-        self.provenance.seal(self.records, self.stage, record)
 
+    def _save(self) -> None:
+        started = time.monotonic()
+        tensors = {
+            f"{name}/{key}": tensor
+            for name, part in self.parts.items()
+            for key, tensor in part.state_tensors().items()
+        }
+        values = {
+            "history": asdict(self.history),
+            "scaler": self.optimizer.scaler_state(),
+            "computed_with": self.run.computed_with(),
+        }
+        if self.run.store is not None:
+            self.run.store.save(TrainingState(self.history.step, tensors, values))
+        self._last_save = time.monotonic()
+        self._save_seconds = self._last_save - started
 
-@contextmanager
-def start_run(
-    stage: str,
-    params: Path,
-    sections: Mapping[str, Section],
-    inputs: Sequence[Path],
-    code: str | None = None,
-    saves_states: bool = True,
-    many_processes: bool = False,
-) -> Iterator[Run]:
-    """Begin a training stage: pin what it depends on, find its states, listen to signals.
-
-    sections: those sections of the params file that decide the result, by name.
-    inputs: files and folders that decide the result.
-    code: the module in stages/, if it is not called as the stage.
-    saves_states: whether the stage looks at `run.stop` and saves what it has; a stage that does
-        not, because it is short, stops at once.
-    many_processes: whether the stage divides its work among processes, where there are some.
-    """
-    settings = load_settings()
-    stop = StopRequest(at_once=not saves_states)
-    device = prepare_device(settings)
-    processes = join_processes(device)
-    if processes.world > 1 and not many_processes:
-        raise UserError(f"the stage {stage} runs in one process; start it without torchrun.")
-    records = Records(settings.root, settings.dvc_stage)
-    if processes.is_writer:
-        records.refuse_false_lock()
-    by_dvc = bool(settings.dvc_stage)
-    provenance = Provenance(code or stage, inputs, params, sections, by_dvc)
-    fingerprint = _fingerprint(stage, sections, provenance)
-    if len({*processes.gather(fingerprint)}) > 1:
-        raise UserError("the machines have not the same code, parameters and inputs.")
-    resume_root = settings.root / ".resume"
-    states = resume_root / stage / fingerprint
-    if processes.is_writer:
-        forget_recorded(resume_root, wanted=states)
-    store = ResumeStore(states) if processes.world == 1 else SharedStore(states, processes)
-    run = Run(stage, settings, device, stop, provenance, store, records, processes=processes)
-    if settings.wandb != "off" and processes.is_writer:
-        run.tracker = start_tracker(settings, stage, fingerprint, sections)
-    try:
-        yield run
-        if not settings.dvc_stage:
-            store.remove()  # nothing will record the outputs, so there is nothing to wait for
-        leave_processes()
-    finally:
-        stop.restore()
-        store.close()
-        if run.tracker is not None:
-            run.tracker.finish()
-    if run.metrics_md5:
-        run.seal()
-
-
-def start_training(
-    stage: str,
-    params: Path,
-    sections: Mapping[str, Section],
-    inputs: Sequence[Path],
-    code: str | None = None,
-) -> AbstractContextManager[Run]:
-    """As :func:`start_run`, in as many processes as are asked for.
-
-    The first one then only starts the others under torchrun, waits for them, and exits.
-    """
-    num_processes = load_settings().processes
-    if (num_processes > 1 or other_machines()) and not is_worker():
-        raise SystemExit(launch(stage, num_processes))
-    return start_run(stage, params, sections, inputs, code, many_processes=True)
-
-
-def _fingerprint(stage: str, sections: Mapping[str, Section], provenance: Provenance) -> str:
-    identity = {
-        "state_format": STATE_FORMAT,
-        "stage": stage,
-        "params": {name: section.model_dump(mode="json") for name, section in sections.items()},
-        **provenance.identity(),
-    }
-    text = json.dumps(identity, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def _restored(self) -> History:
+        """The newest state's history; all parts are set."""
+        run = self.run
+        state, damaged = (None, []) if run.store is None else run.store.load()
+        for line in damaged:
+            run.say(line)
+        if state is None:
+            return History()
+        for name, part in self.parts.items():
+            prefix = f"{name}/"
+            part.load_state_tensors(
+                {
+                    key.removeprefix(prefix): tensor
+                    for key, tensor in state.tensors.items()
+                    if key.startswith(prefix)
+                }
+            )
+        self.optimizer.load_scaler_state(state.values["scaler"])
+        history = History(**state.values["history"])
+        history.resumes += 1
+        run.say(f"going on from step {history.step}")
+        before, now = state.values["computed_with"], run.computed_with()
+        changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]
+        if changed:
+            run.say(f"computed otherwise than before ({', '.join(changed)}): last bits may differ")
+        return history

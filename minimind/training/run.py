@@ -1,0 +1,264 @@
+"""One execution of a training stage: device, signals, resume states, provenance and record."""
+
+import hashlib
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minimind.compute.device import prepare_device
+from minimind.compute.launch import is_worker, launch, other_machines
+from minimind.compute.matmuls import products_in_float32
+from minimind.compute.processes import (
+    Processes,
+    join_processes,
+    leave_processes,
+)
+from minimind.compute.settings import RuntimeSettings, load_settings
+from minimind.errors import Stopped, UserError
+from minimind.lineage.dvc_files import md5_of_file
+from minimind.lineage.provenance import Provenance
+from minimind.lineage.records import Records
+from minimind.lineage.resume import STATE_FORMAT, ResumeStore, forget_recorded
+from minimind.lineage.shared_resume import SharedStore
+from minimind.params import Section
+from minimind.terminal.progress import Progress
+from minimind.terminal.signals import StopRequest
+from minimind.terminal.trackers import start_tracker
+
+# A state is saved no more often than every this many times what saving took the last time:
+# so saving never costs more than 1 % of training.
+SAVE_SPACING = 100
+RECORDED_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "dvc")
+
+
+@dataclass
+class Run:
+    """What a training loop asks of its surroundings."""
+
+    stage: str
+    settings: RuntimeSettings
+    device: torch.device
+    stop: StopRequest
+    store: ResumeStore | None = None  # None: nothing is saved to go on from
+    processes: Processes = field(default_factory=Processes)
+    tracker: Any = None  # a wandb.Run
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def alone(cls, stage: str = "fit") -> "Run":
+        """Of a library call, outside of any graph: nothing is saved, no signal is listened to."""
+        settings = load_settings()
+        return cls(stage, settings, prepare_device(settings), StopRequest(listening=False))
+
+    def progress(self, num_steps: int, first_step: int) -> Progress:
+        silent = not self.processes.is_writer
+        return Progress(self.stage, num_steps, first_step, self.settings.log_seconds, silent)
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """A row of the curve, to Weights & Biases if asked for."""
+        if self.tracker is not None:
+            self.tracker.log({f"{self.stage}/{k}": v for k, v in row.items()}, step=row["step"])
+
+    def say(self, message: str) -> None:
+        if self.processes.is_writer:
+            print(f"{self.stage}: {message}", file=sys.stderr, flush=True)
+
+    def computed_with(self) -> dict[str, Any]:
+        """Whatever may change the last bits of a result, and is not tracked."""
+        return {
+            "device": self.device.type,
+            "processes": self.processes.world,
+            "shard": self.settings.shard and self.processes.world > 1,
+            "threads": torch.get_num_threads(),
+            "compile": self.settings.compile,
+            "matmul_precision": torch.get_float32_matmul_precision(),
+            "cpu_products_in_float32": products_in_float32(),
+            "torch": torch.__version__,
+            "processor": torch.backends.cpu.get_cpu_capability(),
+        }
+
+    def is_save_due(self, last_save: float, save_seconds: float) -> bool:
+        """Whether to save a state: last_save is when, save_seconds how long it took."""
+        between = self.settings.save_seconds
+        if between:  # 0 asks for every step, whatever that costs
+            between = max(between, SAVE_SPACING * save_seconds)
+        return time.monotonic() - last_save >= between
+
+    def agree(self, is_save_due: bool) -> tuple[bool, bool]:
+        """Whether to stop here, and whether to save: for all processes what one of them wants."""
+        signal, due = self.processes.largest(self.stop.signal, is_save_due)
+        self.stop.signal = self.stop.signal or signal  # a signal that another process got
+        return signal != 0, bool(due)
+
+    def raise_if_stopped(self, where: str) -> None:
+        """For stages of one process; many have to :meth:`agree` first."""
+        if self.stop.requested:
+            raise self.stopped(where)
+
+    def stopped(self, where: str) -> Stopped:
+        return Stopped(
+            f"asked to stop; state saved {where}. Run the same command again to go on.",
+            self.stop.exit_code,
+        )
+
+
+@dataclass(kw_only=True)
+class StageRun(Run):
+    """The run of a stage in the graph: what it is made from is pinned until it is recorded."""
+
+    store: ResumeStore
+    provenance: Provenance
+    records: Records
+    metrics_md5: str = ""  # of the metrics file, once the outputs are written
+    started: float = field(default_factory=time.monotonic)
+
+    @contextmanager
+    def saving(self, metrics: Path) -> Iterator[None]:
+        """Around the writing of outputs: what made them must be what the stage started with.
+
+        Of many processes one writes; the others wait for it here, and end.
+
+        metrics: the stage's metrics file, by which a later run knows that DVC recorded this one.
+        """
+        if not self.processes.is_writer:
+            self.processes.wait()
+            leave_processes()
+            raise SystemExit(0)
+        self.provenance.check()
+        yield
+        self.provenance.check()
+        self.raise_if_stopped("at the last step")
+        self.metrics_md5 = md5_of_file(metrics)
+        self.store.finish({"folder": str(Path.cwd()), "metrics_md5": self.metrics_md5})
+        self.processes.wait()
+
+    def seal(self) -> None:
+        """The last act of a run that has written its outputs: its record, and a last check.
+
+        Raises:
+            UserError: what it was made from was edited; DVC records nothing then, and the same
+                code goes on from the finished state.
+        """
+        record = {
+            "seconds": round(time.monotonic() - self.started, 2),
+            **peak_memory(),
+            **self.record,
+            **self.computed_with(),
+            "host": platform.node(),
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in RECORDED_PACKAGES},
+            "metrics_md5": self.metrics_md5,
+        }
+        self.provenance.seal(self.records, self.stage, record)
+
+
+def peak_memory() -> dict[str, int]:
+    """{"peak_memory_mib": ..} of this process; {} where the system does not say."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return {"peak_memory_mib": round(peak * unit / 2**20)}
+
+
+@contextmanager
+def start_run(
+    stage: str,
+    params: Path,
+    sections: Mapping[str, Section],
+    inputs: Sequence[Path],
+    code: str | None = None,
+    saves_states: bool = True,
+    many_processes: bool = False,
+) -> Iterator[StageRun]:
+    """Begin a training stage: pin what it depends on, find its states, listen to signals.
+
+    sections: those sections of the params file that decide the result, by name.
+    inputs: files and folders that decide the result.
+    code: the module in stages/, if it is not called as the stage.
+    saves_states: whether the stage looks at `run.stop` and saves what it has; a stage that does
+        not, because it is short, stops at once.
+    many_processes: whether the stage divides its work among processes, where there are some.
+    """
+    settings = load_settings()
+    stop = StopRequest(at_once=not saves_states)
+    device = prepare_device(settings)
+    processes = join_processes(device)
+    if processes.world > 1 and not many_processes:
+        raise UserError(f"the stage {stage} runs in one process; start it without torchrun.")
+    records = Records(settings.root, settings.dvc_stage)
+    if processes.is_writer:
+        records.refuse_false_lock()
+    by_dvc = bool(settings.dvc_stage)
+    provenance = Provenance(code or stage, inputs, params, sections, by_dvc)
+    fingerprint = _fingerprint(stage, sections, provenance)
+    if len({*processes.gather(fingerprint)}) > 1:
+        raise UserError("the machines have not the same code, parameters and inputs.")
+    resume_root = settings.root / ".resume"
+    states = resume_root / stage / fingerprint
+    if processes.is_writer:
+        forget_recorded(resume_root, wanted=states)
+    store = ResumeStore(states) if processes.world == 1 else SharedStore(states, processes)
+    run = StageRun(
+        stage,
+        settings,
+        device,
+        stop,
+        store=store,
+        processes=processes,
+        provenance=provenance,
+        records=records,
+    )
+    if settings.wandb != "off" and processes.is_writer:
+        run.tracker = start_tracker(settings, stage, fingerprint, sections)
+    try:
+        yield run
+        if not settings.dvc_stage:
+            store.remove()  # nothing will record the outputs, so there is nothing to wait for
+        leave_processes()
+    finally:
+        stop.restore()
+        store.close()
+        if run.tracker is not None:
+            run.tracker.finish()
+    if run.metrics_md5:
+        run.seal()
+
+
+def start_training(
+    stage: str,
+    params: Path,
+    sections: Mapping[str, Section],
+    inputs: Sequence[Path],
+    code: str | None = None,
+) -> AbstractContextManager[StageRun]:
+    """As :func:`start_run`, in as many processes as are asked for.
+
+    The first one then only starts the others under torchrun, waits for them, and exits.
+    """
+    num_processes = load_settings().processes
+    if (num_processes > 1 or other_machines()) and not is_worker():
+        raise SystemExit(launch(stage, num_processes))
+    return start_run(stage, params, sections, inputs, code, many_processes=True)
+
+
+def _fingerprint(stage: str, sections: Mapping[str, Section], provenance: Provenance) -> str:
+    identity = {
+        "state_format": STATE_FORMAT,
+        "stage": stage,
+        "params": {name: section.model_dump(mode="json") for name, section in sections.items()},
+        **provenance.identity(),
+    }
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
