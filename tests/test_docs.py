@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from importlib import import_module
 from itertools import zip_longest
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import yaml
 
 from minimind.compute.settings import RuntimeSettings
-from minimind.params import SHARED
+from minimind.lineage.code import stage_names
+from minimind.params import SHARED, Section
 from tests.graph import ROOT
 
 PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -20,8 +22,8 @@ TRAINED = [
 _CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _INLINE_CODE = re.compile(r"`([^`\n]+)`")
-_KEY = re.compile(r"(<stage>|[a-z][a-z0-9_]*)((?:\.[a-z][a-z0-9_]*)+)(?::? .*)?")
-_SET_KEY = re.compile(r"-S '?\+{0,2}([\w.]+)=")
+_KEY = re.compile(r"(\+\+)?(<stage>|[a-z][a-z0-9_]*)((?:\.[a-z][a-z0-9_]*)+)(?::? .*)?")
+_SET_KEY = re.compile(r"-S '?(\+{0,2}[\w.]+)=")
 _FILE = re.compile(r".*\.(py|md|json|jsonl|yaml|toml|lock|txt|csv|npy|safetensors|pth)")
 _VARIABLE = re.compile(r"MINIMIND_[A-Z]+(?:_[A-Z]+)*")
 _NOT_OURS = ("torch",)  # of dotted names
@@ -49,7 +51,17 @@ def prose(text: str) -> str:
     return _CODE_BLOCK.sub("", text)
 
 
+def fields(section: type[Section] = Section) -> set[str]:
+    """Every key of every section, those that params.yaml does not list among them."""
+    for name in stage_names():
+        import_module(f"stages.{name}")
+    return {*section.model_fields}.union(*map(fields, section.__subclasses__()))
+
+
 def is_param(dotted: str) -> bool:
+    """Whether params.yaml lists a key; of ++key, whether a section has it."""
+    if dotted.startswith("++"):
+        return dotted.rpartition(".")[2] in fields()
     value: Any = PARAMS
     keys = dotted.split(".")
     if len(keys) > 1 and keys[-1] in SHARED:  # a section may have its own
@@ -64,15 +76,16 @@ def is_param(dotted: str) -> bool:
 def params_named(text: str) -> list[str]:
     """Parameters that a document names: `sft.lr`, `data.on_bad_row: skip`, -S sft.lr=1e-5.
 
-    `<stage>.lr` stands for that key of every section that trains.
+    `<stage>.lr` stands for that key of every section that trains, `++sft.grad_clip` for one that
+    params.yaml does not list: -S '++sft.grad_clip=0.5'.
     """
     named = _SET_KEY.findall(text)
     for code in _INLINE_CODE.findall(prose(text)):
         match = _KEY.fullmatch(code)
-        if match is None or _FILE.fullmatch(code) or match[1] in _NOT_OURS:
+        if match is None or _FILE.fullmatch(code) or match[2] in _NOT_OURS:
             continue
-        sections = TRAINED if match[1] == "<stage>" else [match[1]]
-        named += [section + match[2] for section in sections]
+        sections = TRAINED if match[2] == "<stage>" else [match[2]]
+        named += [(match[1] or "") + section + match[3] for section in sections]
     return named
 
 
