@@ -23,7 +23,7 @@ app = stage_app("spo")
 class SpoConfig(ReinforcementConfig):
     """The `spo` section."""
 
-    tracker: TrackerConfig
+    tracker: TrackerConfig = TrackerConfig()
 
 
 @app.command()

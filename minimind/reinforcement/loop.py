@@ -45,7 +45,7 @@ class ReinforcementConfig(OptimizerConfig):
     schedule: ScheduleName = "linear"
     warmup_steps: int = Field(0, ge=0)  # of optimizer steps
     curve_interval: int = Field(1, gt=0)  # steps a row of the curve averages over
-    rewards: RewardsConfig
+    rewards: RewardsConfig = RewardsConfig()
     reward_model: UserPath  # a directory, read if rewards.reward_model is above 0
     hub_reward_model: str | None = None  # instead of it owner/name@commit on the Hugging Face hub
     trust_remote_code: bool = False  # whether code that comes with a reward model may run
