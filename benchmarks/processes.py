@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from benchmarks.table import ratio_rows
-from tests.project import copy_project, dvc
+from benchmarks.tiny_project import ROOT, copy_project, dvc
 
 MEMORY_WORK = "sft"
 MEMORY_STEPS = 2
@@ -131,8 +131,8 @@ def _main(peer: str, threads: str, size: str, clone: str) -> None:
     """Print this process's peak memory in MiB after a few steps."""
     import torch
 
-    from benchmarks.bench import FULL, ROOT, SHORT, prepare
     from benchmarks.material import Material
+    from benchmarks.prepare import FULL, SHORT, prepare
 
     torch.set_num_threads(int(threads))
     with tempfile.TemporaryDirectory() as folder:

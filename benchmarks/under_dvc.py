@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import yaml
 
+from benchmarks.tiny_project import dvc, git
 from benchmarks.victims import Stage, Tally, digests, newest_state, phase_on_disk
-from tests.project import dvc, git
 
 # Who is struck, by what. With dvc alone, the stage has to notice it and to end by itself.
 BLOWS = {

@@ -8,36 +8,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from minimind.cli.presets import merge, read_preset
 from tests.graph import ROOT
 from tests.shipped import shipped_params
-
-TINY_STAGE = {"max_steps": 6, "eval_interval": 3, "curve_interval": 2, "warmup_steps": 2}
-TINY: dict[str, dict[str, Any]] = {
-    "mini_world": {
-        "num_tokenizer": 300,
-        "num_pretrain": 300,
-        "num_sft": 200,
-        "num_dpo": 120,
-        "num_reason": 200,
-        "num_distill": 20,
-        "num_lora": 20,
-        "num_prompts": 40,
-        "num_eval_per_level": [4, 4, 4, 4],
-        "num_eval_text": 10,
-        "num_eval_equation": 4,
-        "num_eval_extraction": 6,
-    },
-    "tokenizer": {"vocab_size": 300},
-    "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2},
-    "pretrain": TINY_STAGE,
-    "sft": TINY_STAGE,
-    "dpo": TINY_STAGE,
-    "reason": TINY_STAGE,
-}
 
 
 def copy_project(directory: Path) -> Path:
@@ -53,9 +29,7 @@ def copy_project(directory: Path) -> Path:
         if (ROOT / name).is_file() and not name.startswith(("metrics/", "dvc.lock", "docs/")):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, directory / name)
-    params = shipped_params()
-    for section, values in TINY.items():
-        params[section] |= values
+    params = merge(shipped_params(), read_preset(ROOT / "presets", "tiny"))
     (directory / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     _keep_the_chain(directory / "dvc.yaml")
     git(directory, "init", "-q")
