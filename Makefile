@@ -27,6 +27,7 @@ test: install
 check: install
 	ruff format --check .
 	ruff check .
+	lint-imports --no-cache
 	mypy
 
 install: .venv/installed

@@ -7,16 +7,17 @@ DVC deletes a stage's outputs before it runs it, so states cannot lie among them
 fingerprint covers parameters, inputs and code: a state never meets a run of another kind.
 """
 
-import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
@@ -45,7 +46,7 @@ class ResumeStore:
         directory.mkdir(parents=True, exist_ok=True)
         for parent in list(directory.parents)[:3]:  # .resume/<stage>/ and what holds it
             _sync_directory(parent)
-        self._lock = _lock(directory / "lock")
+        self._lock = _lock(directory)
         for unfinished in directory.glob("partial-*/"):  # left by a kill, and never read
             shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -100,7 +101,7 @@ class ResumeStore:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def close(self) -> None:
-        self._lock.close()
+        self._lock.release()
 
     def _states(self) -> list[Path]:
         return sorted(self.directory.glob("state-*"))
@@ -133,15 +134,15 @@ def forget_recorded(resume_root: Path, wanted: Path) -> None:
             continue
         if has_served:
             recorded.append(marker.parent)
-    if recorded:
+    if recorded and hasattr(os, "sync"):
         os.sync()  # what DVC recorded, which it does not do itself: a power cut must find one
     for directory in recorded:
         try:
-            in_use = _lock(directory / "lock")
+            in_use = _lock(directory)
         except (OSError, UserError):
             continue
         shutil.rmtree(directory, ignore_errors=True)
-        in_use.close()
+        in_use.release()
 
 
 def _write_state(directory: Path, state: TrainingState) -> None:
@@ -182,24 +183,28 @@ def _read_state(directory: Path) -> TrainingState:
     return TrainingState(contents.pop("step"), load(data), contents)
 
 
-def _lock(path: Path) -> IO[str]:
-    file = path.open("a+", encoding="utf-8")
+def _lock(directory: Path) -> BaseFileLock:
+    """A lock that its process's death releases; beside it stands whose it is."""
+    lock, holder = FileLock(directory / "lock", timeout=0), directory / "holder.json"
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
+        lock.acquire()
+    except Timeout:
+        try:
+            of = json.loads(holder.read_text(encoding="utf-8"))
+            who = f"process {of['pid']} on {of['host']} ({of['program']})"
+        except (OSError, ValueError, KeyError):  # it is about to be written
+            who = "another process"
         raise UserError(
-            f"{path.parent} is in use by {holder}; wait for it to end, or stop it."
+            f"{directory} is in use by {who}; wait for it to end, or stop it."
         ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename} ({psutil.Process().name()})")
-    file.flush()
-    return file
+    of = {"pid": os.getpid(), "host": platform.node(), "program": psutil.Process().name()}
+    holder.write_text(json.dumps(of), encoding="utf-8")
+    return lock
 
 
 def _sync_directory(directory: Path) -> None:
+    if os.name == "nt":  # a folder cannot be opened there
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
