@@ -11,14 +11,15 @@ meta.json            the sizes of these, the row format and the tokenizer's fing
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minimind.chat.tokenizer import ChatTokenizer
+from minimind.chat.tokenizer import ChatTokenizer, EncodedRow
 from minimind.errors import UserError
 
 LARGEST_CLASS = 2
@@ -29,7 +30,7 @@ ROWS_AT_A_TIME = 2**16  # of a check: bounds its memory
 class EncodedDataset:
     """Rows of token ids and classes; the arrays are read-only and mapped from disk."""
 
-    directory: Path
+    directory: Path  # how messages name it
     format: str  # "text", "chat" or "preference"
     rows: int
     num_sources: int  # rows of the source that became these
@@ -73,6 +74,52 @@ class EncodedDataset:
             raise UserError(f"{directory} does not agree with its meta.json; encode it again.")
         dataset._check_rows()
         return dataset
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Sequence[EncodedRow],
+        tokenizer: ChatTokenizer,
+        row_format: Literal["text", "chat", "preference"] = "chat",
+        max_length: int | None = None,
+    ) -> "EncodedDataset":
+        """A data set in memory.
+
+        rows: as `tokenizer.encode_chats` or `encode_documents` gives them; of preference pairs the
+            chosen row, then the rejected one.
+        max_length: tokens that a row is cut to.
+
+        Raises:
+            UserError: there are no rows, or one has no token to train on.
+        """
+        cut = [EncodedRow(row.ids[:max_length], row.classes[:max_length]) for row in rows]
+        rows_per_sample = 2 if row_format == "preference" else 1
+        if not cut or len(cut) % rows_per_sample:
+            raise UserError(
+                f"{len(cut)} rows are no samples of {rows_per_sample}; give one or more."
+            )
+        if untrained := [number for number, row in enumerate(cut) if not row.num_trained]:
+            raise UserError(
+                f"row {untrained[0]} has no token to train on; leave it out, or raise max_length."
+            )
+        lengths, trained = [len(row.ids) for row in cut], [row.num_trained for row in cut]
+        num_samples = len(cut) // rows_per_sample
+        ids = np.concatenate([np.asarray(row.ids) for row in cut])
+        return cls(
+            directory=Path("rows in memory"),
+            format=row_format,
+            rows=len(cut),
+            num_sources=num_samples,
+            rows_per_sample=rows_per_sample,
+            max_length=max_length or max(lengths),
+            copies=0,
+            tokenizer=tokenizer.fingerprint,
+            tokens=ids.astype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32),
+            classes=np.frombuffer(b"".join(row.classes for row in cut), dtype=np.uint8),
+            offsets=np.cumsum([0, *lengths], dtype=np.int64),
+            trained_offsets=np.cumsum([0, *trained], dtype=np.int64),
+            sources=np.arange(num_samples + 1, dtype=np.int64),
+        )
 
     @property
     def num_samples(self) -> int:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from minimind.chat.answers import (
     answer_like,
@@ -32,10 +32,10 @@ from minimind.params import Section
 class EvaluateConfig(Section):
     """The `evaluate` section, for all checkpoints."""
 
-    batch_size: PositiveInt  # problems at a time
-    max_new_tokens: PositiveInt
-    dtype: DType
-    text_checkpoints: list[str]  # names of those that know raw text only
+    batch_size: PositiveInt = 64  # problems at a time
+    max_new_tokens: PositiveInt = 256
+    dtype: DType = "bfloat16"
+    text_checkpoints: list[str] = Field(default=[])  # names of those that know raw text only
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ def evaluate(
     model: Transformer,
     tokenizer: ChatTokenizer,
     problems: Sequence[Problem],
-    texts: Sequence[str],
-    config: EvaluateConfig,
-    as_text: bool,
+    texts: Sequence[str] = (),
+    config: EvaluateConfig = EvaluateConfig(),  # noqa: B008  # it is frozen
+    as_text: bool = False,
 ) -> tuple[dict[str, Number], list[Prediction]]:
     """Metrics, and a prediction for each problem.
 

@@ -53,7 +53,6 @@ def add_adapter(model: Transformer, shape: AdapterShape, seed: int) -> PeftModel
             f"lora.projections has {', '.join(sorted(others))}, but the checkpoint has experts; "
             f"with experts, allowed are {', '.join(ATTENTION)}."
         )
-    torch.manual_seed(seed)  # peft draws the first matrix from the global generator
     config = LoraConfig(
         r=shape.rank,
         lora_alpha=shape.alpha,
@@ -62,7 +61,9 @@ def add_adapter(model: Transformer, shape: AdapterShape, seed: int) -> PeftModel
         task_type="CAUSAL_LM",
         inference_mode=False,
     )
-    return PeftModel(model, config)
+    with torch.random.fork_rng(devices=[]):  # peft draws the first matrix from the global one
+        torch.manual_seed(seed)
+        return PeftModel(model, config)
 
 
 def save_adapter(directory: Path, model: PeftModel) -> None:

@@ -27,6 +27,17 @@ class Loss(NamedTuple):
     terms: dict[str, Term]
     metrics: dict[str, Term]
 
+    @classmethod
+    def mean(cls, values: Tensor, per: Unit, name: str = "loss", **metrics: Tensor) -> "Loss":
+        """The mean of `values`, and of each metric, over as many as there are of a unit in a step.
+
+        values: [M] of the micro-batch, one for each token, row or sample as `per` says.
+        """
+        return cls(
+            terms={name: Term(values.float().sum(), per)},
+            metrics={key: Term(m.detach().float().sum(), per) for key, m in metrics.items()},
+        )
+
 
 class Objective(Protocol):
     """What stages differ in: a loss as a function of model and batch."""

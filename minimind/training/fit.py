@@ -62,7 +62,20 @@ def fit(
         Stopped: a signal came; the state is saved.
         UserError: no sample to train on, or the loss is not finite.
     """
-    run, extras = run or Run.alone(), dict(extras or {})
+    run = run or Run.alone()
+    with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+        torch.manual_seed(config.seed + run.processes.rank)  # each process has a dropout of its own
+        return _fit(model, objective, dataset, config, run, dict(extras or {}))
+
+
+def _fit(
+    model: nn.Module,
+    objective: Objective,
+    dataset: EncodedDataset,
+    config: FitConfig,
+    run: Run,
+    extras: dict[str, Extra],
+) -> History:
     train, held_out = split(dataset, config)
     _require_samples(dataset, train, held_out, config)
     batches = Batches(
@@ -80,8 +93,6 @@ def fit(
         if isinstance(module, Decoder):
             module.recompute_layers = config.gradient_checkpointing
     trained, forward = shard(model, Layer, run.device, run.processes, run.settings)
-    if run.processes.rank:
-        torch.manual_seed(config.seed + run.processes.rank)  # a dropout of its own
     optimizer = Optimizer(trained, config, run.device, run.processes.world)
     best = BestWeights(trained)
     parts: dict[str, Part] = {"model": Weights(trained), "best": best, "rng": Generators(run)}

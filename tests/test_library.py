@@ -1,0 +1,126 @@
+"""The library by itself: no graph, no params.yaml, no folder layout."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import minimind
+from minimind import (
+    ChatTokenizer,
+    EncodedDataset,
+    FitConfig,
+    Loss,
+    NextToken,
+    UserError,
+    evaluate,
+    fit,
+    load_model,
+    read_problems,
+    reply,
+    save_checkpoint,
+    save_tokenizer,
+    train_tokenizer,
+)
+from tests.tiny import tiny_model
+
+CHATS = [
+    [
+        {"role": "user", "content": f"What comes after {n}?"},
+        {"role": "assistant", "content": f"{n + 1}"},
+    ]
+    for n in range(8)
+]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> ChatTokenizer:
+    texts = [turn["content"] for chat in CHATS for turn in chat] + ["user", "assistant"]
+    save_tokenizer(train_tokenizer(texts, 300), tmp_path / "tokenizer")
+    return ChatTokenizer.load(tmp_path / "tokenizer")
+
+
+def test_a_model_learns_chats_and_answers(
+    tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = EncodedDataset.from_rows(tokenizer.encode_chats(CHATS), tokenizer)
+    model = tiny_model(vocab_size=tokenizer.vocab_size)
+    before = torch.random.get_rng_state()
+    config = FitConfig(epochs=150, lr=1e-2, batch_size=8, dtype="float32")
+    history = fit(model, NextToken(), rows, config)
+    assert torch.equal(torch.random.get_rng_state(), before), "nobody else's generator is touched"
+    assert history.curve[-1]["loss"] < history.curve[0]["loss"]
+    assert reply(model, tokenizer, CHATS[3][:1]) == "4"
+    assert {path.name for path in tmp_path.iterdir()} == {"tokenizer"}, "nothing is written"
+
+    save_checkpoint(tmp_path / "checkpoint", model, tmp_path / "tokenizer")
+    loaded = load_model(tmp_path / "checkpoint")
+    assert reply(loaded, tokenizer, CHATS[5][:1]) == "6"
+    (tmp_path / "problems.jsonl").write_text(
+        '{"prompt": "What comes after 6?", "answer": "7"}\n'
+        '{"prompt": "What comes after 2?", "answer": "5"}\n'
+    )
+    metrics, _ = evaluate(loaded, tokenizer, read_problems(tmp_path / "problems.jsonl"))
+    assert metrics["exact"] == 0.5
+
+
+def test_rows_in_memory_are_as_those_on_disk(tokenizer: ChatTokenizer) -> None:
+    encoded = tokenizer.encode_chats(CHATS)
+    rows = EncodedDataset.from_rows(encoded, tokenizer, max_length=20)
+    for number, row in enumerate(encoded):
+        ids, classes = rows.row(number)
+        assert ids.tolist() == list(row.ids)[:20]
+        assert classes.tobytes() == row.classes[:20]
+    rows._check_rows()
+    pairs = EncodedDataset.from_rows(encoded, tokenizer, "preference")
+    assert (pairs.num_samples, pairs.rows, pairs.num_sources) == (4, 8, 4)
+    pairs._check_rows()
+    for few, said in (([], "0 rows are no samples of 2"), (encoded[:3], "3 rows are no samples")):
+        with pytest.raises(UserError, match=said):
+            EncodedDataset.from_rows(few, tokenizer, "preference")
+    with pytest.raises(UserError, match="row 0 has no token to train on"):
+        EncodedDataset.from_rows(encoded, tokenizer, max_length=2)
+
+
+def test_a_loss_is_a_mean_over_a_step(tokenizer: ChatTokenizer) -> None:
+    """Written as a user would: with micro-batches of other sizes, the same weights come out."""
+
+    def own(model, batch, progress):  # type: ignore[no-untyped-def]
+        logits = model(batch.tokens, batch.predict_at).scores
+        losses = torch.nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+        return Loss.mean(losses, "tokens", nll=losses)
+
+    data = EncodedDataset.from_rows(tokenizer.encode_chats(CHATS), tokenizer)
+    weights = []
+    for objective, size in ((own, 2), (own, 4), (NextToken(), 4)):
+        model = tiny_model(vocab_size=tokenizer.vocab_size)
+        steps = 8 // size
+        config = FitConfig(batch_size=size, accumulation_steps=steps, dtype="float32", max_steps=2)
+        history = fit(model, objective, data, config.model_copy(update={"curve_interval": 1}))
+        assert history.curve[-1]["nll"] == pytest.approx(history.curve[-1]["loss"])
+        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(weights[1], weights[2], atol=1e-5, rtol=1e-4)
+
+
+def test_importing_it_loads_nothing() -> None:
+    code = "import sys, minimind; print(sorted({'torch', 'numpy', 'pydantic'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_every_name_is_there_and_documented() -> None:
+    assert 15 <= len(minimind.__all__) <= 30
+    for name in minimind.__all__:
+        assert getattr(minimind, name).__doc__, f"{name} has no docstring"
+    with pytest.raises(AttributeError, match=r"minimind has no fti; it has: .*fit"):
+        minimind.fti  # noqa: B018
+
+
+def test_static_checkers_see_the_same_names() -> None:
+    text = Path(minimind.__file__ or "").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"import \w+ as (\w+)", text)) == minimind.__all__
