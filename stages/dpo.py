@@ -1,7 +1,7 @@
 """Direct preference optimization: make the chosen answers likelier than the rejected ones."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 from zipfile import BadZipFile
 
 import numpy as np
@@ -14,7 +14,10 @@ from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import UserError
 from minimind.metrics import write_curve, write_metrics
 from minimind.model.checkpoint import load_model, save_checkpoint
-from minimind.objectives.dpo import Dpo, Reduction
+from minimind.objectives.dpo import Dpo
+from minimind.objectives.loss import Objective
+from minimind.objectives.orpo import Orpo
+from minimind.objectives.preference import Reduction
 from minimind.params import UserPath, load_section
 from minimind.terminal.command import stage_app
 from minimind.training.fit import FitConfig, fit, summary
@@ -27,7 +30,8 @@ class DpoConfig(FitConfig):
     """The `dpo` section."""
 
     init: UserPath  # the path of the checkpoint to start from, and of the reference
-    beta: float = Field(gt=0)  # strength of the pull towards the reference
+    loss: Literal["dpo", "orpo"] = "dpo"
+    beta: float = Field(gt=0)  # of dpo the pull towards the reference, of orpo the weight of odds
     nll_weight: float = Field(ge=0)  # of the chosen answers' own loss; 0: DPO alone
     reduction: Reduction  # log-probabilities of an answer: sum or mean over its tokens
 
@@ -41,7 +45,7 @@ def main(
     curve: Annotated[Path, typer.Option()],
     params: Annotated[Path, typer.Option()] = Path("params.yaml"),
 ) -> None:
-    """Train on preference pairs against cached reference log-probabilities."""
+    """Train on preference pairs; dpo compares with cached log-probabilities of the reference."""
     config = load_section(params, "dpo", DpoConfig)
     inputs = [config.init, preferences, reference]
     with start_training("dpo", params, {"dpo": config}, inputs) as run:
@@ -50,8 +54,11 @@ def main(
         dataset.check_format("preference")
         dataset.check_tokenizer_of(config.init)
         extras = {"reference": Extra(load_reference(reference, dataset), per="rows")}
-        objective = Dpo(config.beta, config.reduction, config.nll_weight)
-        history = fit(model, objective, dataset, config, run, extras)
+        losses: dict[str, Objective] = {
+            "dpo": Dpo(config.beta, config.reduction, config.nll_weight),
+            "orpo": Orpo(config.beta),
+        }
+        history = fit(model, losses[config.loss], dataset, config, run, extras)
         results = summary(history)
         if "val_accuracy" in results:
             results["pair_accuracy"] = results.pop("val_accuracy")

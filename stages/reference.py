@@ -14,7 +14,7 @@ from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import UserError
 from minimind.files import replacing
 from minimind.model.checkpoint import load_model
-from minimind.objectives.dpo import Reduction, row_logprobs
+from minimind.objectives.preference import Reduction, row_logprobs
 from minimind.params import Section, UserPath, load_section
 from minimind.terminal.command import stage_app
 from minimind.training.run import start_run

@@ -17,9 +17,10 @@ from benchmarks.peers.words import words, words_tokenizer
 from benchmarks.table import as_text, ratio_rows, save
 from minimind.datasets.batches import Extra, in_order
 from minimind.objectives.distill import Distill
-from minimind.objectives.dpo import Dpo, row_logprobs
+from minimind.objectives.dpo import Dpo
 from minimind.objectives.loss import Loss
 from minimind.objectives.next_token import NextToken
+from minimind.objectives.preference import row_logprobs
 from tests.tiny import random_pairs, random_rows, tiny_config, tiny_model, write_rows
 
 ROOT = Path(__file__).parents[1]

@@ -227,13 +227,14 @@ def test_a_change_of_report_or_command_line_retrains_nothing() -> None:
     for stage in ("pretrain", "sft", "dpo", "reason", "grpo", "distill", "lora"):
         packages = {name.split(".")[1] for name in code_of(stage) if "." in name}
         assert not packages & {"report", "cli", "lineage", "terminal"}
-        assert "minimind.training.fit" in code_of(stage)
+        assert "minimind.training.session" in code_of(stage)
         assert "minimind.compute.precision" in code_of(stage)
 
 
 def test_losses_are_digested_where_they_are_used() -> None:
-    using = {stage for stage in stage_names() if "minimind.objectives.dpo" in code_of(stage)}
-    assert using == {"dpo", "reference"}
+    for loss, stages in (("dpo", {"dpo"}), ("preference", {"dpo", "reference"})):
+        module = f"minimind.objectives.{loss}"
+        assert {stage for stage in stage_names() if module in code_of(stage)} == stages
 
 
 def test_what_is_written_is_read_by_people(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from minimind.datasets.batches import Batches, Extra, count, pack, split_samples
 from minimind.datasets.epochs import exact
 from minimind.objectives import by_rows
-from minimind.objectives.dpo import Dpo, row_logprobs
+from minimind.objectives.dpo import Dpo
 from minimind.objectives.loss import token_logprobs
 from minimind.objectives.next_token import NextToken
+from minimind.objectives.preference import row_logprobs
 from minimind.training.muon import Muon
 from minimind.training.schedule import learning_rate
 from tests.tiny import random_pairs, random_rows, tiny_model, write_rows

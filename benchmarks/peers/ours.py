@@ -20,9 +20,10 @@ from minimind.datasets.batches import Extra, in_order
 from minimind.model.generate import Sampling, generate
 from minimind.model.transformer import Layer, Transformer
 from minimind.objectives.distill import TEACHER_IDS, TEACHER_LOGPROBS, Distill, bucket_logprobs
-from minimind.objectives.dpo import Dpo, row_logprobs
+from minimind.objectives.dpo import Dpo
 from minimind.objectives.loss import Objective
 from minimind.objectives.next_token import NextToken
+from minimind.objectives.preference import row_logprobs
 from minimind.params import with_shared
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.group_relative import GroupRelative

@@ -105,6 +105,7 @@ class EncodedDataset:
         lengths, trained = [len(row.ids) for row in cut], [row.num_trained for row in cut]
         num_samples = len(cut) // rows_per_sample
         ids = np.concatenate([np.asarray(row.ids) for row in cut])
+        small = tokenizer.vocab_size <= 2**16
         return cls(
             directory=Path("rows in memory"),
             format=row_format,
@@ -114,7 +115,7 @@ class EncodedDataset:
             max_length=max_length or max(lengths),
             copies=0,
             tokenizer=tokenizer.fingerprint,
-            tokens=ids.astype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32),
+            tokens=ids.astype(np.uint16) if small else ids.astype(np.uint32),
             classes=np.frombuffer(b"".join(row.classes for row in cut), dtype=np.uint8),
             offsets=np.cumsum([0, *lengths], dtype=np.int64),
             trained_offsets=np.cumsum([0, *trained], dtype=np.int64),

@@ -25,7 +25,7 @@ from minimind.files import replacing
 TOP_PACKAGES = ("minimind", "stages")
 # Decides how a result is computed, never what it is: devices, processes, signals, records. Imports
 # are followed through it, but it is in no digest...
-HOW = ("minimind.compute", "minimind.lineage", "minimind.terminal")
+HOW = ("minimind.compute", "minimind.lineage", "minimind.terminal", "minimind.training.run")
 # ... apart from what stands there and changes values.
 VALUES = ("minimind.compute.matmuls", "minimind.compute.precision")
 # Names of the library that are loaded when they are asked for: in no closure, or each would be the

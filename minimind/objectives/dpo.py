@@ -1,32 +1,13 @@
 """Direct preference optimization (arXiv:2305.18290)."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from minimind.datasets.batches import PackedBatch
-from minimind.model.transformer import Output
-from minimind.objectives.loss import Loss, Term, token_logprobs, with_balance
-
-Reduction = Literal["sum", "mean"]
-
-
-def row_logprobs(model: nn.Module, batch: PackedBatch, reduction: Reduction) -> Tensor:
-    """Log-probability of each row's trained tokens, summed or averaged over them: float32 [N]."""
-    return _reduced(*_row_sums(model(batch.tokens, batch.predict_at), batch), reduction)
-
-
-def _row_sums(output: Output, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """Of each row's trained tokens, the sum of log-probabilities and their number: [N], [N]."""
-    logprobs = token_logprobs(output.scores, batch.targets)
-    sums = logprobs.new_zeros(batch.counts.rows).index_add(0, batch.row_of_target, logprobs)
-    return sums, batch.row_of_target.bincount(minlength=batch.counts.rows)
-
-
-def _reduced(sums: Tensor, lengths: Tensor, reduction: Reduction) -> Tensor:
-    return sums if reduction == "sum" else sums / lengths
+from minimind.objectives.loss import Loss, Term, with_balance
+from minimind.objectives.preference import Reduction, pair_metrics, reduced, row_sums
 
 
 @dataclass(frozen=True)
@@ -47,22 +28,13 @@ class Dpo:
 
     def __call__(self, model: nn.Module, batch: PackedBatch, progress: float) -> Loss:
         output = model(batch.tokens, batch.predict_at)
-        sums, lengths = _row_sums(output, batch)
-        logprobs = _reduced(sums, lengths, self.reduction)
+        sums, lengths = row_sums(output, batch)
+        logprobs = reduced(sums, lengths, self.reduction)
         rewards = self.beta * (logprobs - batch.extras["reference"])
         chosen, rejected = rewards[0::2], rewards[1::2]
-        margins = chosen - rejected
-        terms = {"dpo": Term(-F.logsigmoid(margins).sum(), "samples")}
+        terms = {"dpo": Term(-F.logsigmoid(chosen - rejected).sum(), "samples")}
         if self.nll_weight > 0:
             nll = -(sums / lengths)[0::2].sum()
             terms["nll"] = Term(self.nll_weight * nll, "samples")
-        loss = Loss(
-            terms=terms,
-            metrics={
-                "accuracy": Term((margins.detach() > 0).float().sum(), "samples"),
-                "margin": Term(margins.detach().sum(), "samples"),
-                "chosen_reward": Term(chosen.detach().sum(), "samples"),
-                "rejected_reward": Term(rejected.detach().sum(), "samples"),
-            },
-        )
+        loss = Loss(terms, pair_metrics(chosen, rejected))
         return with_balance(loss, output)
