@@ -25,6 +25,7 @@ from minimind import (
     save_tokenizer,
     train_tokenizer,
 )
+from tests.graph import ROOT
 from tests.tiny import tiny_model
 
 CHATS = [
@@ -124,3 +125,26 @@ def test_every_name_is_there_and_documented() -> None:
 def test_static_checkers_see_the_same_names() -> None:
     text = Path(minimind.__file__ or "").read_text(encoding="utf-8")
     assert sorted(re.findall(r"import \w+ as (\w+)", text)) == minimind.__all__
+
+
+def python_of(readme: str) -> list[str]:
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_readmes_code_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a folder of its own, with a checkpoint and problems where it says."""
+    train, use = python_of("README.md")
+    assert len([line for line in train.splitlines() if line]) <= 15
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        exec(compile(train, "README.md", "exec"), {})
+        assert capsys.readouterr().out == "42\n"
+        tokenizer = ChatTokenizer.load(Path("tokenizer"))
+        model = tiny_model(vocab_size=tokenizer.vocab_size, max_positions=256)
+        save_checkpoint(Path("models/reason"), model, Path("tokenizer"))
+        Path("data/mini_world").mkdir(parents=True)
+        Path("data/mini_world/eval.jsonl").write_text('{"prompt": "1+1?", "answer": "2"}\n')
+        names: dict[str, object] = {}
+        exec(compile(use, "README.md", "exec"), names)
+    assert names["metrics"]["exact"] in (0.0, 1.0)  # type: ignore[index]

@@ -63,13 +63,13 @@ class ChatTokenizer:
         self.vocab_size = max(vocabulary.values()) + 1  # rows an embedding needs
 
     @classmethod
-    def load(cls, directory: Path) -> "ChatTokenizer":
+    def load(cls, directory: Path | str) -> "ChatTokenizer":
         """Open the ``tokenizer.json`` of a tokenizer's or checkpoint's directory.
 
         Raises:
             UserError: it is missing or broken, or lacks one of the control tokens.
         """
-        file = directory / "tokenizer.json"
+        file = Path(directory) / "tokenizer.json"
         if not file.is_file():
             raise UserError(
                 f"{file} is missing; {directory} must be a tokenizer's or checkpoint's directory."

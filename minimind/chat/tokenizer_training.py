@@ -79,7 +79,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
     return tokenizer
 
 
-def save_tokenizer(tokenizer: tokenizers.Tokenizer, directory: Path) -> None:
+def save_tokenizer(tokenizer: tokenizers.Tokenizer, directory: Path | str) -> None:
     """Write a directory that transformers opens as ``PreTrainedTokenizerFast``.
 
     Written by hand: transformers 5 writes a class name that transformers 4 refuses.
@@ -89,7 +89,7 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, directory: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "bos_token": START,
     }
-    with replacing(directory) as partial:
+    with replacing(Path(directory)) as partial:
         partial.mkdir()
         tokenizer.save(str(partial / "tokenizer.json"))
         _write_config(partial, config)

@@ -83,7 +83,7 @@ class _Row(BaseModel):
         return self
 
 
-def read_problems(source: Path) -> list[Problem]:
+def read_problems(source: Path | str) -> list[Problem]:
     """All problems of a JSONL file or folder of shards.
 
     Raises:
@@ -91,7 +91,7 @@ def read_problems(source: Path) -> list[Problem]:
         BadRowError: a row cannot be used; it says where and why.
     """
     problems = []
-    for number, (place, record, _) in enumerate(read_rows(source, _in_whole_characters), 1):
+    for number, (place, record, _) in enumerate(read_rows(Path(source), _in_whole_characters), 1):
         try:
             problems.append(_parse(place, record, str(number)))
         except BadRowError:

@@ -27,11 +27,14 @@ EMBEDDING = "model.embed_tokens.weight"
 SELECTION_BIAS = "moe_statics.e_score_correction_bias"
 
 
-def save_checkpoint(directory: Path, model: Transformer, tokenizer_directory: Path) -> None:
+def save_checkpoint(
+    directory: Path | str, model: Transformer, tokenizer_directory: Path | str
+) -> None:
     """Write `model` and a copy of a tokenizer's files as a Hugging Face directory.
 
     The directory appears whole or not at all.
     """
+    directory, tokenizer_directory = Path(directory), Path(tokenizer_directory)
     control_ids = _control_ids(tokenizer_directory)
     weights = {
         name: tensor.detach().to("cpu", torch.float32).contiguous()
@@ -52,13 +55,14 @@ def save_checkpoint(directory: Path, model: Transformer, tokenizer_directory: Pa
         save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
 
 
-def load_model(directory: Path) -> Transformer:
+def load_model(directory: Path | str) -> Transformer:
     """Load a checkpoint onto the CPU in float32.
 
     Raises:
         UserError: a file is missing, cut short or of another architecture; weights are missing,
             of other shapes or not finite; the tokenizer has more tokens than the model.
     """
+    directory = Path(directory)
     config = load_config(directory)
     try:
         weights = load_file(directory / WEIGHTS)
