@@ -37,7 +37,7 @@ DECIDING = ("minimind", "stages", "params.yaml", "dvc.yaml")
 LESSER = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "MINIMIND_CPU_PRODUCTS": "float32",
+    "MINIMIND_CPU_MATMULS": "float32",
 }
 
 

@@ -25,7 +25,7 @@ def matmul_rate(
 
 
 def training_operations(config: ModelConfig, num_tokens: int, num_trained: int) -> float:
-    """Operations of the matrix products of a training step, those of attention left out.
+    """Operations of the matmuls of a training step, those of attention left out.
 
     Two for each weight and token forward, twice as many backward; the head at trained tokens.
     """

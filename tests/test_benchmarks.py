@@ -59,7 +59,7 @@ def test_the_saved_table_has_its_keys(tmp_path: Path) -> None:
 def test_ours_computes_as_stages_do_and_leaves_peers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The peers are measured in the same process, where one's choice would be all others'."""
     chosen = ["native"]
-    monkeypatch.setattr(ours, "choose_products", chosen.append)
+    monkeypatch.setattr(ours, "choose_matmuls", chosen.append)
     monkeypatch.setattr(ours, "_prepare", lambda *_: lambda: len(chosen))
     step = ours.prepare(Mock(), "sft")
     assert chosen == ["native"]

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from minimind import generate as generate_module
-from minimind.compute.matmuls import choose_products
+from minimind.compute.matmuls import choose_matmuls
 from minimind.errors import UserError
 from minimind.model.checkpoint import save_checkpoint
 from minimind.model.generate import Completions, Sampling, generate
@@ -304,7 +304,7 @@ def test_logprobs_are_those_of_the_model(model: Transformer) -> None:
 
 
 def test_bfloat16_casts_every_weight_once(model: Transformer) -> None:
-    choose_products("native")  # in float32 they are converted again, for each product
+    choose_matmuls("native")  # in float32 they are converted again, for each product
     prompts = random_prompts(4)
     with torch.profiler.profile(record_shapes=True) as profile:
         generate(model, prompts, max_new_tokens=10, end_id=-1, dtype="bfloat16")

@@ -11,7 +11,7 @@ import torch
 from benchmarks.material import END, Material
 from benchmarks.paced import Paced
 from benchmarks.peers import Step
-from minimind.compute.matmuls import choose_products
+from minimind.compute.matmuls import choose_matmuls
 from minimind.compute.precision import autocast
 from minimind.compute.processes import Processes
 from minimind.compute.settings import RuntimeSettings
@@ -41,14 +41,14 @@ torch.utils.deterministic.fill_uninitialized_memory = False
 def prepare(material: Material, work: str, compile: bool = False) -> Step:
     step = _prepare(material, work, compile)
 
-    def with_products_as_in_stages() -> int:
-        choose_products("auto")
+    def with_matmuls_as_in_stages() -> int:
+        choose_matmuls("auto")
         try:
             return step()
         finally:
-            choose_products("native")  # others are measured in this process, too
+            choose_matmuls("native")  # others are measured in this process, too
 
-    return with_products_as_in_stages
+    return with_matmuls_as_in_stages
 
 
 def _prepare(material: Material, work: str, compile: bool) -> Step:

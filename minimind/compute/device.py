@@ -5,17 +5,17 @@ import os
 import torch
 
 from minimind.compute.launch import is_worker
-from minimind.compute.matmuls import choose_products
+from minimind.compute.matmuls import choose_matmuls
 from minimind.compute.settings import RuntimeSettings
 from minimind.errors import UserError
 
 
 def prepare_device(settings: RuntimeSettings) -> torch.device:
-    """The device asked for, or the best there is; sets threads and how products are computed."""
+    """The device asked for, or the best there is; sets threads and how matmuls are computed."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.set_float32_matmul_precision(settings.matmul_precision)
-    choose_products(settings.cpu_products)
+    choose_matmuls(settings.cpu_matmuls)
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available() and not is_worker(),  # one process's alone
@@ -34,8 +34,8 @@ def prepare_device(settings: RuntimeSettings) -> torch.device:
     return torch.device(name)
 
 
-def keep_few_products() -> None:
-    """For work whose products hardly ever have a size again; to be called before the first one.
+def limit_matmul_cache() -> None:
+    """For work whose matmuls hardly ever have a size again; to be called before the first one.
 
     On CPU oneDNN keeps what it prepared for the last 1,024 sizes, which may be megabytes each.
     """

@@ -6,7 +6,7 @@ in it anyway, and the result is rounded to the type. Only the order of the sums 
 (docs/decisions/0014-half-precision-without-its-instructions.md).
 
 What is replaced are PyTorch's kernels of a few operators, on CPU and for these types alone. All
-products end in them: those of layers, of autograd's gradients, of optimizers, of peft, of
+matmuls end in them: those of layers, of autograd's gradients, of optimizers, of peft, of
 transformers and of compiled code. So no place has to ask for it, and none can forget to.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The operators of matrix products that have kernels of their own on CPU. Linear layers, matmul,
+# The operators of matmuls that have kernels of their own on CPU. Linear layers, matmul,
 # einsum and the gradients of all of these call them. `.out` is what compiled code calls.
 OPERATORS = (
     "mm",
@@ -37,10 +37,10 @@ _in_float32: frozenset[torch.dtype] = frozenset()  # the types that are multipli
 _library: Any = None  # holds our kernels, once there was a type to multiply so
 
 
-def choose_products(setting: str) -> None:
-    """How products of 16-bit values are computed on CPU from here on, in this process.
+def choose_matmuls(setting: str) -> None:
+    """How matmuls of 16-bit values are computed on CPU from here on, in this process.
 
-    setting: as MINIMIND_CPU_PRODUCTS, auto, native or float32.
+    setting: as MINIMIND_CPU_MATMULS, auto, native or float32.
     """
     global _in_float32
     if setting == "auto":
@@ -53,8 +53,8 @@ def choose_products(setting: str) -> None:
         _replace_kernels()
 
 
-def products_in_float32() -> list[str]:
-    """The types whose products are computed in float32, for a record."""
+def matmuls_in_float32() -> list[str]:
+    """The types whose matmuls are computed in float32, for a record."""
     return sorted(str(dtype).removeprefix("torch.") for dtype in _in_float32)
 
 
@@ -63,7 +63,7 @@ def _has(type_name: str) -> bool:
 
     It says so of bfloat16 on x86 with any AVX-512, where without AVX512-BF16 it takes twice as
     long as float32, with AVX-NE-CONVERT, and on ARM with its bfloat16 extension; of float16 with
-    AVX512-FP16 or AVX-NE-CONVERT. A build without oneDNN has nothing to ask, and no fast products.
+    AVX512-FP16 or AVX-NE-CONVERT. A build without oneDNN has nothing to ask, and no fast matmuls.
     """
     ask = getattr(torch.ops.mkldnn, f"_is_mkldnn_{type_name}_supported", None)
     if type_name == "bf16" and torch.cpu._is_avx512_supported():

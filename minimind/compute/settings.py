@@ -22,7 +22,7 @@ class RuntimeSettings(BaseSettings):
         default=0, ge=0, le=1024, description="CPU threads; 0 leaves PyTorch's choice"
     )
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    cpu_products: Literal["auto", "native", "float32"] = Field(
+    cpu_matmuls: Literal["auto", "native", "float32"] = Field(
         default="auto", description="of 16-bit values: auto asks whether the CPU has instructions"
     )
     compile: bool = Field(default=False, description="torch.compile; costs 10-60 s at the start")

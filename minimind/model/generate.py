@@ -22,7 +22,7 @@ from minimind.model.transformer import PackedTokens, Transformer
 # of a larger one would copy that part first, which costs as much as the product.
 COLUMNS_AT_A_TIME = 16
 # Finished rows leave the batch once so many of its rows have finished: it costs a copy of the
-# other rows' cache. Some stay, to leave a multiple of FILL: products of a size that was met before
+# other rows' cache. Some stay, to leave a multiple of FILL: matmuls of a size that was met before
 # need no preparation (see minimind/model/transformer.py).
 FINISHED_SHARE = 0.2
 FILL = 16

@@ -296,7 +296,7 @@ class Transformer(nn.Module):
 def _filled(tokens: PackedTokens) -> PackedTokens:
     """The same samples, and behind them one of zeros up to a multiple of FILL tokens.
 
-    No two steps have as many tokens, and libraries prepare a product anew for each size that they
+    No two steps have as many tokens, and libraries prepare a matmul anew for each size that they
     have not met lately. Sizes that come back save a tenth of a step and half the memory on CPU, for
     1 % more tokens that nothing sees (docs/decisions/0008-products-come-in-few-sizes.md).
     """

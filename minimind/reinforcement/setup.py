@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from minimind.chat.tokenizer import ChatTokenizer
-from minimind.compute.device import keep_few_products
+from minimind.compute.device import limit_matmul_cache
 from minimind.model.transformer import Transformer
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.loop import ReinforcementConfig
@@ -26,7 +26,7 @@ def build_environment(
     Raises:
         UserError: prompts, reward model or custom reward cannot be used.
     """
-    keep_few_products()  # every rollout has other numbers of rows and tokens
+    limit_matmul_cache()  # every rollout has other numbers of rows and tokens
     weights = config.rewards.weights()
     max_positions = model.config.max_positions
     loaded = load_prompts(prompts, tokenizer, max_positions, needs_answers="answer" in weights)

@@ -11,11 +11,11 @@ from minimind.compute.sharding import full_tensor, part_like
 
 
 class Muon(torch.optim.Muon):
-    """The same update as :class:`torch.optim.Muon`, a product for all matrices of a shape at once.
+    """The same update as :class:`torch.optim.Muon`, a matmul for all matrices of a shape at once.
 
     PyTorch's always orthogonalizes in bfloat16, ours in the type it is given.
 
-    One after the other, the matrices of a small model take hundreds of products too small to keep
+    One after the other, the matrices of a small model take hundreds of matmuls too small to keep
     two cores busy: a fifth of a training step at the built-in size.
 
     Where processes hold parts of each matrix, all of them orthogonalize the whole of it.

@@ -16,7 +16,7 @@ import torch
 
 from minimind.compute.device import prepare_device
 from minimind.compute.launch import is_worker, launch, other_machines
-from minimind.compute.matmuls import products_in_float32
+from minimind.compute.matmuls import matmuls_in_float32
 from minimind.compute.processes import (
     Processes,
     join_processes,
@@ -81,7 +81,7 @@ class Run:
             "threads": torch.get_num_threads(),
             "compile": self.settings.compile,
             "matmul_precision": torch.get_float32_matmul_precision(),
-            "cpu_products_in_float32": products_in_float32(),
+            "cpu_matmuls_in_float32": matmuls_in_float32(),
             "torch": torch.__version__,
             "processor": torch.backends.cpu.get_cpu_capability(),
         }

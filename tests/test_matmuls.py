@@ -1,4 +1,4 @@
-"""16-bit products on processors without instructions for them: none is left, none is another's."""
+"""16-bit matmuls on processors without instructions for them: none is left, none is another's."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minimind.compute import matmuls as products
+from minimind.compute import matmuls
 from minimind.compute.compiling import can_compile
-from minimind.compute.matmuls import OPERATORS, choose_products, products_in_float32
+from minimind.compute.matmuls import OPERATORS, choose_matmuls, matmuls_in_float32
 from minimind.compute.precision import DType, autocast
 from minimind.compute.settings import load_settings
 from minimind.datasets.batches import PackedBatch, pack
@@ -49,9 +49,9 @@ OPTIMIZER = {"lr": 0.01, "weight_decay": 0.01, "beta2": 0.95, "grad_clip": 1.0}
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
-    before = products._in_float32
+    before = matmuls._in_float32
     yield
-    products._in_float32 = before
+    matmuls._in_float32 = before
 
 
 def randn(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -100,7 +100,7 @@ def test_an_operator_is_the_one_of_float32_on_the_same_values(
     torch.manual_seed(0)
     function, args = calls(dtype)[operator]
     native = function(*args)
-    choose_products("float32")
+    choose_matmuls("float32")
     found = function(*args)
     assert found.dtype == dtype
     assert torch.equal(found, function(*(arg.float() for arg in args)).to(dtype))
@@ -108,8 +108,8 @@ def test_an_operator_is_the_one_of_float32_on_the_same_values(
         step = torch.finfo(dtype).eps
         torch.testing.assert_close(found, native, rtol=step, atol=step)
     # What is multiplied are the wide values, and no others.
-    wide = products._wide
-    monkeypatch.setattr(products, "_wide", lambda v: 2 * wide(v) if isinstance(v, Tensor) else v)
+    wide = matmuls._wide
+    monkeypatch.setattr(matmuls, "_wide", lambda v: 2 * wide(v) if isinstance(v, Tensor) else v)
     assert not torch.equal(function(*args), found)
 
 
@@ -136,9 +136,9 @@ def test_gradients_are_those_of_float32_on_the_same_values(dtype: torch.dtype) -
     for function, args in functions:
         seed = torch.randn_like(function(*args))
         native = results(function, args, seed)
-        choose_products("float32")
+        choose_matmuls("float32")
         found = results(function, args, seed)
-        choose_products("native")
+        choose_matmuls("native")
         for ours, theirs in zip(found, native, strict=True):
             assert ours.dtype == dtype
             if dtype == torch.bfloat16:
@@ -162,9 +162,9 @@ def test_float32_is_untouched() -> None:
         F.linear(x, w).square().sum().backward()
         return [*values, x.grad, w.grad]  # type: ignore[list-item]
 
-    choose_products("native")
+    choose_matmuls("native")
     native = results()
-    choose_products("float32")
+    choose_matmuls("float32")
     for ours, theirs in zip(results(), native, strict=True):
         assert ours.numpy().tobytes() == theirs.numpy().tobytes()
 
@@ -273,7 +273,7 @@ WORKS: dict[str, Callable[[Path, DType], Any]] = {
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("work", WORKS)
 def test_no_16_bit_product_is_left(work: str, dtype: DType, tmp_path: Path) -> None:
-    choose_products("float32")
+    choose_matmuls("float32")
     with Watch() as watch:
         WORKS[work](tmp_path, dtype)
     assert "mm" in watch.seen  # there was something to see
@@ -281,27 +281,27 @@ def test_no_16_bit_product_is_left(work: str, dtype: DType, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("work", ["train", "experts", "reward", "evaluate", "teacher", "lora"])
-def test_a_whole_step_is_that_of_native_products(work: str, tmp_path: Path) -> None:
+def test_a_whole_step_is_that_of_native_matmuls(work: str, tmp_path: Path) -> None:
     def result() -> Tensor:
         torch.manual_seed(0)
         return torch.as_tensor(WORKS[work](tmp_path, "bfloat16")).double()
 
     native = result()
-    choose_products("float32")
+    choose_matmuls("float32")
     torch.testing.assert_close(result(), native, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_training_is_as_with_native_products_and_repeats_itself(
+def test_training_is_as_with_native_matmuls_and_repeats_itself(
     tmp_path: Path,
     data,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
     dtype: str,
 ) -> None:
     changes = {"dtype": dtype, "optimizer": "muon"}
-    monkeypatch.setenv("MINIMIND_CPU_PRODUCTS", "native")
+    monkeypatch.setenv("MINIMIND_CPU_MATMULS", "native")
     native, _ = train(tmp_path, data, **changes)
-    monkeypatch.setenv("MINIMIND_CPU_PRODUCTS", "float32")
+    monkeypatch.setenv("MINIMIND_CPU_MATMULS", "float32")
     forced, model = train(tmp_path, data, **changes)
     again, same = train(tmp_path, data, **changes)
     recomputed, _ = train(tmp_path, data, **changes, gradient_checkpointing=True)
@@ -319,20 +319,20 @@ def test_a_run_says_how_it_multiplies(
 ) -> None:
     config = FitConfig.model_validate(CONFIG)
     for setting, types in (("native", []), ("float32", ["bfloat16", "float16"])):
-        monkeypatch.setenv("MINIMIND_CPU_PRODUCTS", setting)
+        monkeypatch.setenv("MINIMIND_CPU_MATMULS", setting)
         with a_run(tmp_path, config) as run:
-            assert run.computed_with()["cpu_products_in_float32"] == types
+            assert run.computed_with()["cpu_matmuls_in_float32"] == types
     with pytest.raises(Stopped):
         train(tmp_path, data, stop_after=3)
-    monkeypatch.setenv("MINIMIND_CPU_PRODUCTS", "native")
+    monkeypatch.setenv("MINIMIND_CPU_MATMULS", "native")
     train(tmp_path, data)
-    said = "computed otherwise than before (cpu_products_in_float32 ['bfloat16', 'float16'] -> [])"
+    said = "computed otherwise than before (cpu_matmuls_in_float32 ['bfloat16', 'float16'] -> [])"
     assert said in capfd.readouterr().err
 
 
 def test_a_wrong_setting_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINIMIND_CPU_PRODUCTS", "fast")
-    with pytest.raises(UserError, match=r"MINIMIND_CPU_PRODUCTS is 'fast'.*'native'"):
+    monkeypatch.setenv("MINIMIND_CPU_MATMULS", "fast")
+    with pytest.raises(UserError, match=r"MINIMIND_CPU_MATMULS is 'fast'.*'native'"):
         load_settings()
 
 
@@ -361,8 +361,8 @@ def test_the_processor_is_asked(
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**answers))
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
-    choose_products("auto")
-    assert products_in_float32() == in_float32
+    choose_matmuls("auto")
+    assert matmuls_in_float32() == in_float32
 
 
 @pytest.mark.skipif(not can_compile(), reason="PyTorch's path has spaces")
@@ -371,22 +371,22 @@ def test_compiled_code_multiplies_as_eager_code_does(
     data,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("MINIMIND_CPU_PRODUCTS", "float32")
+    monkeypatch.setenv("MINIMIND_CPU_MATMULS", "float32")
     changes = {"max_steps": 6, "curve_interval": 1, "dtype": "bfloat16"}
     eager, _ = train(tmp_path, data, **changes)
     monkeypatch.setenv("MINIMIND_COMPILE", "1")
-    num_products = 0
-    called_wide = products._called_wide
+    num_matmuls = 0
+    called_wide = matmuls._called_wide
 
     def counted(*args: Any) -> Any:
-        nonlocal num_products
-        num_products += 1
+        nonlocal num_matmuls
+        num_matmuls += 1
         return called_wide(*args)
 
-    monkeypatch.setattr(products, "_called_wide", counted)
+    monkeypatch.setattr(matmuls, "_called_wide", counted)
     compiled, _ = train(tmp_path, data, **changes)
     # Of 14 linear layers and the head: forward, and each one's two gradients.
-    assert num_products >= 6 * 2 * 3 * 15
+    assert num_matmuls >= 6 * 2 * 3 * 15
     losses = [row["loss"] for row in eager.curve if "loss" in row]
     assert [row["loss"] for row in compiled.curve if "loss" in row] == pytest.approx(
         losses, rel=0.02

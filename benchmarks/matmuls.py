@@ -1,9 +1,9 @@
-"""How fast 16-bit products in float32 are: python -m benchmarks.products
+"""How fast 16-bit matmuls in float32 are: python -m benchmarks.matmuls
 
 Training steps and decoding at the sizes of params.yaml, each form in a process of its own:
 
 native       bfloat16, by this processor's instructions where it has them
-in float32   bfloat16, by float32's instructions (MINIMIND_CPU_PRODUCTS=float32)
+in float32   bfloat16, by float32's instructions (MINIMIND_CPU_MATMULS=float32)
 scalar       bfloat16 as PyTorch computes it where oneDNN has no instructions for it, which
              ONEDNN_MAX_CPU_ISA=AVX2 makes it believe; x86 alone
 float32      all in float32
@@ -33,7 +33,7 @@ import yaml
 from benchmarks.material import write_rows
 from benchmarks.peers.ours import CPU, bare_run
 from benchmarks.table import quartiles
-from minimind.compute.matmuls import choose_products, products_in_float32
+from minimind.compute.matmuls import choose_matmuls, matmuls_in_float32
 from minimind.datasets.batches import Batches, Extra
 from minimind.datasets.encoded import EncodedDataset
 from minimind.model.generate import Sampling, generate
@@ -46,7 +46,7 @@ from minimind.training.optimizer import Optimizer, OptimizerConfig
 from minimind.training.step import take_step
 
 ROOT = Path(__file__).resolve().parents[1]
-FORMS = {  # name: (dtype, MINIMIND_CPU_PRODUCTS, ONEDNN_MAX_CPU_ISA)
+FORMS = {  # name: (dtype, MINIMIND_CPU_MATMULS, ONEDNN_MAX_CPU_ISA)
     "native": ("bfloat16", "native", ""),
     "in float32": ("bfloat16", "float32", ""),
     "float32": ("float32", "native", ""),
@@ -115,8 +115,8 @@ def _row(work: str, name: str, rates: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def _start(name: str, arguments: argparse.Namespace) -> "subprocess.Popen[str]":
-    dtype, products, isa = FORMS[name]
-    command = [sys.executable, "-m", "benchmarks.products", "--worker", dtype, products]
+    dtype, matmuls, isa = FORMS[name]
+    command = [sys.executable, "-m", "benchmarks.matmuls", "--worker", dtype, matmuls]
     environment = os.environ | ({"ONEDNN_MAX_CPU_ISA": isa} if isa else {})
     return subprocess.Popen(
         [*command, "--threads", str(arguments.threads)],
@@ -136,11 +136,11 @@ def _ask(worker: "subprocess.Popen[str]", work: str) -> float:
     return float(worker.stdout.readline())
 
 
-def _work(dtype: str, products: str, threads: int) -> None:
+def _work(dtype: str, matmuls: str, threads: int) -> None:
     """What a worker does: for every line that names a work, one with its tokens a second."""
     torch.set_num_threads(threads)
-    choose_products(products)
-    assert bool(products_in_float32()) == (products == "float32")
+    choose_matmuls(matmuls)
+    assert bool(matmuls_in_float32()) == (matmuls == "float32")
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder:
         steps = {work: _prepare(work, params, dtype, Path(folder)) for work in WORKS}
@@ -234,7 +234,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=120.0, help="of measuring, about")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/products.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/matmuls.json")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)  # how it calls itself
     return parser.parse_args()
 
