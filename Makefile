@@ -7,7 +7,7 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-.PHONY: repro test check table bench install clean
+.PHONY: repro test check table bench docs install clean
 
 repro: install
 	dvc repro
@@ -20,6 +20,10 @@ table:
 bench: install
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	python -m benchmarks.bench $(if $(MINIMIND),--minimind $(MINIMIND)) $(BENCH)
+
+docs: install
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	mkdocs build --strict
 
 test: install
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadgroup

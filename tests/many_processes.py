@@ -31,7 +31,7 @@ from minimind.reinforcement.prompts import Draws
 from minimind.reinforcement.setup import build_environment
 from minimind.reinforcement.single_stream import SingleStream
 from minimind.terminal.command import stage_app
-from minimind.training import session
+from minimind.training import run as run_module
 from minimind.training.fit import FitConfig, fit
 from minimind.training.run import Run, start_training
 from minimind.training.session import History
@@ -119,7 +119,7 @@ def _reinforce(config: GrpoConfig | SpoConfig, run: Run) -> tuple[History, nn.Mo
 @app.command()
 def main(cases: Path) -> None:
     """Run all cases, one after the other; each process writes <cases>.<rank>."""
-    session.leave_processes = lambda: None  # type: ignore[assignment]  # they meet again
+    run_module.leave_processes = lambda: None  # type: ignore[assignment]  # they meet again
     torch.set_num_threads(1)
     results = {}
     for name, case in json.loads(cases.read_text()).items():

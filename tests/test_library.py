@@ -1,5 +1,6 @@
 """The library by itself: no graph, no params.yaml, no folder layout."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -148,3 +149,12 @@ def test_the_readmes_code_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str
         names: dict[str, object] = {}
         exec(compile(use, "README.md", "exec"), names)
     assert names["metrics"]["exact"] in (0.0, 1.0)  # type: ignore[index]
+
+
+def test_the_reference_has_every_name() -> None:
+    text = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+    named = re.findall(r"^::: minimind\.([\w.]+)\.(\w+)$", text, re.MULTILINE)
+    assert sorted(name for _, name in named) == minimind.__all__
+    for module, name in named:
+        found = importlib.import_module(f"minimind.{module}")
+        assert getattr(found, name) is getattr(minimind, name)
