@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from minimind.cli.presets import apply_preset, read_preset
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -16,7 +14,7 @@ def copy_project(directory: Path) -> Path:
     archive = ["git", "archive", "HEAD", "--", ".", ":!metrics", ":!dvc.lock", ":!docs"]
     packed = subprocess.run(archive, cwd=ROOT, check=True, capture_output=True).stdout
     subprocess.run(["tar", "-x"], cwd=directory, input=packed, check=True)
-    apply_preset(directory / "params.yaml", read_preset(ROOT / "presets", "tiny"))
+    _run(directory, [sys.executable, "-m", "minimind.cli.main", "preset", "tiny"])
     git(directory, "init", "-q")
     git(directory, "add", "-A")
     git(directory, "commit", "-qm", "tiny")

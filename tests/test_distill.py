@@ -309,9 +309,9 @@ class Project:
                 "teacher": "models/teacher",
                 "data": "data",
                 "init": "models/tokenizer",
-                "alpha": 0.3,
                 "student": STUDENT,
             },
+            "distill_loss": {"alpha": 0.3},
             "sft": FIT | {"init": "models/student"},
         }
 
@@ -377,7 +377,8 @@ def test_cached_outputs_are_what_the_teacher_says(project: Project) -> None:
 
 
 def test_a_student_comes_nearer_to_its_teacher_than_its_twin(project: Project) -> None:
-    project.params["distill"] |= {"epochs": 4.0, "alpha": 0.1}
+    project.params["distill"] |= {"epochs": 4.0}
+    project.params["distill_loss"] = {"alpha": 0.1}
     succeeds(project.teach())
     succeeds(project.distill("distill"))
     succeeds(project.distill("twin", "--twin"))

@@ -658,9 +658,9 @@ def test_misuse_is_one_line(learnt: Path, tmp_path: Path) -> None:
     assert "is missing" in invoke(learnt, problems=tmp_path / "no.jsonl")
     assert "is missing" in invoke(learnt, checkpoint=tmp_path / "nowhere")
     params = tmp_path / "p.yaml"
-    params.write_text("evaluate: {batch_size: 0, max_new_tokens: 4, dtype: float32}\n")
+    params.write_text("evaluate: {batch_size: 0, max_new_tokens: 0, dtype: float32}\n")
     line = invoke(learnt, params=params)
-    assert "evaluate.batch_size is 0" in line and "evaluate.text_checkpoints is missing" in line
+    assert "evaluate.batch_size is 0" in line and "evaluate.max_new_tokens is 0" in line
 
 
 def test_a_tokenizer_too_large_for_the_model_is_one_line(learnt: Path, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from minimind import generate as generate_module
 from minimind.compute.matmuls import choose_matmuls
 from minimind.errors import UserError
+from minimind.model import generate as generate_module
 from minimind.model.checkpoint import save_checkpoint
 from minimind.model.generate import Completions, Sampling, generate
 from minimind.model.transformer import PackedTokens, Transformer

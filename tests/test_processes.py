@@ -301,7 +301,6 @@ def free_port() -> int:
 
 def start_stage(folder: Path) -> subprocess.Popen[str]:
     options = {
-        "checkpoint": "models/start",
         "conversations": "data",
         "output": "models/sft",
         "metrics": "sft.json",

@@ -127,7 +127,7 @@ def test_in_a_fresh_clone_it_is_said_before_anything_is_run(tmp_path: Path) -> N
     project = copy_project(tmp_path / "project")
     text = (project / "params.yaml").read_text(encoding="utf-8")
     (project / "params.yaml").write_text(text.replace("init: models/dpo", "init: dpo"))
-    assert stages_run(dvc(project, "repro", expect=255)) == ["check"]
+    assert stages_run(dvc(project, "repro", expect=255)) == ["code", "check"]
     assert stages_run(dvc(project, "repro", "evaluate@sft", expect=255)) == ["check"]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from minimind.reinforcement.loop import ReinforcementConfig
 from tests.broken import build, contents, run
 from tests.graph import ROOT
 from tests.project import copy_project, dvc
@@ -99,7 +100,7 @@ def test_code_of_a_reward_model_runs_only_if_params_say_so() -> None:
     for values in [params, *presets]:
         for stage in ("grpo", "spo"):
             assert values.get(stage, {}).get("trust_remote_code", False) is False
-    assert params["grpo"]["trust_remote_code"] is params["spo"]["trust_remote_code"] is False
+    assert ReinforcementConfig.model_fields["trust_remote_code"].default is False
 
 
 # What is unpickled, is run: none of these may leave its mark.
@@ -128,7 +129,7 @@ def project(workspace: Path, tmp_path: Path) -> Path:
         ("evaluate", "models/base/model.safetensors"),
         ("grpo", "models/base/model.safetensors"),
         ("teacher_outputs", "models/base/model.safetensors"),
-        ("export", "models/lora/adapter_model.safetensors"),
+        ("merge", "models/lora/adapter_model.safetensors"),
         ("dpo", "reference.npy"),
         ("distill", "outputs/ids.bin"),
         ("sft", "encoded/sft/tokens.bin"),
@@ -224,12 +225,12 @@ def test_dvc_runs_no_part_of_a_parameter(tmp_path: Path) -> None:
 def test_a_checkpoint_from_outside_is_read_and_nothing_is_written_there(project: Path) -> None:
     outside = project.with_name("outside")
     shutil.move(project / "models" / "base", outside)
-    before = contents(project.parent)
     params = yaml.safe_load((project / "params.yaml").read_text(encoding="utf-8"))
     for section in ("sft", "grpo", "traces", "lora"):
         params[section]["init"] = "../outside"
     params["distill"]["teacher"] = "../outside"
     (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    before = contents(project.parent)
     for command in ("sft", "grpo", "traces", "teacher_outputs", "merge"):
         assert run(command, project).exit_code == 0
     after = contents(project.parent)

@@ -562,10 +562,11 @@ def test_stage_writes_the_same_bytes_in_every_process(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "stages.tokenizer", *write_stage_inputs(folder)]
         environment = {"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": seed}
         subprocess.run(command, env=environment, check=True)
-        files = sorted(f for f in folder.rglob("*") if f.is_file())
+        made = [folder / "metrics", folder / "tokenizer"]
+        files = sorted(f for place in made for f in place.rglob("*") if f.is_file())
         written.append([(f.relative_to(folder), f.read_bytes()) for f in files])
     assert written[0] == written[1]
-    assert len(written[0]) == 6
+    assert len(written[0]) == 4
 
 
 def test_stage_measures_compression(tmp_path: Path) -> None:
@@ -578,7 +579,8 @@ def test_stage_measures_compression(tmp_path: Path) -> None:
 
 def test_stage_adopts_a_directory(tmp_path: Path, foreign: Path) -> None:
     arguments = write_stage_inputs(tmp_path)
-    arguments[1] = str(foreign)
+    params = {"tokenizer": {"vocab_size": 300}, "data": {"tokenizer": f"{foreign}"}}
+    (tmp_path / "params.yaml").write_text(json.dumps(params))
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     adopted = ChatTokenizer.load(tmp_path / "tokenizer")

@@ -216,8 +216,9 @@ class Project:
         generations, seen, stages = [], {stage}, [stage]
         while stages:
             paths = [dep["path"] for name in stages for dep in self._entries(name, "deps")]
-            paths = [path for path in dict.fromkeys(paths) if not path.startswith("code/")]
-            paths = [path for path in paths if path not in seen]
+            paths = [path for path in dict.fromkeys(paths) if path not in seen]
+            paths = [path for path in paths if not path.startswith("code/")]
+            paths = [path for path in paths if not path.endswith(".py")]
             if paths:
                 generations.append(", ".join(paths))
             stages = list(dict.fromkeys(m for p in paths if (m := self._maker_of(p)) is not None))
