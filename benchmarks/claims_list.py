@@ -216,9 +216,9 @@ CLAIMS = [
     Claim("lora: .60 of its task after", at_least(0.60, "lora", task("extraction"))),
     Claim(
         "distill: nearer its teacher than the student without one",
-        metric(lambda m: m["twin"]["kl_to_teacher"] - m["distill"]["kl_to_teacher"]),
+        metric(lambda m: m["baseline"]["kl_to_teacher"] - m["distill"]["kl_to_teacher"]),
     ),
-    Claim("distill: better at the task than it", above(0.0, "distill", "twin", stories)),
+    Claim("distill: better at the task than it", above(0.0, "distill", "baseline", stories)),
 ]
 
 

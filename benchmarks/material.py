@@ -26,7 +26,7 @@ MEAN_LENGTH, SPREAD = 130, 0.7  # of the log-normal lengths
 CONTEXT_SHARE = 0.35
 SUPERVISED = ("pretrain", "sft", "dpo", "reason", "distill")
 
-Row = tuple[list[int], list[int]]  # token ids, and their classes
+Row = tuple[list[int], list[int]]  # token ids, and their loss_mask
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,11 @@ def write_rows(directory: Path, rows: Sequence[Row], pairs: bool) -> None:
     """Write an encoded data set, in the format of minimind/datasets/encoded.py."""
     directory.mkdir(parents=True)
     lengths = [len(ids) for ids, _ in rows]
-    trained = [sum(c > 0 for c in classes) for _, classes in rows]
+    trained = [sum(c > 0 for c in loss_mask) for _, loss_mask in rows]
     rows_per_sample = 2 if pairs else 1
     arrays = {
         "tokens": np.concatenate([ids for ids, _ in rows]).astype(np.uint16),
-        "classes": np.concatenate([classes for _, classes in rows]).astype(np.uint8),
+        "loss_mask": np.concatenate([loss_mask for _, loss_mask in rows]).astype(np.uint8),
         "offsets": np.cumsum([0, *lengths]).astype(np.int64),
         "trained_offsets": np.cumsum([0, *trained]).astype(np.int64),
         "sources": np.arange(len(rows) // rows_per_sample + 1),
@@ -166,15 +166,15 @@ def padded(rows: Sequence[Row], length: int = 0) -> tuple[Tensor, Tensor]:
     length = length or max(len(ids) for ids, _ in rows)
     all_ids = torch.full((len(rows), length), PAD)
     labels = torch.full((len(rows), length), -100)
-    for i, (ids, classes) in enumerate(rows):
+    for i, (ids, loss_mask) in enumerate(rows):
         all_ids[i, : len(ids)] = torch.tensor(ids)
-        is_trained = torch.tensor(classes) > 0
+        is_trained = torch.tensor(loss_mask) > 0
         labels[i, : len(ids)] = torch.where(is_trained, torch.tensor(ids), -100)
     return all_ids, labels
 
 
 def num_trained(rows: Sequence[Row]) -> int:
-    return sum(c > 0 for _, classes in rows for c in classes)
+    return sum(c > 0 for _, loss_mask in rows for c in loss_mask)
 
 
 def _mean_probability(model: Transformer, prompts: list[list[int]], token: int) -> float:

@@ -32,12 +32,17 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "distill": STEPS,
     "grpo": POLICY | {"num_generations": 2},
     "spo": POLICY,
-    "traces": SAMPLED | {"num_prompts": 24, "num_samples": 2},
+    "rejection_sampling": SAMPLED | {"num_prompts": 24, "num_samples": 2},
     "thinking": SAMPLED | {"num_prompts": 40},
     "teacher_outputs": {"batch_size": 16, "top_k": 8},
     "evaluate": SAMPLED,
 }
-STARTING_FROM_SFT = ("grpo", "spo", "traces", "thinking")  # so that a short run builds less
+STARTING_FROM_SFT = (
+    "grpo",
+    "spo",
+    "rejection_sampling",
+    "thinking",
+)  # so that a short run builds less
 LEFT_OUT = ("export", "report")  # copy files; `merge` and `evaluate` stand for them
 EVALUATED = ("sft", "reason")
 STATELESS = ("check", "mini_world", "tokenizer", "encode", "reference", "merge", "evaluate")

@@ -1,4 +1,4 @@
-"""White-box distillation of a smaller student, and its no-teacher baseline, stage twin."""
+"""White-box distillation of a smaller student, and its no-teacher baseline, stage baseline."""
 
 from pathlib import Path
 from typing import Annotated
@@ -46,14 +46,16 @@ def main(
     metrics: Annotated[Path, typer.Option()],
     curve: Annotated[Path, typer.Option()],
     params: Annotated[Path, typer.Option()] = Path("params.yaml"),
-    twin: Annotated[bool, typer.Option(help="learn without the teacher, for comparison")] = False,
+    baseline: Annotated[
+        bool, typer.Option(help="learn without the teacher, for comparison")
+    ] = False,
 ) -> None:
     """Train a student on data and teacher, or the baseline, only measured against the teacher."""
-    app.stage = stage = "twin" if twin else "distill"
+    app.stage = stage = "baseline" if baseline else "distill"
     config = load_section(params, "distill", DistillConfig)
     sections: dict[str, Section] = {"distill": config}
     alpha = 1.0
-    if not twin:
+    if not baseline:
         loss = load_section(params, "distill_loss", DistillLossConfig)
         sections["distill_loss"], alpha = loss, loss.alpha
     conversations = encoded / config.data

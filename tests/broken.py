@@ -31,6 +31,7 @@ from stages import (
     pretrain,
     reason,
     reference,
+    rejection_sampling,
     report,
     reward,
     sft,
@@ -38,7 +39,6 @@ from stages import (
     teacher_outputs,
     thinking,
     tokenizer,
-    traces,
 )
 from tests.graph import ROOT
 from tests.shipped import shipped_params
@@ -74,7 +74,7 @@ TINY: dict[str, dict[str, Any]] = {
     "lora": STEPS | {"rank": 2},
     "grpo": POLICY | {"num_generations": 2},
     "spo": POLICY,
-    "traces": SAMPLED | {"num_prompts": 2, "num_samples": 2},
+    "rejection_sampling": SAMPLED | {"num_prompts": 2, "num_samples": 2},
     "thinking": SAMPLED | {"num_prompts": 2},
     "teacher_outputs": {"top_k": 8, "batch_size": 4},
     "evaluate": {"batch_size": 4, "max_new_tokens": 4},
@@ -98,7 +98,7 @@ PATHS: dict[str, dict[str, str]] = {
     "distill": {"init": "models/tokenizer", "teacher": "models/base", "data": "sft"},
     "lora": {"init": "models/base", "data": "sft"},
     **{name: {"init": "models/base"} for name in ("sft", "dpo", "reason", "reward")},
-    **{name: {"init": "models/base"} for name in ("traces", "thinking")},
+    **{name: {"init": "models/base"} for name in ("rejection_sampling", "thinking")},
     "grpo": {"init": "models/base", "custom_reward": "custom.py"},
     "spo": {"init": "models/base", "custom_reward": "custom.py"},
 }
@@ -125,8 +125,8 @@ COMMANDS: dict[str, tuple[StageApp, str]] = {
     "reward": (reward.app, f"--preferences encoded/dpo {TRAINED}"),
     "grpo": (grpo.app, TRAINED),
     "spo": (spo.app, TRAINED),
-    "traces": (
-        traces.app,
+    "rejection_sampling": (
+        rejection_sampling.app,
         "--output out/t.jsonl --rejected out/r.jsonl --metrics out/metrics.json",
     ),
     "thinking": (

@@ -214,7 +214,7 @@ def test_every_chat_is_followed_by_its_copies(tmp_path: Path, tokenizer_director
     tokenizer = ChatTokenizer.load(tokenizer_directory)
     rows = [dataset.row(index) for index in range(dataset.rows)]
     originals = [tokenizer.encode_chat(chat(text)) for text in QUESTIONS]
-    assert [(ids.tolist(), classes.tolist()) for ids, classes in rows[::3]] == originals
+    assert [(ids.tolist(), loss_mask.tolist()) for ids, loss_mask in rows[::3]] == originals
     assert dataset.sources.tolist() == list(range(0, 91, 3))
     texts = [tokenizer.decode(ids) for ids, _ in rows]
     for index, text in enumerate(texts):

@@ -84,14 +84,14 @@ def test_rows_have_the_lengths_of_real_text_and_are_the_same_for_all(tmp_path: P
     lengths = np.array([len(ids) for ids, _ in rows])
     assert 110 < lengths.mean() < 150
     assert lengths.max() <= 512
-    shares = [classes.count(0) / len(classes) for _, classes in rows]
+    shares = [loss_mask.count(0) / len(loss_mask) for _, loss_mask in rows]
     assert np.mean(shares) == pytest.approx(0.35, abs=0.02)
     taken = [row for step in range(8) for row in materials[0].rows_of_step("sft", step)]
     assert sorted(taken) == sorted(rows)
     pairs = materials[0].rows_of_step("dpo", 0)
     assert len(pairs) == 100
-    for (chosen, classes), (rejected, _) in zip(pairs[0::2], pairs[1::2], strict=True):
-        context = classes.index(1)
+    for (chosen, loss_mask), (rejected, _) in zip(pairs[0::2], pairs[1::2], strict=True):
+        context = loss_mask.index(1)
         assert chosen[:context] == rejected[:context]
         assert chosen[context:] != rejected[context:]
 
@@ -120,7 +120,7 @@ def test_the_padded_peers_losses_are_ours(tmp_path: Path) -> None:
     model, other = tiny_model(0).eval(), tiny_model(1).eval()
     theirs, their_other = (padded_peer.llama(m).eval() for m in (model, other))
     rows = random_rows(6)
-    rows = [(ids, [min(c, 1) for c in classes]) for ids, classes in rows]
+    rows = [(ids, [min(c, 1) for c in loss_mask]) for ids, loss_mask in rows]
     (batch,) = in_order(write_rows(tmp_path / "rows", rows), np.arange(6), 6, {})
     ours = NextToken()(model, batch, 0.0)
     expected = float(padded_peer.next_token_loss(theirs, rows))

@@ -23,7 +23,7 @@ EXACT = {
     "spo": (0.98, 0.98, 0.95, 0.5),
     "lora": (0.0, 0.0, 0.0, 0.0),
     "distill": (0.8, 0.7, 0.6, 0.2),
-    "twin": (0.2, 0.1, 0.1, 0.0),
+    "baseline": (0.2, 0.1, 0.1, 0.0),
 }
 FULL_SENTENCES = {"sft": 0.5, "dpo": 1.0}
 
@@ -57,7 +57,7 @@ def kept() -> Results:
         "pretrain": {"initial_val_loss": 6.0, "val_loss": 1.0},
         "dpo": {"pair_accuracy": 0.95},
         "distill": {"kl_to_teacher": 0.1},
-        "twin": {"kl_to_teacher": 0.3},
+        "baseline": {"kl_to_teacher": 0.3},
     }
     predictions = {name: stories_of(name) for name in EXACT}
     predictions["pretrain"] += rows(0.9, "choice_correct", task="equation", level=None)
@@ -116,7 +116,7 @@ BREAKS = {
     "spo: level 3": share_of("spo", "correct", 0.92, task=None, level=3),
     "lora: at most": share_of("sft", "correct", 0.3, task="extraction"),
     "lora: .60": share_of("lora", "correct", 0.5, task="extraction"),
-    "distill: nearer": metric("twin", "kl_to_teacher", 0.05),
+    "distill: nearer": metric("baseline", "kl_to_teacher", 0.05),
     "distill: better": share_of("distill", "correct", 0.05, task=None),
 }
 

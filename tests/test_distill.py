@@ -22,7 +22,7 @@ from minimind.distillation.outputs import TeacherOutputs
 from minimind.distillation.teacher import PaddedModel, Teacher, load_teacher
 from minimind.errors import UserError
 from minimind.model.checkpoint import load_model, save_checkpoint
-from minimind.objectives import by_rows
+from minimind.objectives import chunked
 from minimind.objectives.distill import (
     TEACHER_IDS,
     TEACHER_LOGPROBS,
@@ -124,9 +124,9 @@ def test_many_scores_give_the_same_bits_a_few_rows_at_a_time(
         batch = replace(batch, extras=cached(teacher, batch, top_k))
     objective = Distill(0.3, TEMPERATURE, None if top_k else teacher)
     results = []
-    for many_scores in (2**22, 0):
-        monkeypatch.setattr(by_rows, "MANY_SCORES", many_scores)
-        monkeypatch.setattr(by_rows, "SCORES_AT_A_TIME", 5 * VOCAB_SIZE)
+    for many_logits in (2**22, 0):
+        monkeypatch.setattr(chunked, "MANY_LOGITS", many_logits)
+        monkeypatch.setattr(chunked, "LOGITS_AT_A_TIME", 5 * VOCAB_SIZE)
         student = tiny_model(1)
         metrics = objective(student, batch, 0.0).metrics
         values = {name: float(term.total) for name, term in metrics.items()}
@@ -156,12 +156,12 @@ def test_cached_whole_distributions_are_the_teacher_beside_the_student(tmp_path:
 
 def test_alpha_1_is_fine_tuning_and_the_teacher_only_measures(tmp_path: Path) -> None:
     batch = pack(write_rows(tmp_path, random_rows(6)), np.arange(6), {})
-    twin = Distill(1.0, TEMPERATURE, None)
+    baseline = Distill(1.0, TEMPERATURE, None)
     plain = gradient(tiny_model(1), NextToken(), [batch], batch.counts.tokens)
     # In training there is not even a teacher.
-    assert torch.equal(gradient(tiny_model(1), twin, [batch], batch.counts.tokens), plain)
+    assert torch.equal(gradient(tiny_model(1), baseline, [batch], batch.counts.tokens), plain)
     batch.extras.update(cached(tiny_model(2), batch, 8))
-    measured = twin(tiny_model(1).eval(), batch, 0.0)
+    measured = baseline(tiny_model(1).eval(), batch, 0.0)
     assert torch.equal(measured.terms["distill"].total, measured.metrics["ce"].total)
     assert float(measured.metrics["kl"].total) > 0
 
@@ -376,38 +376,38 @@ def test_cached_outputs_are_what_the_teacher_says(project: Project) -> None:
     assert 0.3 < metrics["top_share"] < 0.99
 
 
-def test_a_student_comes_nearer_to_its_teacher_than_its_twin(project: Project) -> None:
+def test_a_student_comes_nearer_to_its_teacher_than_the_baseline(project: Project) -> None:
     project.params["distill"] |= {"epochs": 4.0}
     project.params["distill_loss"] = {"alpha": 0.1}
     succeeds(project.teach())
     succeeds(project.distill("distill"))
-    succeeds(project.distill("twin", "--twin"))
-    student, twin = project.metrics("distill"), project.metrics("twin")
-    assert student["kl_to_teacher"] < 0.95 * twin["kl_to_teacher"]
-    assert twin["val_loss"] == twin["val_ce"]
+    succeeds(project.distill("baseline", "--baseline"))
+    student, baseline = project.metrics("distill"), project.metrics("baseline")
+    assert student["kl_to_teacher"] < 0.95 * baseline["kl_to_teacher"]
+    assert baseline["val_loss"] == baseline["val_ce"]
     assert student["val_loss"] == pytest.approx(
         0.1 * student["val_ce"] + 0.9 * TEMPERATURE**2 * student["kl_to_teacher"], rel=1e-5
     )
     for name in ("steps", "tokens", "parameters"):
-        assert student[name] == twin[name]
+        assert student[name] == baseline[name]
     # Of the same rows: what a byte costs is what a token costs, times a constant.
     assert student["bits_per_byte"] / student["val_ce"] == pytest.approx(
-        twin["bits_per_byte"] / twin["val_ce"], rel=1e-4
+        baseline["bits_per_byte"] / baseline["val_ce"], rel=1e-4
     )
-    header = Path("twin.csv").read_text().splitlines()[0].split(",")
+    header = Path("baseline.csv").read_text().splitlines()[0].split(",")
     assert {"step", "loss", "ce", "val_loss", "val_ce", "val_kl"} <= set(header)
     assert "kl" not in header
 
 
-def test_the_twin_is_plain_fine_tuning_of_the_same_student(project: Project) -> None:
+def test_the_baseline_is_plain_fine_tuning_of_the_same_student(project: Project) -> None:
     vocab_size = ChatTokenizer.load(Path("models/tokenizer")).vocab_size
     new = tiny_model(FIT["seed"], vocab_size=vocab_size, **STUDENT)
     save_checkpoint(Path("models/student"), new, Path("models/tokenizer"))
     paths = ["--conversations", "data", "--output", "models/sft"]
     succeeds(project.run(sft, *paths, "--metrics", "sft.json", "--curve", "sft.csv"))
     succeeds(project.teach())
-    succeeds(project.distill("fresh", "--twin"))
-    succeeds(project.distill("from_checkpoint", "--twin", init="models/student"))
+    succeeds(project.distill("fresh", "--baseline"))
+    succeeds(project.distill("from_checkpoint", "--baseline", init="models/student"))
     assert project.weights("fresh") == project.weights("sft")
     assert project.weights("from_checkpoint") == project.weights("sft")
 

@@ -70,7 +70,7 @@ def chat_rows(chats: Sequence[Sequence[Message]]) -> list[Any]:
 
 def rows_of(dataset: EncodedDataset) -> list[tuple[list[int], list[int]]]:
     rows = [dataset.row(index) for index in range(dataset.rows)]
-    return [(ids.tolist(), classes.tolist()) for ids, classes in rows]
+    return [(ids.tolist(), loss_mask.tolist()) for ids, loss_mask in rows]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -131,7 +131,7 @@ def test_chats(stage: Stage, tokenizer: ChatTokenizer) -> None:
     assert rows_of(dataset) == expected
     assert (dataset.format, dataset.num_samples, dataset.max_length) == ("chat", 3, 512)
     assert dataset.tokens.dtype == np.uint16
-    trained = [sum(c > 0 for c in classes) for _, classes in expected]
+    trained = [sum(c > 0 for c in loss_mask) for _, loss_mask in expected]
     assert np.diff(dataset.trained_offsets).tolist() == trained
     num_tokens = sum(len(ids) for ids, _ in expected)
     assert metrics == {
@@ -209,7 +209,7 @@ def test_documents_are_split_and_every_token_is_predicted_once(
     assert metrics["rows"] == 3 < metrics["samples"] == len(rows)
     assert metrics["truncated_rows"] == 0
     assert all(len(ids) <= 20 for ids, _ in rows)
-    assert all(classes == [0] + [1] * (len(ids) - 1) for ids, classes in rows)
+    assert all(loss_mask == [0] + [1] * (len(ids) - 1) for ids, loss_mask in rows)
     predicted = [token for ids, _ in rows for token in ids[1:]]
     assert predicted == [t for text in TEXTS for t in tokenizer.encode_document(text)[0][1:]]
 
@@ -246,7 +246,7 @@ def test_long_chats_are_cut_at_their_end(stage: Stage, tokenizer: ChatTokenizer)
 
 def test_reasoning_has_its_tags_in_class_2(stage: Stage, tokenizer: ChatTokenizer) -> None:
     dataset, _ = stage.encode(chat_rows(CHATS[2:]), "reason")
-    tags = dataset.tokens[dataset.classes == 2].tolist()
+    tags = dataset.tokens[dataset.loss_mask == 2].tolist()
     assert tokenizer.decode(tags) == "<think></think><answer></answer>"
     assert dataset.format == "chat"
     result = stage.run(chat_rows(CHATS), "reason")
@@ -261,8 +261,8 @@ def test_preferences_compare_what_follows_the_shared_beginning(
     assert (dataset.format, dataset.rows_per_sample) == ("preference", 2)
     assert (dataset.rows, dataset.num_samples, metrics["samples"]) == (4, 2, 2)
     compared = [
-        tokenizer.decode(ids[i] for i, c in enumerate(classes) if c)
-        for ids, classes in rows_of(dataset)
+        tokenizer.decode(ids[i] for i, c in enumerate(loss_mask) if c)
+        for ids, loss_mask in rows_of(dataset)
     ]
     # The assistant turn of the prompt is not compared, those after it are, all of them.
     assert compared == ["It is 5.", "5", "goodfine", "bad"]
@@ -377,7 +377,7 @@ def test_arrays_are_read_only(stage: Stage) -> None:
         ids[0] = 1
 
 
-@pytest.mark.parametrize("name", ["tokens", "classes", "offsets", "trained_offsets", "sources"])
+@pytest.mark.parametrize("name", ["tokens", "loss_mask", "offsets", "trained_offsets", "sources"])
 def test_a_file_cut_short_is_noticed(stage: Stage, name: str) -> None:
     stage.encode(chat_rows(CHATS), "chat")
     file = stage.output / f"{name}.bin"

@@ -325,7 +325,7 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
             num_experts=0,
             num_experts_per_token=2,
             num_shared_experts=1,
-            balance_alpha=0.1,
+            router_aux_loss_coef=0.1,
         )
     )
     model.initialize(0)

@@ -226,10 +226,10 @@ def test_bits_per_byte_are_of_what_the_trained_tokens_spell(tmp_path: Path) -> N
     tokenizer = ChatTokenizer.load(tiny_tokenizer(tmp_path / "tokenizer"))
     rows, sources = [], [0]
     for text in TEXTS:
-        ids, classes = tokenizer.encode_document(text)
+        ids, loss_mask = tokenizer.encode_document(text)
         pieces = [slice(start, start + 10) for start in range(0, len(ids), 10)]
         # The first token of a piece is nothing to predict, so it is that of the one before.
-        rows += [([1, *ids[p]], [0, *classes[p]]) for p in pieces]
+        rows += [([1, *ids[p]], [0, *loss_mask[p]]) for p in pieces]
         sources.append(len(rows))
     assert any("\ufffd" in tokenizer.decode(ids) for ids, _ in rows)
     documents = write_rows(tmp_path / "documents", rows, "text", sources=sources)

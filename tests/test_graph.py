@@ -65,15 +65,20 @@ REWIRED = [
     ("spo", "init", "models/grpo", {"spo": "models/grpo"}),
     ("lora", "init", "models/reason", {"lora": "models/reason", "merge": "models/reason"}),
     ("reward", "init", "exports/reason", {"reward": "exports/reason"}),
-    ("traces", "init", "models/grpo", {"traces": "models/grpo"}),
-    ("distill", "init", "../llama", {"distill": "../llama", "twin": "../llama"}),
+    ("rejection_sampling", "init", "models/grpo", {"rejection_sampling": "models/grpo"}),
+    ("distill", "init", "../llama", {"distill": "../llama", "baseline": "../llama"}),
     (
         "encode",
         "tokenizer",
         "mine/llama",
         {"encode@pretrain": "mine/llama", "encode@lora": "mine/llama"},
     ),
-    ("distill", "teacher", "mine/llama", {"teacher_outputs": "mine/llama", "twin": "mine/llama"}),
+    (
+        "distill",
+        "teacher",
+        "mine/llama",
+        {"teacher_outputs": "mine/llama", "baseline": "mine/llama"},
+    ),
     ("data", "sft", "mine/chats", {"encode@sft": "mine/chats"}),
 ]
 
@@ -136,8 +141,8 @@ VARIED = {
     "encode@reason",
     "encode@lora",
 }  # whose chats may be varied at random
-SAMPLING = {"grpo", "spo", "traces", "thinking"}
-FITTED = {"pretrain", "sft", "dpo", "reason", "reward", "distill", "twin", "lora"}
+SAMPLING = {"grpo", "spo", "rejection_sampling", "thinking"}
+FITTED = {"pretrain", "sft", "dpo", "reason", "reward", "distill", "baseline", "lora"}
 
 
 def test_the_seed_and_the_number_format_are_of_all_stages_that_use_one(tracked: Tracked) -> None:
@@ -156,7 +161,7 @@ def test_stages_that_share_a_section_see_a_seed_and_number_format_of_its_own(
     assert tracked.changed(dpo__dtype="float32") == {"dpo", "reference"}
     assert tracked.changed(dpo__seed=5) == tracked.changed(dpo__beta=0.2) == {"dpo"}
     for key in ("seed", "dtype", "lr", "grad_clip"):
-        assert tracked.changed(**{f"distill__{key}": 5}) == {"distill", "twin"}
+        assert tracked.changed(**{f"distill__{key}": 5}) == {"distill", "baseline"}
     assert tracked.changed(distill_loss__alpha=0.2) == {"distill"}
 
 
@@ -242,7 +247,7 @@ def test_what_a_stage_reads_of_the_parameters_is_in_the_graph(name: str) -> None
         if function == "load_path":
             assert f"${{{key}}}" in deps, f"{name} reads the path {key}"
             continue
-        if name == "twin" and key == "distill_loss":
+        if name == "baseline" and key == "distill_loss":
             continue  # read by the stage that it shares its module with
         section = getattr(module, class_name, Section)  # one of two, in stage encode
         paths = {field for field, info in section.model_fields.items() if Path in of(info)}
@@ -281,7 +286,7 @@ def test_metrics_and_digests_of_code_stay_in_git() -> None:
     for name, stage in STAGES.items():
         for entry in [*stage.get("metrics", []), *(stage["outs"] if name == "code" else [])]:
             ((path, options),) = entry.items()
-            assert options == {"cache": False}
+            assert options == {"cache": False} | ({"persist": True} if name == "code" else {})
             path = re.sub(r"\$\{.*?\}", "x", path)
             ignored = subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT, check=False)
             assert ignored.returncode == 1, f"{path} must not be ignored"

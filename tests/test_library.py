@@ -74,9 +74,9 @@ def test_rows_in_memory_are_as_those_on_disk(tokenizer: ChatTokenizer) -> None:
     encoded = tokenizer.encode_chats(CHATS)
     rows = EncodedDataset.from_rows(encoded, tokenizer, max_length=20)
     for number, row in enumerate(encoded):
-        ids, classes = rows.row(number)
+        ids, loss_mask = rows.row(number)
         assert ids.tolist() == list(row.ids)[:20]
-        assert classes.tobytes() == row.classes[:20]
+        assert loss_mask.tobytes() == row.loss_mask[:20]
     rows._check_rows()
     pairs = EncodedDataset.from_rows(encoded, tokenizer, "preference")
     assert (pairs.num_samples, pairs.rows, pairs.num_sources) == (4, 8, 4)
@@ -92,7 +92,7 @@ def test_a_loss_is_a_mean_over_a_step(tokenizer: ChatTokenizer) -> None:
     """Written as a user would: with micro-batches of other sizes, the same weights come out."""
 
     def own(model, batch, progress):  # type: ignore[no-untyped-def]
-        logits = model(batch.tokens, batch.predict_at).scores
+        logits = model(batch.tokens, batch.predict_at).raw_logits
         losses = torch.nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none")
         return Loss.mean(losses, "tokens", nll=losses)
 

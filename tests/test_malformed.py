@@ -174,7 +174,10 @@ def nothing(directory: Path) -> None:
 
 SECTIONS = {  # of a command
     **{name: name for name in ("mini_world", "tokenizer", "pretrain", "sft", "dpo", "reason")},
-    **{name: name for name in ("reward", "grpo", "spo", "traces", "thinking", "distill", "lora")},
+    **{
+        name: name
+        for name in ("reward", "grpo", "spo", "rejection_sampling", "thinking", "distill", "lora")
+    },
     **{name: name for name in ("teacher_outputs", "evaluate")},
     "encode sft": "encode.sft",
     "encode dpo": "encode.dpo",
@@ -230,7 +233,7 @@ REQUIRED = {  # what has no default, of some commands
     "teacher_outputs": ["temperature", "top_k"],
     "distill": ["init", "teacher", "student"],
     "grpo": ["init", "num_generations"],
-    "traces": ["num_samples", "max_kept_per_prompt"],
+    "rejection_sampling": ["num_samples", "max_kept_per_prompt"],
     "thinking": ["num_prompts", "max_new_tokens"],
 }
 CAUSES["a key is missing"] = [
@@ -287,7 +290,7 @@ CAUSES["a number is far too large"] = [
     key_case(("pretrain", "pretrain.seed"), 10**30),
     key_case(("sft", "sft.seed"), 2**64),
     key_case(("grpo", "grpo.seed"), 10**20),
-    key_case(("traces", "seed"), 10**20),
+    key_case(("rejection_sampling", "seed"), 10**20),
     key_case(("lora", "lora.seed"), 10**20),
     key_case(("tokenizer", "tokenizer.vocab_size"), 10**30),
     key_case(("pretrain", "model.hidden_size"), 10**12),
@@ -310,8 +313,12 @@ CAUSES["sections that do not fit together"] = [
         ("num_eval_per_level",),
     ),
     key_case(("grpo", "grpo.num_generations"), 1, "2"),
-    key_case(("traces", "traces.endpoint"), "ftp://x", "http"),
-    Case("traces", with_params(traces__endpoint="http://localhost:1/v1"), ("traces.model",)),
+    key_case(("rejection_sampling", "rejection_sampling.endpoint"), "ftp://x", "http"),
+    Case(
+        "rejection_sampling",
+        with_params(rejection_sampling__endpoint="http://localhost:1/v1"),
+        ("rejection_sampling.model",),
+    ),
     Case(
         "grpo",
         with_params(grpo__rewards={**PARAMS["grpo"]["rewards"], "format": 0.0, "answer": 0.0}),
@@ -435,7 +442,7 @@ READERS = {  # a command, and the file of rows that it reads
     "encode reason": "thoughts.jsonl",
     "grpo": "prompts.jsonl",
     "spo": "prompts.jsonl",
-    "traces": "prompts.jsonl",
+    "rejection_sampling": "prompts.jsonl",
     "thinking": "prompts.jsonl",
     "evaluate": "problems.jsonl",
 }
@@ -516,7 +523,7 @@ CAUSES["half a character"] = [
         ("encode sft", "chats.jsonl", chat("\ud83d", "a")),
         ("encode dpo", "pairs.jsonl", {"prompt": "a", "chosen": "b\ud800", "rejected": "c"}),
         ("grpo", "prompts.jsonl", {"prompt": "a\ud800", "answer": "1"}),
-        ("traces", "prompts.jsonl", {"prompt": "a", "answer": "\ud800"}),
+        ("rejection_sampling", "prompts.jsonl", {"prompt": "a", "answer": "\ud800"}),
         ("evaluate", "problems.jsonl", {"prompt": "a\ud800", "answer": "1"}),
         (
             "evaluate",
@@ -566,7 +573,7 @@ CAUSES["sides that make no pair"] = [
 ]
 CAUSES["a prompt without the answer that is needed"] = [
     Case(command, with_row("prompts.jsonl", 2, {"prompt": "a", **answer}), ("prompts.jsonl:2: ",))
-    for command in ("grpo", "spo", "traces")
+    for command in ("grpo", "spo", "rejection_sampling")
     for answer in ({}, {"answer": None}, {"answer": 7}, {"answer": ""})
 ]
 PROBLEMS: list[dict[str, Any]] = [
@@ -597,7 +604,7 @@ CAUSES["a row that is too long"] = [
     for command, file, row in [
         ("grpo", "prompts.jsonl", {"prompt": "a b " * 200, "answer": "1"}),
         ("spo", "prompts.jsonl", {"prompt": "a b " * 200, "answer": "1"}),
-        ("traces", "prompts.jsonl", {"prompt": "a b " * 200, "answer": "1"}),
+        ("rejection_sampling", "prompts.jsonl", {"prompt": "a b " * 200, "answer": "1"}),
         ("thinking", "prompts.jsonl", {"prompt": "a b " * 200}),
         ("evaluate", "problems.jsonl", {"prompt": "a b " * 200, "answer": "1"}),
         ("encode sft", "chats.jsonl", chat("a b " * 300, "1")),
@@ -642,7 +649,7 @@ TRAINERS = {"pretrain": "pretrain", "sft": "sft", "reference": "dpo", "dpo": "dp
 TRAINERS |= {"reason": "reason", "reward": "dpo", "lora": "sft", "distill": "sft"}
 TRAINERS |= {"teacher_outputs": "sft"}
 a_trainer = st.sampled_from(list(TRAINERS.items()))
-ARRAYS = ("tokens", "classes", "offsets", "trained_offsets", "sources")
+ARRAYS = ("tokens", "loss_mask", "offsets", "trained_offsets", "sources")
 
 
 def data_case(trainer: tuple[str, str], file: str, broken: Callable[[str], Any]) -> Case:
@@ -703,18 +710,18 @@ CAUSES["a token that the tokenizer does not have"] = st.builds(
 )
 CAUSES["a class that there is not"] = st.builds(
     lambda trainer, place, value: data_case(
-        trainer, "classes.bin", lambda f: with_array(f, "u1", put(place, value))
+        trainer, "loss_mask.bin", lambda f: with_array(f, "u1", put(place, value))
     ),
     a_trainer,
     st.integers(0, 40),
     st.integers(3, 255),
 )
 CAUSES["a row's first token is to be predicted"] = [
-    data_case(trainer, "classes.bin", lambda f: with_array(f, "u1", put(0, 1)))
+    data_case(trainer, "loss_mask.bin", lambda f: with_array(f, "u1", put(0, 1)))
     for trainer in TRAINERS.items()
 ]
-CAUSES["classes that the index does not count"] = [
-    data_case(trainer, "classes.bin", lambda f: with_array(f, "u1", put(2, 1)))
+CAUSES["a loss mask that the index does not count"] = [
+    data_case(trainer, "loss_mask.bin", lambda f: with_array(f, "u1", put(2, 1)))
     for trainer in TRAINERS.items()
     if trainer[1] != "pretrain"  # all of its tokens are trained
 ]
@@ -785,7 +792,17 @@ def with_larger_tokenizer(folder: str) -> Callable[[Path], None]:
 
 # What is wrong: checkpoints and tokenizers
 
-LOADERS = ["sft", "reference", "dpo", "reason", "reward", "grpo", "spo", "traces", "thinking"]
+LOADERS = [
+    "sft",
+    "reference",
+    "dpo",
+    "reason",
+    "reward",
+    "grpo",
+    "spo",
+    "rejection_sampling",
+    "thinking",
+]
 LOADERS += ["teacher_outputs", "lora", "export", "evaluate"]
 a_loader = st.sampled_from(LOADERS)
 BASE, BASE_WEIGHTS = "models/base", "models/base/model.safetensors"
@@ -936,7 +953,7 @@ CAUSES["a tokenizer that is not the data's"] = [
 ] + [Case("distill", with_other_tokenizer("models/tokenizer"), ("encoded/sft",))]
 CAUSES["a tokenizer that is larger than its model"] = [
     Case(command, with_larger_tokenizer(BASE), (BASE, "269"))
-    for command in ("grpo", "spo", "traces", "thinking", "evaluate", "export")
+    for command in ("grpo", "spo", "rejection_sampling", "thinking", "evaluate", "export")
 ]
 TOKENIZERS = {"adopt": "foreign", "encode sft": "models/tokenizer", "pretrain": "models/tokenizer"}
 TOKENIZERS |= {"sft": BASE, "grpo": BASE, "evaluate": BASE, "distill": "models/tokenizer"}

@@ -248,7 +248,7 @@ def taught(tmp_path: Path, dtype: DType) -> Tensor:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     stock = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB_SIZE, **sizes, **heads))
     batch = tiny_batch(tmp_path)
-    return Teacher(PaddedModel(stock), VOCAB_SIZE, dtype)(batch.tokens, batch.predict_at).scores
+    return Teacher(PaddedModel(stock), VOCAB_SIZE, dtype)(batch.tokens, batch.predict_at).raw_logits
 
 
 WORKS: dict[str, Callable[[Path, DType], Any]] = {

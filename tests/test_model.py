@@ -44,7 +44,7 @@ def test_parameter_counts_are_the_recipes(
         num_experts=0,
         num_experts_per_token=2,
         num_shared_experts=1,
-        balance_alpha=0.1,
+        router_aux_loss_coef=0.1,
     )
     with torch.device("meta"):
         assert Transformer(config).num_parameters == parameters
@@ -103,8 +103,8 @@ def test_what_fills_up_a_step_changes_nothing(
         output = model(batch.tokens, batch.predict_at)
         loss = F.cross_entropy(output.logits, batch.targets, reduction="sum")
         if num_experts:
-            assert output.balance is not None
-            loss = loss + output.balance
+            assert output.aux_loss is not None
+            loss = loss + output.aux_loss
         loss.backward()
         assert len(model.hidden(batch.tokens)) == len(batch.tokens.ids)
         gradients = {name: p.grad for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Mixture of experts: size, router, balance loss, checkpoints; nothing depends on the packing."""
+"""Mixture of experts: size, router, auxiliary loss, checkpoints; nothing depends on the packing."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from minimind.datasets.batches import PackedBatch, count, pack
 from minimind.errors import UserError
 from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.model.generate import generate
-from minimind.model.moe import FeedForward, MixtureOfExperts, Routing, balance_and_load
+from minimind.model.moe import FeedForward, MixtureOfExperts, Routing, aux_loss_and_load
 from minimind.model.reward import dense_part
 from minimind.model.transformer import ModelConfig, ModelShape, PackedTokens, Transformer
 from minimind.objectives.dpo import Dpo
@@ -68,7 +68,7 @@ def test_parameter_count_is_the_recipes() -> None:
         num_experts=4,
         num_experts_per_token=2,
         num_shared_experts=1,
-        balance_alpha=0.1,
+        router_aux_loss_coef=0.1,
     )
     with torch.device("meta"):
         assert Transformer(config).num_parameters == 145_029_760
@@ -158,8 +158,8 @@ def test_mixed_precision_leaves_the_routing_as_it_is(tmp_path: Path, dtype: torc
     model, batch = moe_model(), random_batch(tmp_path)
     with torch.autocast("cpu", dtype):
         output = model(batch.tokens, batch.predict_at)
-    assert output.balance.dtype == output.expert_load.dtype == torch.float32
-    (output.logits.sum() + output.balance).backward()
+    assert output.aux_loss.dtype == output.expert_load.dtype == torch.float32
+    (output.logits.sum() + output.aux_loss).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -176,7 +176,7 @@ def routings_of(model: Transformer, batch: PackedBatch) -> list[Routing]:
 
 
 def test_balance_is_the_formula(tmp_path: Path) -> None:
-    model, batch = moe_model(balance_alpha=0.3), random_batch(tmp_path)
+    model, batch = moe_model(router_aux_loss_coef=0.3), random_batch(tmp_path)
     output = model(batch.tokens, batch.predict_at)
     expected, loads = 0.0, np.zeros((2, 4))
     starts = batch.tokens.boundaries.tolist()
@@ -189,7 +189,7 @@ def test_balance_is_the_formula(tmp_path: Path) -> None:
                 expected += 0.3 * chosen / (length * 2 / 4) * mean
                 loads[layer, expert] += chosen / (2 * length)
     assert len(set(loads.flatten().round(3))) > 4, "the routing should not be trivial"
-    assert output.balance.item() == pytest.approx(expected, rel=1e-5)
+    assert output.aux_loss.item() == pytest.approx(expected, rel=1e-5)
     assert output.expert_load.numpy() == pytest.approx(loads, rel=1e-5)
 
 
@@ -198,26 +198,28 @@ def test_balance_is_1_when_even_and_experts_over_chosen_when_crowded() -> None:
     uneven = torch.rand(8, 4).softmax(-1)
     cycle = torch.tensor([[0, 1], [2, 3]]).repeat(4, 1)
     same = torch.tensor([[0, 1]]).repeat(8, 1)
-    even_choices, load = balance_and_load([Routing(uneven, cycle)] * 3, boundaries)
+    even_choices, load = aux_loss_and_load([Routing(uneven, cycle)] * 3, boundaries)
     assert float(even_choices) == pytest.approx(2 * 3)  # samples · layers
     assert load.tolist() == [[0.5] * 4] * 3
-    even_probabilities, load = balance_and_load(
+    even_probabilities, load = aux_loss_and_load(
         [Routing(torch.full((8, 4), 0.25), same)], boundaries
     )
     assert float(even_probabilities) == pytest.approx(2)
     assert load.tolist() == [[1.0, 1.0, 0.0, 0.0]]
     crowded = torch.tensor([[0.5, 0.5, 0.0, 0.0]]).repeat(8, 1)
-    assert float(balance_and_load([Routing(crowded, same)], boundaries)[0]) == pytest.approx(2 * 2)
+    assert float(aux_loss_and_load([Routing(crowded, same)], boundaries)[0]) == pytest.approx(2 * 2)
 
 
 def test_a_router_that_cannot_tell_costs_alpha_a_layer(tmp_path: Path) -> None:
-    model, batch = moe_model(balance_alpha=0.1, num_layers=3), random_batch(tmp_path)
+    model, batch = moe_model(router_aux_loss_coef=0.1, num_layers=3), random_batch(tmp_path)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.gate.weight.zero_()
     loss = NextToken()(model, batch, 0.0)
-    assert loss.terms["balance"].per == "rows"
-    assert float(loss.terms["balance"].total.detach()) / batch.counts.rows == pytest.approx(0.1 * 3)
+    assert loss.terms["aux_loss"].per == "rows"
+    assert float(loss.terms["aux_loss"].total.detach()) / batch.counts.rows == pytest.approx(
+        0.1 * 3
+    )
 
 
 def test_balance_does_not_depend_on_packing(tmp_path: Path) -> None:
@@ -226,7 +228,7 @@ def test_balance_does_not_depend_on_packing(tmp_path: Path) -> None:
     def balance(samples: list[int]) -> tuple[float, torch.Tensor]:
         batch = pack(dataset, np.array(samples), extras={})
         output = model(batch.tokens, batch.predict_at)
-        return float(output.balance), output.expert_load
+        return float(output.aux_loss), output.expert_load
 
     whole = balance(list(range(8)))
     parts = [balance([5, 2]), balance([7]), balance([0, 6, 1, 3, 4])]
@@ -284,7 +286,7 @@ def test_compiled_experts_learn_as_eager_ones_do(tmp_path: Path) -> None:
     compiled = torch.compile(model, dynamic=True)
     for form in (eager, compiled):
         terms = NextToken()(form, batch, 0.0).terms
-        (terms["next_token"].total + terms["balance"].total).backward()
+        (terms["next_token"].total + terms["aux_loss"].total).backward()
     for (name, expected), (_, found) in zip(
         eager.named_parameters(), model.named_parameters(), strict=True
     ):
@@ -306,9 +308,9 @@ def test_the_balance_loss_is_in_every_loss_and_the_load_in_the_curve(
     else:
         batch, objective = random_batch(tmp_path), NextToken()
     loss: Loss = objective(model, batch, 0.0)
-    assert list(loss.terms) == [kind, "balance"]
-    balance = loss.terms["balance"].total
-    assert torch.equal(balance, model(batch.tokens, batch.predict_at).balance)
+    assert list(loss.terms) == [kind, "aux_loss"]
+    balance = loss.terms["aux_loss"].total
+    assert torch.equal(balance, model(batch.tokens, batch.predict_at).aux_loss)
     balance.backward()
     assert all(layer.mlp.gate.weight.grad.any() for layer in model.model.layers)
     loads: list[Term] = [loss.metrics[f"load_expert_{expert}"] for expert in range(4)]
@@ -327,7 +329,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None
         model = moe_model().train()
         model.model.recompute_layers = recompute
         loss = NextToken()(model, batch, 0.0)
-        (loss.terms["next_token"].total + loss.terms["balance"].total).backward()
+        (loss.terms["next_token"].total + loss.terms["aux_loss"].total).backward()
         gradients.append([p.grad for p in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
@@ -377,7 +379,7 @@ def test_stock_ernie_loads_a_checkpoint_with_equal_logits(
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path, tokenizer_directory: Path) -> None:
-    model = moe_model(seed=5, balance_alpha=0.25, vocab_size=TOKENIZER_SIZE)
+    model = moe_model(seed=5, router_aux_loss_coef=0.25, vocab_size=TOKENIZER_SIZE)
     save_checkpoint(tmp_path / "a", model, tokenizer_directory)
     loaded = load_model(tmp_path / "a")
     assert loaded.config == model.config
@@ -453,7 +455,7 @@ def test_a_dense_model_is_untouched_by_the_experts_parameters(
     }
     assert load_model(tmp_path / "model").config == model.config
     output = model(*_first_tokens(tmp_path))
-    assert output.balance is None and output.expert_load is None
+    assert output.aux_loss is None and output.expert_load is None
     assert math.isfinite(F.cross_entropy(output.logits, torch.ones(3, dtype=torch.int64)).item())
 
 

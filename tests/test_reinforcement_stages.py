@@ -250,7 +250,7 @@ def test_spo_compares_a_reward_with_the_value_before_it(project: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight.mul_(1.3)
     rollout = environment.rollout(model, indices, 1, first_key=0)
-    rewards = environment.rewards.total(environment.judge(indices, rollout))
+    rewards = environment.rewards.total(environment.score(indices, rollout))
     scaled = environment.rewards.scaled(rewards)
     advantages, numbers = method.advantages(model, environment, indices, rollout, rewards)
 

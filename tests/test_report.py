@@ -139,7 +139,7 @@ def test_rows_that_nobody_has_are_left_out(tmp_path: Path) -> None:
     assert list(read_table(printed)) == ["", "exact", "form", "sentence", "think"]
 
 
-SHIPPED = ("pretrain", "sft", "dpo", "reason", "grpo", "spo", "lora", "distill", "twin")
+SHIPPED = ("pretrain", "sft", "dpo", "reason", "grpo", "spo", "lora", "distill", "baseline")
 
 
 def test_a_full_table_fits_a_terminal(tmp_path: Path) -> None:

@@ -226,12 +226,12 @@ def test_a_checkpoint_from_outside_is_read_and_nothing_is_written_there(project:
     outside = project.with_name("outside")
     shutil.move(project / "models" / "base", outside)
     params = yaml.safe_load((project / "params.yaml").read_text(encoding="utf-8"))
-    for section in ("sft", "grpo", "traces", "lora"):
+    for section in ("sft", "grpo", "rejection_sampling", "lora"):
         params[section]["init"] = "../outside"
     params["distill"]["teacher"] = "../outside"
     (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     before = contents(project.parent)
-    for command in ("sft", "grpo", "traces", "teacher_outputs", "merge"):
+    for command in ("sft", "grpo", "rejection_sampling", "teacher_outputs", "merge"):
         assert run(command, project).exit_code == 0
     after = contents(project.parent)
     changed = {name for name in after if after[name] != before.get(name)}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from minimind.datasets.batches import Batches, Extra, count, pack, split_samples
 from minimind.datasets.epochs import exact
-from minimind.objectives import by_rows
+from minimind.objectives import chunked
 from minimind.objectives.dpo import Dpo
 from minimind.objectives.loss import token_logprobs
 from minimind.objectives.next_token import NextToken
@@ -64,9 +64,9 @@ def test_many_scores_give_the_same_bits_a_few_rows_at_a_time(
     targets = torch.randint(0, 300, (50,), generator=generator)
     weights = torch.randn(50, generator=generator)
     results = []
-    for many_scores in (scores.numel(), scores.numel() - 1):
-        monkeypatch.setattr(by_rows, "MANY_SCORES", many_scores)
-        monkeypatch.setattr(by_rows, "SCORES_AT_A_TIME", 7 * 300)
+    for many_logits in (scores.numel(), scores.numel() - 1):
+        monkeypatch.setattr(chunked, "MANY_LOGITS", many_logits)
+        monkeypatch.setattr(chunked, "LOGITS_AT_A_TIME", 7 * 300)
         leaf = scores.clone().requires_grad_()
         logprobs = token_logprobs(leaf, targets, temperature)
         (logprobs * weights).sum().backward()

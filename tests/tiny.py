@@ -27,7 +27,7 @@ def tiny_config(**changes: int | float) -> ModelConfig:
         "num_experts": 0,
         "num_experts_per_token": 2,
         "num_shared_experts": 1,
-        "balance_alpha": 0.1,
+        "router_aux_loss_coef": 0.1,
     }
     return ModelConfig(**(values | changes))  # type: ignore[arg-type]
 
@@ -46,17 +46,17 @@ def write_rows(
     copies: int = 0,
     sources: Sequence[int] | None = None,
 ) -> EncodedDataset:
-    """An encoded data set of given (ids, classes); each sample is a source row's, or as told."""
+    """An encoded data set of given (ids, loss_mask); each sample is a source row's, or as told."""
     directory.mkdir(parents=True, exist_ok=True)
     ids = np.array([token for row, _ in rows for token in row], dtype=np.uint16)
-    classes = np.array([c for _, row in rows for c in row], dtype=np.uint8)
+    loss_mask = np.array([c for _, row in rows for c in row], dtype=np.uint8)
     offsets = np.cumsum([0] + [len(row) for row, _ in rows]).astype(np.int64)
     trained = np.cumsum([0] + [sum(c > 0 for c in row) for _, row in rows]).astype(np.int64)
     rows_per_sample = 2 if format == "preference" else 1
     firsts = sources or range(0, len(rows) // rows_per_sample + 1, 1 + copies)
     arrays = {
         "tokens": ids,
-        "classes": classes,
+        "loss_mask": loss_mask,
         "offsets": offsets,
         "trained_offsets": trained,
         "sources": np.array(firsts, dtype=np.int64),

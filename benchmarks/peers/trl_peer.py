@@ -101,10 +101,11 @@ def _rows(material: Material, work: str) -> datasets.Dataset:
             {
                 "input_ids": ids,
                 "labels": [
-                    token if trained else -100 for token, trained in zip(ids, classes, strict=True)
+                    token if trained else -100
+                    for token, trained in zip(ids, loss_mask, strict=True)
                 ],
             }
-            for ids, classes in rows
+            for ids, loss_mask in rows
         ]
     )
 
@@ -131,8 +132,8 @@ def _sft(material: Material, work: str) -> SFTTrainer:
 def _dpo(material: Material, work: str) -> DPOTrainer:
     rows = material.all_rows(work)
     pairs = []
-    for (chosen, classes), (rejected, _) in zip(rows[0::2], rows[1::2], strict=True):
-        context = classes.index(1)
+    for (chosen, loss_mask), (rejected, _) in zip(rows[0::2], rows[1::2], strict=True):
+        context = loss_mask.index(1)
         pairs.append(
             {
                 "prompt": words(chosen[:context]) + " ",

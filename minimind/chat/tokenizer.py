@@ -32,11 +32,11 @@ class EncodedRow(NamedTuple):
     """Token ids of one row, and the class of each: CONTEXT, TRAINED or TAG."""
 
     ids: list[int]
-    classes: bytes
+    loss_mask: bytes
 
     @property
     def num_trained(self) -> int:
-        return len(self.classes) - self.classes.count(CONTEXT)
+        return len(self.loss_mask) - self.loss_mask.count(CONTEXT)
 
 
 class ChatTokenizer:
@@ -104,17 +104,17 @@ class ChatTokenizer:
         return _encode(self._tokenizer, text)
 
     def encode_document(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids and classes of ``<|im_start|> text <|im_end|>``; all but the first are trained."""
+        """Ids and loss mask of ``<|im_start|> text <|im_end|>``; all but the first are trained."""
         (row,) = self.encode_documents([text])
-        return row.ids, list(row.classes)
+        return row.ids, list(row.loss_mask)
 
     def encode_chat(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """Ids and classes of a chat.
+        """Ids and loss mask of a chat.
 
         Assistant turns are trained: thought, content, calls of tools and ``<|im_end|>``.
         """
         (row,) = self.encode_chats([messages])
-        return row.ids, list(row.classes)
+        return row.ids, list(row.loss_mask)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a chat so far and of the header that makes the assistant speak."""
@@ -147,12 +147,12 @@ class ChatTokenizer:
         rows = []
         for plan in plans:
             ids: list[int] = []
-            classes = bytearray()
+            loss_mask = bytearray()
             for piece, token_class in plan:
                 piece_ids = next(encoded) if isinstance(piece, str) else piece
                 ids += piece_ids
-                classes += bytes([token_class]) * len(piece_ids)
-            rows.append(EncodedRow(ids, bytes(classes)))
+                loss_mask += bytes([token_class]) * len(piece_ids)
+            rows.append(EncodedRow(ids, bytes(loss_mask)))
         return rows
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -25,7 +25,7 @@ class Processes:
     world: int = 1
 
     @property
-    def is_writer(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that speaks, and writes states and outputs."""
         return self.rank == 0
 

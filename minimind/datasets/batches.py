@@ -116,9 +116,9 @@ def pack(
     lengths = ends - starts
     spans = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
     ids = np.concatenate([dataset.tokens[span] for span in spans]).astype(np.int64)
-    classes = np.concatenate([dataset.classes[span] for span in spans])
+    loss_mask = np.concatenate([dataset.loss_mask[span] for span in spans])
     boundaries = np.concatenate([[0], np.cumsum(lengths)])
-    trained = np.flatnonzero(classes)
+    trained = np.flatnonzero(loss_mask)
     row_of_token = np.repeat(np.arange(len(rows)), lengths)
     return PackedBatch(
         tokens=PackedTokens(
@@ -129,7 +129,7 @@ def pack(
         ),
         predict_at=torch.from_numpy(trained - 1),  # a row's first token is never trained
         targets=torch.from_numpy(ids[trained]),
-        is_tag=torch.from_numpy(classes[trained] == TAG),
+        is_tag=torch.from_numpy(loss_mask[trained] == TAG),
         row_of_target=torch.from_numpy(row_of_token[trained]),
         counts=Counts(tokens=len(trained), rows=len(rows), samples=len(samples)),
         rows=rows,

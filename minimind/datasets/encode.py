@@ -188,7 +188,7 @@ def split_document(document: EncodedRow, max_length: int) -> list[EncodedRow]:
     return [
         EncodedRow(
             document.ids[start : end + 1],
-            bytes([CONTEXT]) + document.classes[start + 1 : end + 1],
+            bytes([CONTEXT]) + document.loss_mask[start + 1 : end + 1],
         )
         for start, end in pairwise(bounds)
     ]
@@ -309,7 +309,7 @@ def _encode_preferences(
 
 
 def _cut(rows: list[EncodedRow], max_length: int) -> Sample:
-    cut = [EncodedRow(row.ids[:max_length], row.classes[:max_length]) for row in rows]
+    cut = [EncodedRow(row.ids[:max_length], row.loss_mask[:max_length]) for row in rows]
     return Sample(cut, is_truncated=any(len(row.ids) > max_length for row in rows))
 
 
@@ -330,9 +330,9 @@ class _ArrayWriter(ExitStack):
         self._typecode = "H" if vocab_size <= 2**16 else "I"
         self._rows_per_sample = rows_per_sample
         self.num_rows = self.num_tokens = self.num_trained = self.num_sources = 0
-        self._tokens, self._classes, self._offsets, self._trained_offsets, self._sources = (
+        self._tokens, self._loss_mask, self._offsets, self._trained_offsets, self._sources = (
             self.enter_context((directory / f"{name}.bin").open("wb"))
-            for name in ("tokens", "classes", "offsets", "trained_offsets", "sources")
+            for name in ("tokens", "loss_mask", "offsets", "trained_offsets", "sources")
         )
         self._write_offsets()
         self._write_source()
@@ -341,7 +341,7 @@ class _ArrayWriter(ExitStack):
         """Append what one row of the source became."""
         for row in rows:
             self._tokens.write(array(self._typecode, row.ids))
-            self._classes.write(row.classes)
+            self._loss_mask.write(row.loss_mask)
             self.num_rows += 1
             self.num_tokens += len(row.ids)
             self.num_trained += row.num_trained

@@ -1,7 +1,7 @@
 """An encoded data set: flat arrays on disk, opened without reading them.
 
 tokens.bin           uint16 or uint32, the ids of all rows end to end
-classes.bin          uint8 for each token: 0 context, 1 trained, 2 trained and part of a tag
+loss_mask.bin          uint8 for each token: 0 context, 1 trained, 2 trained and part of a tag
 offsets.bin          int64 [rows + 1], row r is tokens[offsets[r]:offsets[r + 1]]
 trained_offsets.bin  int64 [rows + 1], trained tokens before each row
 sources.bin          int64 [sources + 1], samples before each row of the source, which became the
@@ -28,7 +28,7 @@ ROWS_AT_A_TIME = 2**16  # of a check: bounds its memory
 
 @dataclass(frozen=True)
 class EncodedDataset:
-    """Rows of token ids and classes; the arrays are read-only and mapped from disk."""
+    """Rows of token ids and loss mask; the arrays are read-only and mapped from disk."""
 
     directory: Path  # how messages name it
     format: str  # "text", "chat" or "preference"
@@ -39,7 +39,7 @@ class EncodedDataset:
     copies: int  # variations that follow the original among the samples of a source row
     tokenizer: str  # fingerprint of the tokenizer that encoded it
     tokens: NDArray[np.uint16] | NDArray[np.uint32]
-    classes: NDArray[np.uint8]
+    loss_mask: NDArray[np.uint8]
     offsets: NDArray[np.int64]
     trained_offsets: NDArray[np.int64]
     sources: NDArray[np.int64]
@@ -64,7 +64,7 @@ class EncodedDataset:
             copies=meta.get("copies", 0),
             tokenizer=meta["tokenizer"],
             tokens=_map(directory / "tokens.bin", np.dtype(meta["token_dtype"]), num_tokens),
-            classes=_map(directory / "classes.bin", np.dtype(np.uint8), num_tokens),
+            loss_mask=_map(directory / "loss_mask.bin", np.dtype(np.uint8), num_tokens),
             offsets=_map(directory / "offsets.bin", np.dtype(np.int64), rows + 1),
             trained_offsets=_map(directory / "trained_offsets.bin", np.dtype(np.int64), rows + 1),
             sources=_map(directory / "sources.bin", np.dtype(np.int64), num_sources + 1),
@@ -92,7 +92,7 @@ class EncodedDataset:
         Raises:
             UserError: there are no rows, or one has no token to train on.
         """
-        cut = [EncodedRow(row.ids[:max_length], row.classes[:max_length]) for row in rows]
+        cut = [EncodedRow(row.ids[:max_length], row.loss_mask[:max_length]) for row in rows]
         rows_per_sample = 2 if row_format == "preference" else 1
         if not cut or len(cut) % rows_per_sample:
             raise UserError(
@@ -116,7 +116,7 @@ class EncodedDataset:
             copies=0,
             tokenizer=tokenizer.fingerprint,
             tokens=ids.astype(np.uint16) if small else ids.astype(np.uint32),
-            classes=np.frombuffer(b"".join(row.classes for row in cut), dtype=np.uint8),
+            loss_mask=np.frombuffer(b"".join(row.loss_mask for row in cut), dtype=np.uint8),
             offsets=np.cumsum([0, *lengths], dtype=np.int64),
             trained_offsets=np.cumsum([0, *trained], dtype=np.int64),
             sources=np.arange(num_samples + 1, dtype=np.int64),
@@ -128,9 +128,9 @@ class EncodedDataset:
         return self.rows // self.rows_per_sample
 
     def row(self, index: int) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.uint8]]:
-        """Ids and classes of one row, as views."""
+        """Ids and loss mask of one row, as views."""
         span = slice(self.offsets[index], self.offsets[index + 1])
-        return self.tokens[span], self.classes[span]
+        return self.tokens[span], self.loss_mask[span]
 
     def check_tokenizer_of(self, checkpoint: Path) -> None:
         """Raise UserError unless the tokenizer of ``checkpoint`` is the one that encoded this."""
@@ -172,11 +172,11 @@ class EncodedDataset:
             or (np.diff(self.sources) % (1 + self.copies)).any()
         ):
             raise damaged
-        if self.rows % self.rows_per_sample or self.classes.max() > LARGEST_CLASS:
+        if self.rows % self.rows_per_sample or self.loss_mask.max() > LARGEST_CLASS:
             raise damaged
         for start in range(0, self.rows, ROWS_AT_A_TIME):
             bounds = self.offsets[start : start + ROWS_AT_A_TIME + 1]
-            trained = self.classes[bounds[0] : bounds[-1]] > 0
+            trained = self.loss_mask[bounds[0] : bounds[-1]] > 0
             starts = bounds[:-1] - bounds[0]
             counts = np.add.reduceat(trained, starts, dtype=np.int64)
             index = self.trained_offsets[start : start + ROWS_AT_A_TIME + 1]

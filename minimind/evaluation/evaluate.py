@@ -284,7 +284,7 @@ def _encode_rows(
         else:
             row = next(encoded)
             # After the end token a chat goes on with a line break, no part of the answer.
-            yield row.ids[: len(row.classes.rstrip(bytes([CONTEXT])))]
+            yield row.ids[: len(row.loss_mask.rstrip(bytes([CONTEXT])))]
 
 
 def _share(flags: Sequence[bool | None]) -> float:

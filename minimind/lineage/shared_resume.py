@@ -15,30 +15,30 @@ class SharedStore(ResumeStore):
 
     def __init__(self, directory: Path, processes: Processes) -> None:
         self.processes = processes
-        if processes.is_writer:
+        if processes.is_main:
             super().__init__(directory)
 
     def save(self, state: TrainingState) -> None:
         """As for one process, with tensors that are whole; returns when the state is there."""
-        if self.processes.is_writer:
+        if self.processes.is_main:
             super().save(state)
         self.processes.wait()
 
     def load(self) -> tuple[TrainingState | None, list[str]]:
         """What the writer reads, sent to all: they need not have its disk."""
-        state, damaged = super().load() if self.processes.is_writer else (None, [])
+        state, damaged = super().load() if self.processes.is_main else (None, [])
         return _send(state), damaged
 
     def finish(self, record: dict[str, Any]) -> None:
-        if self.processes.is_writer:
+        if self.processes.is_main:
             super().finish(record)
 
     def remove(self) -> None:
-        if self.processes.is_writer:
+        if self.processes.is_main:
             super().remove()
 
     def close(self) -> None:
-        if self.processes.is_writer:
+        if self.processes.is_main:
             super().close()
 
 

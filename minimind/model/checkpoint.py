@@ -154,7 +154,7 @@ def load_config(directory: Path) -> ModelConfig:
             num_experts=config["moe_num_experts"] if mixture else 0,
             num_experts_per_token=config["moe_k"] if mixture else 0,
             num_shared_experts=config["moe_num_shared_experts"] if mixture else 0,
-            balance_alpha=config["router_aux_loss_coef"] if mixture else 0.0,
+            router_aux_loss_coef=config["router_aux_loss_coef"] if mixture else 0.0,
         )
     except KeyError as error:
         raise UserError(f"{path}: the key {error} is missing.") from None
@@ -258,7 +258,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
         "moe_norm_min": 1e-12,
         "moe_num_experts": config.num_experts,
         "moe_num_shared_experts": config.num_shared_experts,
-        "router_aux_loss_coef": config.balance_alpha,
+        "router_aux_loss_coef": config.router_aux_loss_coef,
         "use_bias": False,
     }
 

@@ -98,8 +98,8 @@ class MixtureOfExperts(nn.Module):
         return (outputs * weights.unsqueeze(-1)).sum(-2)
 
 
-def balance_and_load(routings: Sequence[Routing], boundaries: Tensor) -> tuple[Tensor, Tensor]:
-    """The balance loss and the experts' load, both summed over samples.
+def aux_loss_and_load(routings: Sequence[Routing], boundaries: Tensor) -> tuple[Tensor, Tensor]:
+    """The auxiliary loss and the experts' load, both summed over samples.
 
     The loss of a sample of S tokens in a layer is Σ_e [count_e / (S·k/E)] · mean_s p_e, with
     count_e the tokens that chose expert e (arXiv:2412.19437, eq. 17-20): 1 where choices or

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from minimind.model.attention import packed_attention
-from minimind.model.moe import FeedForward, MixtureOfExperts, Routing, balance_and_load
+from minimind.model.moe import FeedForward, MixtureOfExperts, Routing, aux_loss_and_load
 from minimind.params import Section
 
 # Products of T tokens take T up to the next multiple of this: see `_filled`.
@@ -42,7 +42,9 @@ class ModelShape(Section):
     # The following are read only where there are experts, and are 0 elsewhere.
     num_experts_per_token: int = Field(2, ge=0)
     num_shared_experts: int = Field(1, ge=0)  # beside those that are chosen, for every token
-    balance_alpha: float = Field(0.1, ge=0)  # weight of the balance loss in every training loss
+    router_aux_loss_coef: float = Field(
+        0.1, ge=0
+    )  # weight of the auxiliary loss in every training loss
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ModelShape":
@@ -58,7 +60,7 @@ class ModelShape(Section):
             )
         return self
 
-    @field_validator("num_experts_per_token", "num_shared_experts", "balance_alpha")
+    @field_validator("num_experts_per_token", "num_shared_experts", "router_aux_loss_coef")
     @classmethod
     def _unread_without_experts(cls, value: float, info: ValidationInfo) -> float:
         """Dense models of equal shape have equal configurations, whatever else is written."""
@@ -106,15 +108,15 @@ class PackedTokens(NamedTuple):
 class Output(NamedTuple):
     """What the model says of the positions asked for."""
 
-    scores: Tensor  # [M, V], logits in the type of the computation
+    raw_logits: Tensor  # [M, V], in the type of the computation
     # With experts only, both summed over the samples, whatever positions were asked for:
-    balance: Tensor | None = None  # float32 scalar, the balance loss of all layers, weighted
+    aux_loss: Tensor | None = None  # float32 scalar, the auxiliary loss of all layers, weighted
     expert_load: Tensor | None = None  # float32 [layers, experts], shares of a sample's choices
 
     @property
     def logits(self) -> Tensor:
-        """Scores in float32, for all that is not a matter of rows alone."""
-        return self.scores.float()
+        """In float32, for all that is not a matter of rows alone."""
+        return self.raw_logits.float()
 
 
 class RMSNorm(nn.Module):
@@ -263,9 +265,9 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every vocabulary entry as the next token: [.., D] -> float32 [.., V]."""
-        return self._scores(hidden).float()
+        return self._logits(hidden).float()
 
-    def _scores(self, hidden: Tensor) -> Tensor:
+    def _logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.model.embed_tokens.weight)
 
     def hidden(self, tokens: PackedTokens) -> Tensor:
@@ -284,13 +286,13 @@ class Transformer(nn.Module):
             filled.ids, filled.positions, _attend_inside(filled)
         )
         filled_predict_at = F.pad(predict_at, (0, _missing(len(predict_at))))
-        scores = self._scores(hidden[filled_predict_at])[: len(predict_at)]
-        scores = scores.clone()  # fully_shard wants no views
+        logits = self._logits(hidden[filled_predict_at])[: len(predict_at)]
+        logits = logits.clone()  # fully_shard wants no views
         if not routings:
-            return Output(scores)
+            return Output(logits)
         routings = [Routing(*(each[: len(tokens.ids)] for each in r)) for r in routings]
-        balance, load = balance_and_load(routings, tokens.boundaries)
-        return Output(scores, self.config.balance_alpha * balance, load)
+        aux_loss, load = aux_loss_and_load(routings, tokens.boundaries)
+        return Output(logits, self.config.router_aux_loss_coef * aux_loss, load)
 
 
 def _filled(tokens: PackedTokens) -> PackedTokens:

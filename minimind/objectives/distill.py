@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.datasets.batches import PackedBatch
-from minimind.objectives.by_rows import by_rows
-from minimind.objectives.loss import Loss, Term, token_logprobs, with_balance
+from minimind.objectives.chunked import chunked
+from minimind.objectives.loss import Loss, Term, token_logprobs, with_aux_loss
 
 # Extras of a batch, one row a trained token.
 TEACHER_IDS = "teacher_ids"  # [M, K], the teacher's likeliest tokens
@@ -61,12 +61,12 @@ class Distill:
     def __call__(self, model: nn.Module, batch: PackedBatch, progress: float) -> Loss:
         output = model(batch.tokens, batch.predict_at)
         if self.alpha == 1 and model.training:
-            cross_entropy = -token_logprobs(output.scores, batch.targets).sum()
+            cross_entropy = -token_logprobs(output.raw_logits, batch.targets).sum()
             loss, metrics = cross_entropy, {}
         else:
-            cross_entropies, divergences = by_rows(
+            cross_entropies, divergences = chunked(
                 self._cross_entropies_and_divergences,
-                output.scores,
+                output.raw_logits,
                 batch.targets,
                 *self._teacher(batch),
             )
@@ -75,22 +75,22 @@ class Distill:
             loss = self.alpha * cross_entropy + weight * divergence
             metrics = {"kl": Term(divergence.detach(), "tokens")}
         metrics = {"ce": Term(cross_entropy.detach(), "tokens"), **metrics}
-        # The balance loss of experts is added unscaled: it is not part of what alpha weighs.
-        return with_balance(Loss({"distill": Term(loss, "tokens")}, metrics), output)
+        # The auxiliary loss of experts is added unscaled: it is not part of what alpha weighs.
+        return with_aux_loss(Loss({"distill": Term(loss, "tokens")}, metrics), output)
 
     def _teacher(self, batch: PackedBatch) -> tuple[Tensor, ...]:
-        """The teacher's scores [M, V], or ids [M, K] and log-probabilities of its buckets."""
+        """The teacher's logits [M, V], or ids [M, K] and log-probabilities of its buckets."""
         if self.teacher is None:
             return batch.extras[TEACHER_IDS], batch.extras[TEACHER_LOGPROBS]
         with torch.no_grad():
-            scores: Tensor = self.teacher(batch.tokens, batch.predict_at).scores
-        return (scores,)
+            logits: Tensor = self.teacher(batch.tokens, batch.predict_at).raw_logits
+        return (logits,)
 
     def _cross_entropies_and_divergences(
-        self, scores: Tensor, targets: Tensor, *teacher: Tensor
+        self, logits: Tensor, targets: Tensor, *teacher: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Of each trained token: [M], [M]."""
-        logits = scores.float()
+        logits = logits.float()
         cross_entropies = F.cross_entropy(logits, targets, reduction="none")
         if self.teacher is None:
             ids, logprobs = teacher

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minimind.datasets.batches import PackedBatch
-from minimind.objectives.loss import Loss, Term, with_balance
+from minimind.objectives.loss import Loss, Term, with_aux_loss
 from minimind.objectives.preference import Reduction, pair_metrics, reduced, row_sums
 
 
@@ -37,4 +37,4 @@ class Dpo:
             nll = -(sums / lengths)[0::2].sum()
             terms["nll"] = Term(self.nll_weight * nll, "samples")
         loss = Loss(terms, pair_metrics(chosen, rejected))
-        return with_balance(loss, output)
+        return with_aux_loss(loss, output)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minimind.datasets.batches import PackedBatch, Unit
 from minimind.model.transformer import Output
-from minimind.objectives.by_rows import by_rows
+from minimind.objectives.chunked import chunked
 
 
 class Term(NamedTuple):
@@ -46,31 +46,31 @@ class Objective(Protocol):
         """The loss of a micro-batch; `progress` is the share of training done, from 0 to 1."""
 
 
-def token_logprobs(scores: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probability of each target: [M, V] of any float type, int64 [M] -> float32 [M].
 
-    The softmax is that of scores / temperature, in float32.
+    The softmax is that of logits / temperature, in float32.
     """
 
-    def row_logprobs(scores: Tensor, targets: Tensor) -> tuple[Tensor]:
-        scaled = scores.float() if temperature == 1 else scores.float() / temperature
+    def row_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor]:
+        scaled = logits.float() if temperature == 1 else logits.float() / temperature
         return (-F.cross_entropy(scaled, targets, reduction="none"),)
 
-    (logprobs,) = by_rows(row_logprobs, scores, targets)
+    (logprobs,) = chunked(row_logprobs, logits, targets)
     return logprobs
 
 
-def with_balance(loss: Loss, output: Output) -> Loss:
-    """Add a mixture of experts' balance loss, and the load of each expert as a metric.
+def with_aux_loss(loss: Loss, output: Output) -> Loss:
+    """Add a mixture of experts' auxiliary loss, and the load of each expert as a metric.
 
     A load is the expert's share of a sample's choices, the mean over layers; all add up to 1.
     Without experts the loss is returned as it is.
     """
-    if output.balance is None or output.expert_load is None:
+    if output.aux_loss is None or output.expert_load is None:
         return loss
     loads = output.expert_load.mean(0)
     return Loss(
-        terms=loss.terms | {"balance": Term(output.balance, "rows")},
+        terms=loss.terms | {"aux_loss": Term(output.aux_loss, "rows")},
         metrics=loss.metrics
         | {f"load_expert_{expert}": Term(load, "rows") for expert, load in enumerate(loads)},
     )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from minimind.datasets.batches import PackedBatch
-from minimind.objectives.loss import Loss, Term, token_logprobs, with_balance
+from minimind.objectives.loss import Loss, Term, token_logprobs, with_aux_loss
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class NextToken:
 
     def __call__(self, model: nn.Module, batch: PackedBatch, progress: float) -> Loss:
         output = model(batch.tokens, batch.predict_at)
-        losses = -token_logprobs(output.scores, batch.targets)
+        losses = -token_logprobs(output.raw_logits, batch.targets)
         tag_weight = self.tag_weight + progress * (self.final_tag_weight - self.tag_weight)
         weights = torch.where(batch.is_tag, tag_weight, 1.0)
         loss = Loss(
             terms={"next_token": Term((losses * weights).sum(), "tokens")},
             metrics={"nll": Term(losses.detach().sum(), "tokens")},
         )
-        return with_balance(loss, output)
+        return with_aux_loss(loss, output)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.datasets.batches import PackedBatch
-from minimind.objectives.loss import Loss, Term, with_balance
+from minimind.objectives.loss import Loss, Term, with_aux_loss
 from minimind.objectives.preference import pair_metrics, row_sums
 
 
@@ -34,7 +34,7 @@ class Orpo:
             },
             metrics=pair_metrics(chosen, rejected),
         )
-        return with_balance(loss, output)
+        return with_aux_loss(loss, output)
 
 
 def log_odds(logprobs: Tensor) -> Tensor:

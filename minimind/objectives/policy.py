@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from minimind.datasets.batches import PackedBatch
-from minimind.objectives.loss import Loss, Term, token_logprobs, with_balance
+from minimind.objectives.loss import Loss, Term, token_logprobs, with_aux_loss
 
 LossType = Literal["grpo", "dr_grpo", "cispo"]
 
@@ -45,14 +45,14 @@ class PolicyGradient:
 
     def __call__(self, model: nn.Module, batch: PackedBatch, progress: float) -> Loss:
         output = model(batch.tokens, batch.predict_at)
-        logprobs = token_logprobs(output.scores, batch.targets, self.temperature)
+        logprobs = token_logprobs(output.raw_logits, batch.targets, self.temperature)
         advantages = batch.extras["advantages"][batch.row_of_target]
         ratio = torch.exp(logprobs - batch.extras["sampled"])
         losses, clipped = self._surrogate(logprobs, ratio, advantages)
         metrics = {"clip_share": Term(clipped.float().sum(), "tokens")}
         if self.beta:
             losses = losses + self.beta * k3(logprobs, batch.extras["reference"])
-        return with_balance(Loss({"policy": self._reduce(losses, batch)}, metrics), output)
+        return with_aux_loss(Loss({"policy": self._reduce(losses, batch)}, metrics), output)
 
     def _surrogate(
         self, logprobs: Tensor, ratio: Tensor, advantages: Tensor

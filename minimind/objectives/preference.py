@@ -21,7 +21,7 @@ def row_logprobs(model: nn.Module, batch: PackedBatch, reduction: Reduction) -> 
 
 def row_sums(output: Output, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """Of each row's trained tokens, the sum of log-probabilities and their number: [N], [N]."""
-    logprobs = token_logprobs(output.scores, batch.targets)
+    logprobs = token_logprobs(output.raw_logits, batch.targets)
     sums = logprobs.new_zeros(batch.counts.rows).index_add(0, batch.row_of_target, logprobs)
     return sums, batch.row_of_target.bincount(minlength=batch.counts.rows)
 

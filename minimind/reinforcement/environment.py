@@ -47,7 +47,7 @@ class Environment:
         rows = self._of_all_prompts(list(zip(*rollout, strict=True)), num_samples)
         return Rollout(*map(list, zip(*rows, strict=True)))
 
-    def judge(self, indices: Indices, rollout: Rollout) -> dict[str, Values]:
+    def score(self, indices: Indices, rollout: Rollout) -> dict[str, Values]:
         """Unweighted reward parts of a rollout of these prompts: [B] by the part's name."""
         num_samples = len(rollout.completions) // len(indices)
         samples = []

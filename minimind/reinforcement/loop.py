@@ -1,4 +1,4 @@
-"""The loop of reinforcement: sample, judge, take gradient steps. GRPO and SPO share it."""
+"""The loop of reinforcement: sample, reward, take gradient steps. GRPO and SPO share it."""
 
 import copy
 from typing import Literal, Protocol
@@ -89,7 +89,7 @@ def reinforce(
 ) -> History:
     """Train `model` in place against its own initial weights as the reference.
 
-    Processes divide prompts and rows among themselves: each samples, judges and scores its share,
+    Processes divide prompts and rows among themselves: each samples, rewards and scores its share,
     all know the whole rollout, and each computes the loss of its share.
 
     Picks up the newest state of the same run, if there is one, and continues as if it had never
@@ -117,7 +117,7 @@ def reinforce(
         rollout = environment.rollout(
             model, indices, method.num_samples, first_key=step * rows_per_step
         )
-        parts_of_reward = environment.judge(indices, rollout)
+        parts_of_reward = environment.score(indices, rollout)
         rewards = environment.rewards.total(parts_of_reward)
         advantages, method_values = method.advantages(model, environment, indices, rollout, rewards)
         reference_logprobs = run.processes.in_order(

@@ -122,8 +122,8 @@ def completion_logprobs(
         span = slice(start, start + rows_at_a_time)
         batch = pack_completions(prompts[span], completions[span], {}).to(device)
         with torch.no_grad(), autocast(device, dtype):
-            scores = model(batch.tokens, batch.predict_at).scores
-        logprobs = token_logprobs(scores, batch.targets, temperature).cpu()
+            logits = model(batch.tokens, batch.predict_at).raw_logits
+        logprobs = token_logprobs(logits, batch.targets, temperature).cpu()
         scored += logprobs.split([len(completion) for completion in completions[span]])
     return scored
 

@@ -37,7 +37,7 @@ class SingleStream:
             first_key = INITIAL_KEYS + first * num_samples
             rollout = environment.rollout(model, indices, num_samples, first_key)
             rewards = environment.rewards
-            scaled = rewards.scaled(rewards.total(environment.judge(indices, rollout)))
+            scaled = rewards.scaled(rewards.total(environment.score(indices, rollout)))
             visits = _visits(rollout)[num_samples - 1 :: num_samples]
             self.tracker.initialize(indices, scaled.reshape(-1, num_samples), visits)
 

@@ -60,7 +60,7 @@ class Run:
         return cls(stage, settings, prepare_device(settings), StopRequest(listening=False))
 
     def progress(self, num_steps: int, first_step: int) -> Progress:
-        silent = not self.processes.is_writer
+        silent = not self.processes.is_main
         return Progress(self.stage, num_steps, first_step, self.settings.log_seconds, silent)
 
     def log(self, row: Mapping[str, float]) -> None:
@@ -69,7 +69,7 @@ class Run:
             self.tracker.log({f"{self.stage}/{k}": v for k, v in row.items()}, step=row["step"])
 
     def say(self, message: str) -> None:
-        if self.processes.is_writer:
+        if self.processes.is_main:
             print(f"{self.stage}: {message}", file=sys.stderr, flush=True)
 
     def computed_with(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class StageRun(Run):
 
         metrics: the stage's metrics file, by which a later run knows that DVC recorded this one.
         """
-        if not self.processes.is_writer:
+        if not self.processes.is_main:
             self.processes.wait()
             leave_processes()
             raise SystemExit(0)
@@ -198,7 +198,7 @@ def start_run(
     if processes.world > 1 and not many_processes:
         raise UserError(f"the stage {stage} runs in one process; start it without torchrun.")
     records = Records(settings.root, settings.dvc_stage)
-    if processes.is_writer:
+    if processes.is_main:
         records.refuse_false_lock()
     by_dvc = bool(settings.dvc_stage)
     provenance = Provenance(code or stage, inputs, params, sections, by_dvc)
@@ -207,7 +207,7 @@ def start_run(
         raise UserError("the machines have not the same code, parameters and inputs.")
     resume_root = settings.root / ".resume"
     states = resume_root / stage / fingerprint
-    if processes.is_writer:
+    if processes.is_main:
         forget_recorded(resume_root, wanted=states)
     store = ResumeStore(states) if processes.world == 1 else SharedStore(states, processes)
     run = StageRun(
@@ -220,7 +220,7 @@ def start_run(
         provenance=provenance,
         records=records,
     )
-    if settings.wandb != "off" and processes.is_writer:
+    if settings.wandb != "off" and processes.is_main:
         run.tracker = start_tracker(settings, stage, fingerprint, sections)
     try:
         yield run

@@ -1,4 +1,4 @@
-"""Diverse traces: several thoughts a prompt, of which those with a verified answer are kept."""
+"""Rejection sampling: several thoughts a prompt, those with a verified answer kept."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,8 +18,8 @@ INSTRUCTION = (
 )
 
 
-class TracesConfig(CompletionConfig):
-    """The `traces` section."""
+class RejectionSamplingConfig(CompletionConfig):
+    """The `rejection_sampling` section."""
 
     init: UserPath  # the path of the checkpoint that thinks
     num_samples: PositiveInt  # of each prompt
@@ -50,7 +50,7 @@ class TracesConfig(CompletionConfig):
 
 
 @dataclass
-class Traces:
+class RejectionSampling:
     """Rows of the reason data set, and rows of what did not become part of it."""
 
     kept: list[dict[str, Any]] = field(default_factory=list)

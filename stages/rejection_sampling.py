@@ -1,4 +1,4 @@
-"""Sample several traces a prompt and keep those whose answer verifies, as a reason data set."""
+"""Rejection sampling: several thoughts a prompt, those with a verified answer kept."""
 
 import os
 from pathlib import Path
@@ -13,10 +13,10 @@ from minimind.params import load_path, load_section
 from minimind.terminal.command import stage_app
 from minimind.thinking.completions import Checkpoint, Source, complete_all, read_prompts, write_rows
 from minimind.thinking.endpoint import Endpoint
-from minimind.thinking.traces import Traces, TracesConfig
+from minimind.thinking.rejection_sampling import RejectionSampling, RejectionSamplingConfig
 from minimind.training.run import StageRun, start_run
 
-app = stage_app("traces")
+app = stage_app("rejection_sampling")
 
 
 @app.command()
@@ -27,26 +27,28 @@ def main(
     params: Annotated[Path, typer.Option()] = Path("params.yaml"),
 ) -> None:
     """Sample, verify, keep what differs."""
-    config = load_section(params, "traces", TracesConfig)
+    config = load_section(params, "rejection_sampling", RejectionSamplingConfig)
     prompts = load_path(params, "data.prompts")
-    with start_run("traces", params, {"traces": config}, [config.init, prompts]) as run:
+    with start_run(
+        "rejection_sampling", params, {"rejection_sampling": config}, [config.init, prompts]
+    ) as run:
         asked = read_prompts(prompts, config.num_prompts, needs_answers=True)
         prompts_at_a_time = max(1, config.batch_size // config.num_samples)
         source = open_source(config, run)
-        traces = Traces()
+        sampled = RejectionSampling()
         for prompt, completions in zip(
             asked, complete_all(source, asked, prompts_at_a_time, run), strict=True
         ):
-            traces.add(prompt, completions, config.max_kept_per_prompt)
+            sampled.add(prompt, completions, config.max_kept_per_prompt)
         with run.saving(metrics):
-            write_rows(output, traces.kept)
-            write_rows(rejected, traces.rejected)
-            write_metrics(metrics, "traces", traces.metrics())
-    if not traces.kept:
+            write_rows(output, sampled.kept)
+            write_rows(rejected, sampled.rejected)
+            write_metrics(metrics, "rejection_sampling", sampled.metrics())
+    if not sampled.kept:
         run.say(f"no trace was kept: {rejected} says why; stage encode needs one row or more")
 
 
-def open_source(config: TracesConfig, run: StageRun) -> Source:
+def open_source(config: RejectionSamplingConfig, run: StageRun) -> Source:
     """The endpoint if there is one, else the checkpoint."""
     if config.endpoint is not None and config.model is not None:
         return Endpoint(

@@ -1,4 +1,4 @@
-"""Traces: what is kept and why, from a checkpoint and from an endpoint on loopback."""
+"""Rejection sampling: what is kept and why, from a checkpoint and an endpoint on loopback."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from minimind.datasets.formats import Place, parse_reasoning, read_rows
 from minimind.model.checkpoint import save_checkpoint
 from minimind.thinking import completions, endpoint
 from minimind.thinking.completions import Completion, Prompt
-from minimind.thinking.traces import Traces
-from stages.traces import app
+from minimind.thinking.rejection_sampling import RejectionSampling
+from stages.rejection_sampling import app
 from tests.tiny import tiny_model
 
 KEY = "sk-secret-0123456789"
@@ -47,19 +47,19 @@ SAID = [
 
 
 def test_traces_are_kept_or_rejected_with_a_reason() -> None:
-    traces = Traces()
+    sampled = RejectionSampling()
     said = [Completion(trace(thought, answer), ends) for thought, answer, ends, _ in SAID]
     said += [Completion("1005", True), Completion(said[0].text + " really", True)]
-    traces.add(PROMPT, said, max_kept=2)
+    sampled.add(PROMPT, said, max_kept=2)
     reasons = [reason for *_, reason in SAID if reason != "kept"] + ["incomplete"] * 2
-    assert [row["reason"] for row in traces.rejected] == reasons
-    assert {row["prompt"] for row in traces.rejected} == {PROMPT.text}
-    contents = [row["conversations"][1]["content"] for row in traces.kept]
+    assert [row["reason"] for row in sampled.rejected] == reasons
+    assert {row["prompt"] for row in sampled.rejected} == {PROMPT.text}
+    contents = [row["conversations"][1]["content"] for row in sampled.kept]
     assert contents == [trace("1000+5=1005", "1005"), trace("1000+5 =  1005", "1005")]
-    for row in traces.kept:
+    for row in sampled.kept:
         assert parse_reasoning(row)[0] == {"role": "user", "content": PROMPT.text}
-    traces.add(PROMPT, [Completion("no", True)], max_kept=2)
-    assert traces.metrics() == {
+    sampled.add(PROMPT, [Completion("no", True)], max_kept=2)
+    assert sampled.metrics() == {
         "prompts": 2,
         "sampled": 12,
         "kept": 2,
@@ -73,7 +73,7 @@ def test_traces_are_kept_or_rejected_with_a_reason() -> None:
 
 
 class Stage:
-    """Stage traces in a folder of its own, with a tiny checkpoint."""
+    """Stage rejection_sampling in a folder of its own, with a tiny checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -102,24 +102,30 @@ class Stage:
         }
         params = self.folder / "params.yaml"
         data = {"prompts": "prompts.jsonl"}
-        params.write_text(json.dumps({"traces": values | changes, "data": data}))
+        params.write_text(json.dumps({"rejection_sampling": values | changes, "data": data}))
         lines = [json.dumps(row) + "\n" for row in prompts]
         (self.folder / "prompts.jsonl").write_text("".join(lines))
         return CliRunner().invoke(
             app,
             [
-                *("--output", "data/traces.jsonl", "--rejected", "data/rejected.jsonl"),
-                *("--metrics", "metrics/traces.json", "--params", "params.yaml"),
+                *("--output", "data/rejection_sampling.jsonl", "--rejected", "data/rejected.jsonl"),
+                *("--metrics", "metrics/rejection_sampling.json", "--params", "params.yaml"),
             ],
         )
 
     def results(self) -> tuple[bytes, bytes, bytes]:
-        names = ("data/traces.jsonl", "data/rejected.jsonl", "metrics/traces.json")
+        names = (
+            "data/rejection_sampling.jsonl",
+            "data/rejected.jsonl",
+            "metrics/rejection_sampling.json",
+        )
         first, second, third = ((self.folder / name).read_bytes() for name in names)
         return first, second, third
 
     def metrics(self) -> dict[str, float]:
-        return json.loads((self.folder / "metrics/traces.json").read_text())["traces"]
+        return json.loads((self.folder / "metrics/rejection_sampling.json").read_text())[
+            "rejection_sampling"
+        ]
 
     def rejected(self) -> list[dict[str, str]]:
         return [json.loads(line) for line in self.results()[1].splitlines()]
@@ -160,7 +166,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
 ) -> None:
     stage.run(PROMPTS)
     expected = stage.results()
-    for name in ("data/traces.jsonl", "data/rejected.jsonl", "metrics/traces.json"):
+    for name in (
+        "data/rejection_sampling.jsonl",
+        "data/rejected.jsonl",
+        "metrics/rejection_sampling.json",
+    ):
         (stage.folder / name).unlink()
     generate = completions.generate
     batches: list[int] = []
@@ -175,7 +185,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     result = stage.run(PROMPTS)
     assert result.exit_code == 128 + signal.SIGTERM
     assert "state saved after 4 of 7 prompts" in result.stderr
-    assert not (stage.folder / "data/traces.jsonl").exists()
+    assert not (stage.folder / "data/rejection_sampling.jsonl").exists()
     result = stage.run(PROMPTS)
     assert result.exit_code == 0
     assert "going on after 4 of 7 prompts" in result.stderr
@@ -202,11 +212,14 @@ def test_prompts_that_cannot_be_used_are_named(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"endpoint": "localhost:8000"}, "traces.endpoint is 'localhost:8000'; it must be like"),
+        (
+            {"endpoint": "localhost:8000"},
+            "rejection_sampling.endpoint is 'localhost:8000'; it must be like",
+        ),
         ({"endpoint": "file:///etc/passwd"}, "it must be like http://"),
         ({"endpoint": "http://me:key@host/v1", "model": "m"}, "set MINIMIND_API_KEY"),
-        ({"endpoint": "http://host/v1"}, "traces.model is None; it must name a model"),
-        ({"temperature": 0}, "traces.temperature is 0"),
+        ({"endpoint": "http://host/v1"}, "rejection_sampling.model is None; it must name a model"),
+        ({"temperature": 0}, "rejection_sampling.temperature is 0"),
     ],
 )
 def test_bad_parameters_are_an_error_of_one_line(
@@ -295,7 +308,7 @@ def test_an_endpoint_is_asked_as_openai_clients_ask(stage: Stage, server: Server
     changes = {"endpoint": f"{server.url}/", "model": "big", "instruction": "Think.", "seed": 3}
     result = stage.run(PROMPTS[:2], **changes, batch_size=1)
     assert result.exit_code == 0, result.output
-    kept = [row.value for row in read_rows(Path("data/traces.jsonl"), parse_reasoning)]
+    kept = [row.value for row in read_rows(Path("data/rejection_sampling.jsonl"), parse_reasoning)]
     assert [chat[0]["content"] for chat in kept] == ["0+2?", "0+2?", "1+2?"]
     assert kept[1][1]["content"] == trace("0+2=2", "2")
     assert [row["reason"] for row in stage.rejected()] == ["unfinished", "duplicate", "duplicate"]
@@ -348,7 +361,7 @@ def test_what_a_server_says_amiss_is_one_line(
     changes = {"endpoint": server.url, "model": "m", "batch_size": 1, "num_samples": 1}
     result = stage.run(PROMPTS, **changes)
     assert result.exit_code == 1
-    assert f"traces: {server.url}/chat/completions answered" in result.stderr
+    assert f"rejection_sampling: {server.url}/chat/completions answered" in result.stderr
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert KEY not in result.stderr
