@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "claims.json"
 WORKSPACE = ROOT / ".claims"
 # What decides the results of a run, and so what a recorded run is a run of.
-DECIDING = ("minimind", "stages", "params.yaml", "dvc.yaml")
+DECIDING = ("code", "params.yaml", "dvc.yaml")
 # A processor without 16-bit instructions, as far as one that has them can be made to act like it.
 LESSER = {
     "ATEN_CPU_CAPABILITY": "avx2",
