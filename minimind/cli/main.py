@@ -21,7 +21,9 @@ def main_options() -> None:
 
 @app.command()
 def preset(
-    name: Annotated[str, typer.Argument(help="small, base, moe, or a file of yours in presets/")],
+    name: Annotated[
+        str, typer.Argument(help="small, base, moe, tiny, or a file of yours in presets/")
+    ],
     params: Annotated[Path, typer.Option(help="the file to change")] = Path("params.yaml"),
     presets: Annotated[Path, typer.Option(help="where presets are")] = Path("presets"),
 ) -> None:
