@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from minimind.errors import UserError as UserError
     from minimind.evaluation.evaluate import EvaluateConfig as EvaluateConfig
     from minimind.evaluation.evaluate import evaluate as evaluate
-    from minimind.evaluation.problems import read_problems as read_problems
     from minimind.model.checkpoint import load_model as load_model
     from minimind.model.checkpoint import save_checkpoint as save_checkpoint
     from minimind.model.generate import generate as generate
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from minimind.objectives.loss import Loss as Loss
     from minimind.objectives.loss import Objective as Objective
     from minimind.objectives.next_token import NextToken as NextToken
+    from minimind.tasks.problem import read_problems as read_problems
     from minimind.training.fit import FitConfig as FitConfig
     from minimind.training.fit import fit as fit
 
@@ -52,7 +52,7 @@ _HOME = {
     "generate": "model.generate",
     "load_model": "model.checkpoint",
     "merge_adapter": "model.lora",
-    "read_problems": "evaluation.problems",
+    "read_problems": "tasks.problem",
     "reply": "model.reply",
     "save_checkpoint": "model.checkpoint",
     "save_tokenizer": "chat.tokenizer_training",

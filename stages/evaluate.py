@@ -10,11 +10,11 @@ import typer
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.formats import parse_text, read_rows
 from minimind.evaluation.evaluate import EvaluateConfig, evaluate
-from minimind.evaluation.problems import read_problems
 from minimind.files import replacing
 from minimind.metrics import write_metrics
 from minimind.model.checkpoint import load_model
 from minimind.params import load_path, load_section
+from minimind.tasks.problem import read_problems
 from minimind.terminal.command import stage_app
 from minimind.training.run import start_run
 

@@ -10,9 +10,9 @@ from minimind.chat.tokenizer import ChatTokenizer
 from minimind.metrics import write_curve, write_metrics
 from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.params import load_path, load_section
+from minimind.reinforcement.draws import Draws
 from minimind.reinforcement.group_relative import GroupRelative
 from minimind.reinforcement.loop import ReinforcementConfig, reinforce, summary
-from minimind.reinforcement.prompts import Draws
 from minimind.reinforcement.setup import build_environment
 from minimind.terminal.command import stage_app
 from minimind.training.run import start_training

@@ -10,8 +10,9 @@ from minimind.chat.tokenizer import ChatTokenizer
 from minimind.metrics import write_metrics
 from minimind.model.checkpoint import load_model
 from minimind.params import load_path, load_section
+from minimind.tasks.problem import read_problems
 from minimind.terminal.command import stage_app
-from minimind.thinking.completions import Checkpoint, Source, complete_all, read_prompts, write_rows
+from minimind.thinking.completions import Checkpoint, Source, complete_all, write_rows
 from minimind.thinking.endpoint import Endpoint
 from minimind.thinking.rejection_sampling import RejectionSampling, RejectionSamplingConfig
 from minimind.training.run import StageRun, start_run
@@ -32,7 +33,7 @@ def main(
     with start_run(
         "rejection_sampling", params, {"rejection_sampling": config}, [config.init, prompts]
     ) as run:
-        asked = read_prompts(prompts, config.num_prompts, needs_answers=True)
+        asked = read_problems(prompts, config.num_prompts)
         prompts_at_a_time = max(1, config.batch_size // config.num_samples)
         source = open_source(config, run)
         sampled = RejectionSampling()

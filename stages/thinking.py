@@ -10,8 +10,9 @@ from minimind.chat.tokenizer import ChatTokenizer
 from minimind.metrics import write_metrics
 from minimind.model.checkpoint import load_model
 from minimind.params import load_path, load_section
+from minimind.tasks.problem import read_problems
 from minimind.terminal.command import stage_app
-from minimind.thinking.completions import Checkpoint, complete_all, read_prompts, write_rows
+from minimind.thinking.completions import Checkpoint, complete_all, write_rows
 from minimind.thinking.quality import ThinkingConfig, assess
 from minimind.thinking.quality import metrics as metrics_of
 from minimind.training.run import start_run
@@ -29,7 +30,7 @@ def main(
     config = load_section(params, "thinking", ThinkingConfig)
     prompts = load_path(params, "data.free_prompts")
     with start_run("thinking", params, {"thinking": config}, [config.init, prompts]) as run:
-        asked = read_prompts(prompts, config.num_prompts, needs_answers=False)
+        asked = read_problems(prompts, config.num_prompts, needs_answers=False)
         tokenizer = ChatTokenizer.load(config.init)
         model = load_model(config.init).to(run.device).eval()
         source = Checkpoint(model, tokenizer, config, num_samples=1)

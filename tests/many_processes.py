@@ -25,9 +25,9 @@ from minimind.objectives.dpo import Dpo
 from minimind.objectives.next_token import NextToken
 from minimind.objectives.reward_model import PairwiseReward
 from minimind.params import load_section
+from minimind.reinforcement.draws import Draws
 from minimind.reinforcement.group_relative import GroupRelative
 from minimind.reinforcement.loop import reinforce
-from minimind.reinforcement.prompts import Draws
 from minimind.reinforcement.setup import build_environment
 from minimind.reinforcement.single_stream import SingleStream
 from minimind.terminal.command import stage_app

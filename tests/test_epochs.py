@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minimind.datasets.batches import Batches
 from minimind.datasets.epochs import exact, num_steps, steps_per_epoch
-from minimind.reinforcement.prompts import Draws
+from minimind.reinforcement.draws import Draws
 from tests.tiny import random_rows, write_rows
 
 # Epochs as they are written, in decimals.

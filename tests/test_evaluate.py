@@ -32,11 +32,11 @@ from minimind.evaluation.evaluate import (
     text_bits_per_byte,
 )
 from minimind.evaluation.likelihood import Fork, branch_logprobs
-from minimind.evaluation.problems import read_problems
 from minimind.evaluation.wilson import effective_trials, wilson_interval
 from minimind.metrics import Number
 from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.model.transformer import ModelConfig, PackedTokens, Transformer
+from minimind.tasks.problem import read_problems
 from stages.evaluate import app
 from tests.tiny import VOCAB_SIZE, tiny_model
 
@@ -98,7 +98,10 @@ def test_numbers_are_told_from_other_answers(text: str, expected: bool) -> None:
         ("apples: 3+5", "5", "5"),
         ("apples: 3+5", "it is apples: 3+5", "it is apples: 3+5"),
         ("five", "<think>3</think>\n<answer> five </answer>", "five"),
-        ("five", "<answer>five</answer><answer>", "<answer>five</answer><answer>"),
+        ("five", "<answer>five</answer><answer>", None),  # guesses
+        ("5", "<answer>4</answer><answer>5</answer>", None),
+        ("5", "<think>5", None),  # what was only thought
+        ("5", "<answer>5 apples</answer>", "5"),
         ("five", "", ""),
     ],
 )
@@ -584,7 +587,7 @@ def test_weights_out_of_bounds_are_one_line(learnt: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"prompt": "a"}', "answer: Field required"),
+        ('{"prompt": "a"}', "answer is missing"),
         ('{"answer": "a"}', "prompt: Field required"),
         ('{"prompt": "", "answer": "1"}', "prompt"),
         ('{"prompt": "a", "answer": null}', "answer"),

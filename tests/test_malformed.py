@@ -574,7 +574,7 @@ CAUSES["sides that make no pair"] = [
 CAUSES["a prompt without the answer that is needed"] = [
     Case(command, with_row("prompts.jsonl", 2, {"prompt": "a", **answer}), ("prompts.jsonl:2: ",))
     for command in ("grpo", "spo", "rejection_sampling")
-    for answer in ({}, {"answer": None}, {"answer": 7}, {"answer": ""})
+    for answer in ({}, {"answer": None}, {"answer": ["7"]}, {"answer": ""})
 ]
 PROBLEMS: list[dict[str, Any]] = [
     {"prompt": "a"},

@@ -17,12 +17,11 @@ from minimind.reinforcement.advantages import (
     has_signal,
     single_stream_advantages,
 )
-from minimind.reinforcement.prompts import Draws
+from minimind.reinforcement.draws import Draws
 from minimind.reinforcement.rewards import (
     Rewards,
     RewardsConfig,
     Sample,
-    answer_reward,
     format_reward,
     length_penalty,
     load_custom_reward,
@@ -30,6 +29,7 @@ from minimind.reinforcement.rewards import (
 )
 from minimind.reinforcement.rollout import completion_logprobs, pack_completions
 from minimind.reinforcement.tracker import TrackerConfig, ValueTracker, Visit, mean_change
+from minimind.tasks.problem import Problem
 from tests.tiny import VOCAB_SIZE, tiny_model
 
 TRACKER = TrackerConfig(d_half=0.06, rho_min=0.5, rho_max=0.96, initial_samples=2, exploration=0.05)
@@ -329,7 +329,8 @@ def test_format_reward(completion: str, reward: float) -> None:
         (COMPLETE, 1.0),
         ("<answer> 7\n</answer>", 1.0),
         ("<answer>17</answer>", 0.0),
-        ("<answer>7.</answer>", 0.0),
+        ("<answer>7.</answer>", 1.0),  # as in evaluation
+        ("<answer>7 shells</answer>", 1.0),
         ("<answer>6</answer><answer>7</answer>", 0.0),  # guesses
         ("</answer>7<answer>", 0.0),
         ("<think>7</think>", 0.0),
@@ -339,12 +340,13 @@ def test_format_reward(completion: str, reward: float) -> None:
     ],
 )
 def test_answer_reward(completion: str, reward: float) -> None:
-    assert answer_reward(completion, "7") == reward
+    assert float(Problem.of("3+4?", "7").score(completion).correct) == reward
 
 
 def test_answers_in_chinese_are_compared_exactly() -> None:
-    assert answer_reward("<answer>七枚贝壳</answer>", "七枚贝壳") == 1.0
-    assert answer_reward("<answer>七枚</answer>", "七枚贝壳") == 0.0
+    problem = Problem.of("几枚？", "七枚贝壳")
+    assert problem.score("<answer>七枚贝壳</answer>").correct
+    assert not problem.score("<answer>七枚</answer>").correct
 
 
 def test_length_costs_nothing_at_first_and_everything_without_an_end() -> None:
@@ -376,7 +378,7 @@ def rewards_config(**changes) -> RewardsConfig:
 
 
 def samples_of(*completions: str) -> list[Sample]:
-    return [Sample("3+4?", text, "7", list(range(6)), True) for text in completions]
+    return [Sample(Problem.of("3+4?", "7"), text, list(range(6)), True) for text in completions]
 
 
 def test_parts_are_weighted_added_and_scaled_between_their_bounds() -> None:

@@ -17,14 +17,15 @@ from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import Stopped, UserError
 from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.params import load_section
+from minimind.reinforcement.draws import Draws
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.group_relative import GroupRelative
 from minimind.reinforcement.loop import reinforce
-from minimind.reinforcement.prompts import Draws, load_prompts
 from minimind.reinforcement.reward_scorer import load_reward_model
 from minimind.reinforcement.rewards import Rewards, Sample
 from minimind.reinforcement.rollout import SamplingConfig, completion_logprobs
 from minimind.reinforcement.single_stream import SingleStream
+from minimind.tasks.problem import Problem, encode_prompts, read_problems
 from minimind.training.run import start_run
 from stages import grpo, reward, spo
 from tests.tiny import tiny_model
@@ -179,12 +180,13 @@ def test_learning_raises_the_reward(project: Path, stage: str) -> None:
 
 def environment_of(config: Any) -> Environment:
     tokenizer = ChatTokenizer.load(Path("models/start"))
-    prompts = load_prompts(Path("prompts.jsonl"), tokenizer, 128, needs_answers=True)
+    problems = read_problems("prompts.jsonl")
+    prompts = encode_prompts(problems, tokenizer, 128)
     rewards = Rewards(config.rewards, config.max_new_tokens, custom=ascii_share)
     sampling = SamplingConfig(
         config.temperature, config.top_p, config.max_new_tokens, "float32", 3, tokenizer.end_id
     )
-    return Environment(prompts, tokenizer, sampling, rewards)
+    return Environment(problems, prompts, tokenizer, sampling, rewards)
 
 
 def ascii_share(prompt: str, completion: str, answer: str | None) -> float:
@@ -255,7 +257,7 @@ def test_spo_compares_a_reward_with_the_value_before_it(project: Path) -> None:
     advantages, numbers = method.advantages(model, environment, indices, rollout, rewards)
 
     np.testing.assert_allclose(advantages, scaled - before["values"])  # six: not normalized
-    prompts = [environment.prompts[i].ids for i in indices]
+    prompts = [environment.prompts[i] for i in indices]
     now = completion_logprobs(model, prompts, [v.completion for v in visits], 1.0, "float32", 6)
     change = [
         np.abs(n.numpy() - np.array(v.logprobs)).mean() for n, v in zip(now, visits, strict=True)
@@ -367,7 +369,7 @@ def test_a_reward_model_learns_pairs_and_stock_transformers_reads_it(project: Pa
     dataset = EncodedDataset.open(Path("data/pairs"))
     texts = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
     samples = [
-        Sample(row["prompt"], row[side], None, [], True)
+        Sample(Problem.of(row["prompt"]), row[side], [], True)
         for row in texts
         for side in ("chosen", "rejected")
     ]
@@ -397,7 +399,7 @@ def test_the_saved_scores_are_those_of_training(project: Path) -> None:
     texts = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
     sides = [(r["prompt"], r[side]) for r in texts for side in ("chosen", "rejected")]
     scorer = load_reward_model(Path("models/other"), None, False, torch.device("cpu"))
-    stock = scorer([Sample(prompt, text, None, [], True) for prompt, text in sides])
+    stock = scorer([Sample(Problem.of(prompt), text, [], True) for prompt, text in sides])
     np.testing.assert_allclose(stock, ours, atol=1e-5)
 
 
@@ -450,7 +452,7 @@ def test_code_of_a_reward_model_runs_only_when_it_is_allowed_to(project: Path, m
     with pytest.raises(UserError, match=r"models/own cannot be loaded: .*trust_remote_code"):
         load_reward_model(directory, None, False, cpu)
     scorer = load_reward_model(directory, None, True, cpu)
-    assert scorer([Sample("3?", "seven", None, [], True)]) == [5.0]
+    assert scorer([Sample(Problem.of("3?"), "seven", [], True)]) == [5.0]
 
 
 def test_a_reward_model_of_the_hub_is_named_with_its_commit(project: Path) -> None:

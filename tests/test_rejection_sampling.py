@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
-from minimind.datasets.formats import Place, parse_reasoning, read_rows
+from minimind.datasets.formats import parse_reasoning, read_rows
 from minimind.model.checkpoint import save_checkpoint
+from minimind.tasks.problem import Problem
 from minimind.thinking import completions, endpoint
-from minimind.thinking.completions import Completion, Prompt
+from minimind.thinking.completions import Completion
 from minimind.thinking.rejection_sampling import RejectionSampling
 from stages.rejection_sampling import app
 from tests.tiny import tiny_model
@@ -32,7 +33,7 @@ def trace(thought: str, answer: str) -> str:
 
 # ---- what is kept ----
 
-PROMPT = Prompt(0, "1,000 + 5 = ?", "1005", Place(Path("prompts.jsonl"), 1))
+PROMPT = Problem.of("1,000 + 5 = ?", "1005")
 SAID = [
     ("1000+5=1005", "1,005", True, "kept"),
     ("1000+5 =  1005\n", " 1005.0\n", True, "kept"),  # another spelling of the thought
@@ -53,11 +54,11 @@ def test_traces_are_kept_or_rejected_with_a_reason() -> None:
     sampled.add(PROMPT, said, max_kept=2)
     reasons = [reason for *_, reason in SAID if reason != "kept"] + ["incomplete"] * 2
     assert [row["reason"] for row in sampled.rejected] == reasons
-    assert {row["prompt"] for row in sampled.rejected} == {PROMPT.text}
+    assert {row["prompt"] for row in sampled.rejected} == {PROMPT.prompt}
     contents = [row["conversations"][1]["content"] for row in sampled.kept]
     assert contents == [trace("1000+5=1005", "1005"), trace("1000+5 =  1005", "1005")]
     for row in sampled.kept:
-        assert parse_reasoning(row)[0] == {"role": "user", "content": PROMPT.text}
+        assert parse_reasoning(row)[0] == {"role": "user", "content": PROMPT.prompt}
     sampled.add(PROMPT, [Completion("no", True)], max_kept=2)
     assert sampled.metrics() == {
         "prompts": 2,

@@ -1,6 +1,7 @@
 """A folder of shards that DVC tracks, wherever `data` in params.yaml names a file."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,9 @@ import stages.tokenizer
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
 from minimind.datasets.formats import read_texts
-from minimind.evaluation.problems import read_problems
 from minimind.mini_world.rows import MiniWorldConfig, write_mini_world
 from minimind.model.checkpoint import save_checkpoint
-from minimind.reinforcement.prompts import load_prompts
-from minimind.thinking.completions import read_prompts
+from minimind.tasks.problem import encode_prompts, read_problems
 from tests.graph import ROOT
 from tests.shipped import shipped_params
 from tests.tiny import tiny_model
@@ -161,13 +160,13 @@ def test_encode(folder: Path, tmp_path: Path, key: str) -> None:
 @pytest.mark.parametrize("key", ["prompts", "free_prompts"])
 def test_prompts(folder: Path, tokenizer: ChatTokenizer, key: str) -> None:
     whole, shards = sources(folder, key).values()
-    one, other = (load_prompts(source, tokenizer, 512, True) for source in (whole, shards))
-    assert len(one) == 20
-    assert [prompt[:3] for prompt in one] == [prompt[:3] for prompt in other]
-    for num_prompts in (5, 100):
-        few, same = (read_prompts(source, num_prompts, True) for source in (whole, shards))
-        assert len(few) == min(20, num_prompts)
-        assert [prompt[:3] for prompt in few] == [prompt[:3] for prompt in same]
+    for num_prompts in (5, 100, None):
+        few, same = (read_problems(source, num_prompts) for source in (whole, shards))
+        assert len(few) == min(20, num_prompts or 20)
+        assert [replace(p, place=few[0].place) for p in few] == [
+            replace(p, place=few[0].place) for p in same
+        ]
+        assert encode_prompts(few, tokenizer, 512) == encode_prompts(same, tokenizer, 512)
 
 
 def test_evaluate(folder: Path, tokenizer: ChatTokenizer, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
-from minimind.datasets.formats import Place
 from minimind.model.checkpoint import save_checkpoint
-from minimind.thinking.completions import Completion, Prompt
+from minimind.tasks.problem import Problem
+from minimind.thinking.completions import Completion
 from minimind.thinking.quality import Thinking, assess, find_steps, metrics
 from stages.thinking import app
 from tests.tiny import tiny_model
@@ -83,7 +83,7 @@ def test_no_thought_is_too_odd(thought: str) -> None:
         assert "=" in step.text
 
 
-PROMPT = Prompt(0, "3+4-2?", None, Place(Path("prompts.jsonl"), 1))
+PROMPT = Problem.of("3+4-2?")
 
 
 def assessed(text: str, finished: bool = True) -> Thinking:

@@ -25,12 +25,13 @@ from minimind.objectives.loss import Objective
 from minimind.objectives.next_token import NextToken
 from minimind.objectives.preference import row_logprobs
 from minimind.params import with_shared
+from minimind.reinforcement.draws import Draws, Indices
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.group_relative import GroupRelative
 from minimind.reinforcement.loop import ReinforcementConfig, reinforce
-from minimind.reinforcement.prompts import Draws, Indices, Prompt
 from minimind.reinforcement.rewards import Rewards
 from minimind.reinforcement.rollout import SamplingConfig
+from minimind.tasks.problem import Problem
 from minimind.training.optimizer import Optimizer, OptimizerConfig
 from minimind.training.step import take_step
 
@@ -216,7 +217,8 @@ def _grpo(material: Material, compile: bool) -> Step:
             "rewards": section["rewards"] | rewards | {"custom": 1.0},
         }
     )
-    prompts = [Prompt(_Words().decode(ids), None, ids, "") for ids in material.prompts]
+    prompts = material.prompts
+    problems = [Problem.of(_Words().decode(ids)) for ids in prompts]
     sampling = SamplingConfig(1.0, 1.0, sizes.grpo_tokens, "bfloat16", material.seed, END)
     drawn = [0]
 
@@ -224,8 +226,8 @@ def _grpo(material: Material, compile: bool) -> Step:
         drawn[0] += len(completion.split())
         return text_reward(completion)
 
-    judge = Rewards(config.rewards, sizes.grpo_tokens, None, reward)
-    environment = Environment(prompts, _Words(), sampling, judge)  # type: ignore[arg-type]
+    rewards_of = Rewards(config.rewards, sizes.grpo_tokens, None, reward)
+    environment = Environment(problems, prompts, _Words(), sampling, rewards_of)  # type: ignore[arg-type]
     draws = Draws(len(prompts), sizes.grpo_prompts, material.seed)
     method = _PacedMethod(draws, sizes.num_samples, divide_by_std=True)
 

@@ -43,15 +43,25 @@ def find_answer(output: str) -> Answer | None:
 def answer_like(expected: str, output: str) -> str | None:
     """What an output answers, to be compared with the normalised expected answer.
 
-    Where a number is expected, this is the one that `find_answer` finds. Where it is not, any
-    number in the output may be a part of the answer, which then is all that stands between the
-    answer tags, or the whole output.
+    Where a number is expected, this is the last one in what `stated_answer` gives. Where it is
+    not, a number may be a part of the answer, which then is all of that.
     """
-    if is_number(expected):
-        found = find_answer(output)
-        return found.value if found else None
-    tagged = _tagged_answer(output)
-    return normalise(tagged.group(1) if tagged else output)
+    stated = stated_answer(output)
+    if stated is None or not is_number(expected):
+        return None if stated is None else normalise(stated)
+    numbers = _NUMBER.findall(stated)
+    return normalise(numbers[-1]) if numbers else None
+
+
+def stated_answer(output: str) -> str | None:
+    """What stands between the answer tags; all of an output without any tag.
+
+    Of several pairs, or tags that are not closed, there is none: a model must not win by listing
+    guesses, nor by what it only thought.
+    """
+    if tagged := _tagged_answer(output):
+        return tagged.group(1)
+    return None if _TAGS.search(output) else output
 
 
 def _tagged_answer(output: str) -> re.Match[str] | None:

@@ -48,7 +48,7 @@ BATCHES_AHEAD = 2
 
 
 class DataConfig(Section, extra="ignore"):
-    """What all data sets share; the section's other keys are paths, which dvc.yaml reads."""
+    """What all data sets share; the section's other keys are paths, read by `load_path`."""
 
     on_bad_row: OnBadRow
 

@@ -11,22 +11,20 @@ from dataclasses import dataclass, replace
 from pydantic import Field, PositiveInt
 
 from minimind.chat.answers import (
-    answer_like,
     find_answer,
     is_full_sentence,
     is_number,
-    normalise,
     thought_of,
 )
 from minimind.chat.tokenizer import CONTEXT, ChatTokenizer
 from minimind.compute.precision import DType
 from minimind.errors import UserError
 from minimind.evaluation.likelihood import Fork, branch_logprobs
-from minimind.evaluation.problems import Problem
 from minimind.metrics import Number
 from minimind.model.generate import generate
 from minimind.model.transformer import Transformer
 from minimind.params import Section
+from minimind.tasks.problem import Problem, encode_prompts
 
 
 class EvaluateConfig(Section):
@@ -149,16 +147,7 @@ def _answer(
     as_text: bool,
 ) -> list[Prediction]:
     """The greedy answers."""
-    prompts = [
-        _encode_prompt(tokenizer, problem, as_text or problem.as_text) for problem in problems
-    ]
-    max_positions = model.config.max_positions
-    for problem, prompt in zip(problems, prompts, strict=True):
-        if len(prompt) >= max_positions:
-            raise UserError(
-                f"{problem.place}: the prompt has {len(prompt)} tokens; the model has only "
-                f"{max_positions} positions for prompt and answer: shorten it or leave it out."
-            )
+    prompts = encode_prompts(problems, tokenizer, model.config.max_positions, as_text)
     # Only a matter of speed, since what follows a line is cut off anyway. With a tokenizer that
     # spells a line break in several tokens, each of them may stand elsewhere too.
     line_break = tokenizer.encode_text("\n")
@@ -192,19 +181,12 @@ def _batches(
         yield from (asked[start : start + size] for start in range(0, len(asked), size))
 
 
-def _encode_prompt(tokenizer: ChatTokenizer, problem: Problem, as_text: bool) -> list[int]:
-    if as_text:
-        return [tokenizer.start_id, *tokenizer.encode_text(problem.text_prompt)]
-    return tokenizer.encode_prompt(problem.messages)
-
-
 def _prediction(
     tokenizer: ChatTokenizer, problem: Problem, output: str, finished: bool, as_text: bool
 ) -> Prediction:
     if as_text and "\n" in output:
         output, finished = output.split("\n", 1)[0], True
-    expected = normalise(problem.answer)
-    said = answer_like(expected, output)
+    score = problem.score(output)
     thought = thought_of(output)
     return Prediction(
         id=problem.id,
@@ -213,9 +195,9 @@ def _prediction(
         task=problem.task,
         prompt=problem.text_prompt if as_text else problem.prompt,
         output=output,
-        parsed=said,
-        answer=problem.answer,
-        correct=said == expected,
+        parsed=score.said,
+        answer=problem.answer or "",
+        correct=score.correct,
         finished=finished,
         full_sentence=is_full_sentence(output, problem.full),
         in_form=is_number(output.strip()) or is_full_sentence(output, problem.full),

@@ -10,9 +10,10 @@ from minimind.chat.tokenizer import ChatTokenizer
 from minimind.compute.processes import Processes
 from minimind.model.transformer import Transformer
 from minimind.reinforcement.advantages import Values
-from minimind.reinforcement.prompts import Indices, Prompt
+from minimind.reinforcement.draws import Indices
 from minimind.reinforcement.rewards import Rewards, Sample, require_finite
 from minimind.reinforcement.rollout import Rollout, SamplingConfig, sample
+from minimind.tasks.problem import Problem
 
 T = TypeVar("T")
 
@@ -24,7 +25,8 @@ class Environment:
     Processes divide prompts among themselves; what each has made is then known to all.
     """
 
-    prompts: Sequence[Prompt]
+    problems: Sequence[Problem]
+    prompts: Sequence[list[int]]  # the ids of each, with the header of the assistant's turn
     tokenizer: ChatTokenizer
     sampling: SamplingConfig
     rewards: Rewards
@@ -40,7 +42,7 @@ class Environment:
         """
         own = self.processes.share(range(len(indices)))
         keys = [first_key + i * num_samples + k for i in own for k in range(num_samples)]
-        ids = [self.prompts[indices[i]].ids for i in own]
+        ids = [self.prompts[indices[i]] for i in own]
         model.eval()
         rollout = sample(model, ids, num_samples, self.sampling, keys)
         model.train()
@@ -52,11 +54,11 @@ class Environment:
         num_samples = len(rollout.completions) // len(indices)
         samples = []
         for i in self.processes.share(range(len(indices))):
-            prompt = self.prompts[indices[i]]
+            problem = self.problems[indices[i]]
             for row in range(i * num_samples, (i + 1) * num_samples):
                 ids, finished = rollout.completions[row], rollout.finished[row]
                 text = self.tokenizer.decode(ids)
-                samples.append(Sample(prompt.text, text, prompt.answer, ids, finished))
+                samples.append(Sample(problem, text, ids, finished))
         parts = self.rewards.parts(samples)
         require_finite(parts)
         return {

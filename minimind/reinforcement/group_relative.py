@@ -4,8 +4,8 @@ from torch import Tensor
 
 from minimind.model.transformer import Transformer
 from minimind.reinforcement.advantages import Values, group_advantages, has_signal
+from minimind.reinforcement.draws import Draws, Indices
 from minimind.reinforcement.environment import Environment
-from minimind.reinforcement.prompts import Draws, Indices
 from minimind.reinforcement.rollout import Rollout
 from minimind.training.run import Run
 

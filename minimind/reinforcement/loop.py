@@ -13,8 +13,8 @@ from minimind.model.transformer import Layer, Transformer
 from minimind.objectives.policy import LossType, PolicyGradient
 from minimind.params import Seed, UserPath
 from minimind.reinforcement.advantages import Values
+from minimind.reinforcement.draws import Draws, Indices
 from minimind.reinforcement.environment import Environment
-from minimind.reinforcement.prompts import Draws, Indices
 from minimind.reinforcement.rewards import RewardsConfig
 from minimind.reinforcement.rollout import Rollout, completion_logprobs, pack, statistics
 from minimind.training.optimizer import Optimizer, OptimizerConfig
@@ -181,5 +181,5 @@ def _update(
 
 
 def _named(indices: Indices, environment: Environment) -> str:
-    places = [environment.prompts[index].place for index in indices]
+    places = [str(environment.problems[index].place) for index in indices]
     return f"the prompts {', '.join(places[:8])}" + (", ..." if len(places) > 8 else "")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from minimind.chat.template import Message
 from minimind.errors import UserError
 from minimind.reinforcement.rewards import Sample
 
@@ -33,7 +34,7 @@ class RewardScorer:
         for start in range(0, len(samples), ROWS_AT_A_TIME):
             chats = [
                 [
-                    {"role": "user", "content": sample.prompt},
+                    *sample.problem.messages,
                     {"role": "assistant", "content": sample.completion},
                 ]
                 for sample in samples[start : start + ROWS_AT_A_TIME]
@@ -41,7 +42,7 @@ class RewardScorer:
             scores += self._scores(chats)
         return scores
 
-    def _scores(self, chats: list[list[dict[str, str]]]) -> list[float]:
+    def _scores(self, chats: list[list[Message]]) -> list[float]:
         with torch.no_grad():
             if hasattr(self.model, "get_scores"):
                 return [float(score) for score in self.model.get_scores(self.tokenizer, chats)]

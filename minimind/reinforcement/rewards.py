@@ -18,21 +18,19 @@ from minimind.chat.tokenizer import TAGS
 from minimind.errors import UserError
 from minimind.params import Section
 from minimind.reinforcement.advantages import Values
+from minimind.tasks.problem import Problem
 
 COMPLETE_REWARD, TAG_REWARD = 0.5, 0.25
 _COMPLETE = re.compile(
     r"\s*<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL
 )
-_ANSWER = re.compile(r"<answer>(.*)</answer>", re.DOTALL)
-_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 
 
 class Sample(NamedTuple):
     """A completion to be judged."""
 
-    prompt: str
+    problem: Problem
     completion: str  # tags included, control tokens not
-    answer: str | None  # the prompt's
     ids: list[int]  # of the completion
     finished: bool  # whether it ended by itself
 
@@ -122,7 +120,7 @@ class Rewards:
         return [format_reward(sample.completion) for sample in samples]
 
     def _answer(self, samples: Sequence[Sample]) -> list[float]:
-        return [answer_reward(sample.completion, sample.answer) for sample in samples]
+        return [float(sample.problem.score(sample.completion).correct) for sample in samples]
 
     def _length(self, samples: Sequence[Sample]) -> list[float]:
         free, most = self.config.free_length, self.max_new_tokens
@@ -140,10 +138,11 @@ class Rewards:
         assert self.custom is not None
         values = []
         for sample in samples:
-            value = self.custom(sample.prompt, sample.completion, sample.answer)
+            problem = sample.problem
+            value = self.custom(problem.prompt, sample.completion, problem.answer)
             if not isinstance(value, int | float) or not -1 <= value <= 1:  # NaN is not, either
                 raise UserError(
-                    f"the custom reward is {value!r} for the prompt {sample.prompt[:60]!r}; "
+                    f"the custom reward is {value!r} for the prompt {problem.prompt[:60]!r}; "
                     "it must be a number from -1 to 1."
                 )
             values.append(float(value))
@@ -156,22 +155,6 @@ def format_reward(completion: str) -> float:
     """
     complete = COMPLETE_REWARD if _COMPLETE.fullmatch(completion) else 0.0
     return complete + TAG_REWARD * sum(completion.count(tag) == 1 for tag in TAGS)
-
-
-def answer_reward(completion: str, answer: str | None) -> float:
-    """1 if the text between the answer tags is the answer, white space around it aside.
-
-    With several answers there is none: a model must not win by listing guesses. Of a completion
-    without any tag, as of a model that was never taught them, the last number is the answer.
-    """
-    assert answer is not None, "load_prompts checks that every prompt has an answer"
-    if not any(tag in completion for tag in TAGS):
-        numbers = _NUMBER.findall(completion)
-        return float(bool(numbers) and numbers[-1] == answer.strip())
-    if completion.count("<answer>") != 1 or completion.count("</answer>") != 1:
-        return 0.0
-    match = _ANSWER.search(completion)
-    return float(match is not None and match[1].strip() == answer.strip())
 
 
 def length_penalty(num_tokens: int, finished: bool, free_length: int, max_new_tokens: int) -> float:

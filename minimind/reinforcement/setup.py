@@ -7,10 +7,10 @@ from minimind.compute.device import limit_matmul_cache
 from minimind.model.transformer import Transformer
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.loop import ReinforcementConfig
-from minimind.reinforcement.prompts import load_prompts
 from minimind.reinforcement.reward_scorer import load_reward_model
 from minimind.reinforcement.rewards import Rewards, load_custom_reward
 from minimind.reinforcement.rollout import SamplingConfig
+from minimind.tasks.problem import encode_prompts, read_problems
 from minimind.training.run import Run
 
 
@@ -28,8 +28,8 @@ def build_environment(
     """
     limit_matmul_cache()  # every rollout has other numbers of rows and tokens
     weights = config.rewards.weights()
-    max_positions = model.config.max_positions
-    loaded = load_prompts(prompts, tokenizer, max_positions, needs_answers="answer" in weights)
+    problems = read_problems(prompts, needs_answers="answer" in weights)
+    encoded = encode_prompts(problems, tokenizer, model.config.max_positions)
     rewards = Rewards(
         config.rewards,
         config.max_new_tokens,
@@ -48,4 +48,4 @@ def build_environment(
         config.seed,
         tokenizer.end_id,
     )
-    return Environment(loaded, tokenizer, sampling, rewards, run.processes)
+    return Environment(problems, encoded, tokenizer, sampling, rewards, run.processes)

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from minimind.model.transformer import Transformer
 from minimind.reinforcement.advantages import Values, single_stream_advantages
+from minimind.reinforcement.draws import Draws, Indices
 from minimind.reinforcement.environment import Environment
-from minimind.reinforcement.prompts import Draws, Indices
 from minimind.reinforcement.rollout import Rollout, completion_logprobs
 from minimind.reinforcement.tracker import TrackerConfig, ValueTracker, Visit, mean_change
 from minimind.training.run import Run
@@ -71,7 +71,7 @@ class SingleStream:
         visits = [self.tracker.visits[index] for index in own]
         now = completion_logprobs(
             model,
-            [environment.prompts[index].ids for index in own],
+            [environment.prompts[index] for index in own],
             [visit.completion for visit in visits],
             environment.sampling.temperature,
             environment.sampling.dtype,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minimind.params import Section
 from minimind.reinforcement.advantages import Values
-from minimind.reinforcement.prompts import Indices
+from minimind.reinforcement.draws import Indices
 
 
 class TrackerConfig(Section):

@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -12,13 +11,13 @@ from pydantic import Field, PositiveInt
 
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.compute.precision import DType
-from minimind.datasets.formats import Place, parse_prompt, read_rows
 from minimind.errors import UserError
 from minimind.files import replacing
 from minimind.lineage.resume import TrainingState
 from minimind.model.generate import Sampling, generate
 from minimind.model.transformer import Transformer
 from minimind.params import Section, Seed
+from minimind.tasks.problem import Problem, encode_prompts
 from minimind.training.run import StageRun
 
 
@@ -34,15 +33,6 @@ class CompletionConfig(Section):
     dtype: DType = "bfloat16"
 
 
-class Prompt(NamedTuple):
-    """A question, and its answer if that is known."""
-
-    number: int  # in the file, from 0
-    text: str
-    answer: str | None
-    place: Place
-
-
 class Completion(NamedTuple):
     """What was said to a prompt."""
 
@@ -53,7 +43,7 @@ class Completion(NamedTuple):
 class Source(Protocol):
     """Completes prompts; every prompt equally often."""
 
-    def __call__(self, prompts: Sequence[Prompt]) -> list[list[Completion]]: ...
+    def __call__(self, prompts: Sequence[Problem]) -> list[list[Completion]]: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +58,7 @@ class Checkpoint:
     config: CompletionConfig
     num_samples: int  # completions of each prompt
 
-    def __call__(self, prompts: Sequence[Prompt]) -> list[list[Completion]]:
+    def __call__(self, prompts: Sequence[Problem]) -> list[list[Completion]]:
         """Raises UserError where a prompt fills the model's positions."""
         sampling = Sampling(
             self.config.temperature,
@@ -82,7 +72,7 @@ class Checkpoint:
         )
         sampled = generate(
             self.model,
-            [self._encode(prompt) for prompt in prompts],
+            encode_prompts(prompts, self.tokenizer, self.model.config.max_positions),
             max_new_tokens=self.config.max_new_tokens,
             end_id=self.tokenizer.end_id,
             dtype=self.config.dtype,
@@ -95,35 +85,9 @@ class Checkpoint:
         ]
         return _grouped(completions, self.num_samples)
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        ids = self.tokenizer.encode_prompt([{"role": "user", "content": prompt.text}])
-        if len(ids) >= (max_positions := self.model.config.max_positions):
-            raise UserError(
-                f"{prompt.place}: the prompt has {len(ids)} tokens; the model has only "
-                f"{max_positions} positions for prompt and completion: shorten it or leave it out."
-            )
-        return ids
-
 
 def _grouped(completions: Sequence[Completion], size: int) -> list[list[Completion]]:
     return [list(completions[i : i + size]) for i in range(0, len(completions), size)]
-
-
-def read_prompts(source: Path, num_prompts: int, needs_answers: bool) -> list[Prompt]:
-    """The first prompts of a JSONL file or folder of shards; fewer if it has no more.
-
-    Raises:
-        UserError: the source is missing or empty, a row cannot be read or lacks its answer.
-    """
-    prompts = []
-    for number, row in enumerate(islice(read_rows(source, parse_prompt), num_prompts)):
-        text, answer = row.value
-        if answer is None and needs_answers:
-            raise UserError(
-                f"{row.place}: answer is missing; there must be one to verify completions with."
-            )
-        prompts.append(Prompt(number, text, answer, row.place))
-    return prompts
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -133,7 +97,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def complete_all(
-    source: Source, prompts: Sequence[Prompt], prompts_at_a_time: int, run: StageRun
+    source: Source, prompts: Sequence[Problem], prompts_at_a_time: int, run: StageRun
 ) -> list[list[Completion]]:
     """The completions of every prompt, in their order.
 

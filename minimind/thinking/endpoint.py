@@ -16,7 +16,8 @@ from typing import IO, Any
 from urllib.error import HTTPError
 
 from minimind.errors import UserError
-from minimind.thinking.completions import Completion, CompletionConfig, Prompt
+from minimind.tasks.problem import Problem
+from minimind.thinking.completions import Completion, CompletionConfig
 
 TIMEOUT_SECONDS = 300.0  # of one request
 ATTEMPTS = 6
@@ -50,7 +51,7 @@ class Endpoint:
         if not self.api_key.isascii() or not self.api_key.isprintable() or " " in self.api_key:
             raise UserError("MINIMIND_API_KEY has characters that no key has; set it anew.")
 
-    def __call__(self, prompts: Sequence[Prompt]) -> list[list[Completion]]:
+    def __call__(self, prompts: Sequence[Problem]) -> list[list[Completion]]:
         """Raises UserError where the server refuses, cannot be reached, or is not understood."""
         threads = ThreadPoolExecutor(self.config.batch_size)
         try:
@@ -62,15 +63,13 @@ class Endpoint:
         finally:
             threads.shutdown(cancel_futures=True)
 
-    def _complete(self, prompt: Prompt, sample: int) -> Completion:
-        messages = [{"role": "user", "content": prompt.text}]
-        if self.instruction:
-            messages.insert(0, {"role": "system", "content": self.instruction})
+    def _complete(self, prompt: Problem, sample: int) -> Completion:
+        system = [{"role": "system", "content": self.instruction}] if self.instruction else []
         key = prompt.number * self.num_samples + sample
         answer = self._post(
             {
                 "model": self.model,
-                "messages": messages,
+                "messages": [*system, *prompt.messages],
                 "temperature": self.config.temperature,
                 "top_p": self.config.top_p,
                 "max_tokens": self.config.max_new_tokens,

@@ -9,7 +9,8 @@ from itertools import pairwise
 from minimind.chat.answers import find_answer, thought_of
 from minimind.metrics import Number
 from minimind.params import UserPath
-from minimind.thinking.completions import Completion, CompletionConfig, Prompt
+from minimind.tasks.problem import Problem
+from minimind.thinking.completions import Completion, CompletionConfig
 
 _THINKING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -86,7 +87,7 @@ def _value(side: str) -> Fraction | None:
     return total
 
 
-def assess(prompt: Prompt, completion: Completion, count_tokens: Callable[[str], int]) -> Thinking:
+def assess(prompt: Problem, completion: Completion, count_tokens: Callable[[str], int]) -> Thinking:
     """Take one completion apart."""
     text, finished = completion
     thinking, answer = _THINKING.search(text), _ANSWER.search(text)
@@ -94,7 +95,7 @@ def assess(prompt: Prompt, completion: Completion, count_tokens: Callable[[str],
     steps = find_steps(thought)
     found = find_answer(text) if answer else None
     return Thinking(
-        prompt=prompt.text,
+        prompt=prompt.prompt,
         output=text,
         thinking=thought.strip(),
         answer=answer[1].strip() if answer else "",

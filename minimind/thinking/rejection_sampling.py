@@ -7,10 +7,12 @@ from urllib.parse import urlsplit
 
 from pydantic import PositiveInt, ValidationInfo, field_validator
 
-from minimind.chat.answers import normalise, thought_of
+from minimind.chat.answers import thought_of
+from minimind.chat.template import Message
 from minimind.metrics import Number
 from minimind.params import UserPath
-from minimind.thinking.completions import Completion, CompletionConfig, Prompt
+from minimind.tasks.problem import Problem
+from minimind.thinking.completions import Completion, CompletionConfig
 
 INSTRUCTION = (
     "Think step by step inside <think></think>, "
@@ -60,14 +62,14 @@ class RejectionSampling:
     num_prompts_with_a_trace: int = 0
     num_distinct: int = 0  # verified thoughts that differ from the others of their prompt
 
-    def add(self, prompt: Prompt, completions: Sequence[Completion], max_kept: int) -> None:
+    def add(self, prompt: Problem, completions: Sequence[Completion], max_kept: int) -> None:
         """Sort a prompt's completions.
 
         Kept are the first `max_kept` different thoughts, each a complete ``<think>`` and
         ``<answer>`` whose answer is the prompt's. Reasons for the others: unfinished (cut off),
         incomplete (not that form), wrong_answer, duplicate, surplus (beyond `max_kept`).
         """
-        assert prompt.answer is not None, "read_prompts checks that every prompt has an answer"
+        assert prompt.answer is not None, "read_problems checks that there is one"
         thoughts: set[str] = set()
         for text, finished in completions:
             thought = thought_of(text)
@@ -76,7 +78,7 @@ class RejectionSampling:
                 reason = "unfinished"
             elif thought is None:
                 reason = "incomplete"
-            elif normalise(_answer_in(text)) != normalise(prompt.answer):
+            elif not prompt.score(text).correct:
                 reason = "wrong_answer"
             elif key in thoughts:
                 reason = "duplicate"
@@ -85,11 +87,11 @@ class RejectionSampling:
                 thoughts.add(key)
             if reason or thought is None:
                 self.rejected.append(
-                    {"prompt": prompt.text, "answer": prompt.answer, "output": text}
+                    {"prompt": prompt.prompt, "answer": prompt.answer, "output": text}
                     | {"reason": reason}
                 )
             else:
-                self.kept.append(_row(prompt.text, thought.strip(), prompt.answer.strip()))
+                self.kept.append(_row(prompt.messages, thought.strip(), prompt.answer.strip()))
         self.num_prompts += 1
         self.num_sampled += len(completions)
         self.num_prompts_with_a_trace += bool(thoughts)
@@ -107,17 +109,7 @@ class RejectionSampling:
         }
 
 
-def _answer_in(text: str) -> str:
-    """What stands between the answer tags of a complete output."""
-    return text.rpartition("<answer>")[2].partition("</answer>")[0]
-
-
-def _row(prompt: str, thought: str, answer: str) -> dict[str, Any]:
+def _row(messages: Sequence[Message], thought: str, answer: str) -> dict[str, Any]:
     """A row of the reason format; the answer in the prompt's spelling."""
     said = f"<think>{thought}</think>\n<answer>{answer}</answer>"
-    return {
-        "conversations": [
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": said},
-        ]
-    }
+    return {"conversations": [*messages, {"role": "assistant", "content": said}]}

@@ -182,7 +182,7 @@ def start_run(
     saves_states: bool = True,
     many_processes: bool = False,
 ) -> Iterator[StageRun]:
-    """Begin a training stage: pin what it depends on, find its states, listen to signals.
+    """Begin a stage: pin what it depends on, find its states, listen to signals.
 
     sections: those sections of the params file that decide the result, by name.
     inputs: files and folders that decide the result.

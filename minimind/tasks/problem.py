@@ -1,12 +1,13 @@
-"""Problems to evaluate on, read from JSONL.
+"""Problems, read from JSONL: what evaluation, reinforcement and rejection sampling ask.
 
-{"prompt", "answer"}      and optionally
+{"prompt", "answer"}      where somebody scores the answer; and optionally
  "id"                     a name for it; without one, the number of its row, over all shards
  "problem"                a name that rows share which ask the same in other words: intervals count
                           problems, not rows; without one, the id
  "level"                  how hard it is: each level has a metric of its own
  "task"                   a name of lower-case letters and _, for problems of another kind: they
                           have metrics of their own and count in no others
+ "scoring"                which module of minimind/tasks/ scores outputs; "exact" without one
  "as_text"                true: asked as raw text of every checkpoint; its first line is the answer
  "full"                   the answer as a whole sentence
  "choices", "label"       answers to choose from, and the index of the right one
@@ -17,26 +18,31 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from minimind.chat.answers import find_answer
+from minimind.chat.answers import find_answer, normalise
 from minimind.chat.template import Message
+from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.formats import BadRowError, Place, parse_chat, read_rows
 from minimind.errors import UserError, complaint
+from minimind.tasks.task import Score, task_names, task_of
 
 
 @dataclass(frozen=True)
 class Problem:
     """A question and what is known of its answer; see the module's docstring."""
 
+    number: int  # in the file, from 0
     place: Place
     id: str
     problem: str  # rows that ask the same in other words have the same
     messages: Sequence[Message]
-    answer: str
+    answer: str | None
+    scoring: str = "exact"
     level: int | None = None
     task: str | None = None
     as_text: bool = False
@@ -45,10 +51,26 @@ class Problem:
     label: int | None = None
     completion_prompt: str | None = None
 
+    @classmethod
+    def of(cls, prompt: str, answer: str | None = None, number: int = 0) -> "Problem":
+        """A question that stands in no file."""
+        name, messages = str(number + 1), [{"role": "user", "content": prompt}]
+        return cls(number, Place(Path("-"), number + 1), name, name, messages, answer)
+
     @property
     def prompt(self) -> str:
         """The last thing said to the model."""
         return self.messages[-1]["content"]
+
+    @property
+    def expected(self) -> str:
+        """The answer in the one spelling of all that are equal."""
+        assert self.answer is not None, "read_problems checks that there is one"
+        return normalise(self.answer)
+
+    def score(self, output: str) -> Score:
+        """What an output answers, and whether that is right."""
+        return task_of(self.scoring).score(self.expected, output)
 
     @property
     def text_prompt(self) -> str:
@@ -60,11 +82,12 @@ class _Row(BaseModel):
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
     prompt: str = Field(min_length=1)
-    answer: str = Field(min_length=1)
+    answer: str | None = Field(default=None, min_length=1)
     id: str | None = None
     problem: str | None = None
     level: int | None = Field(default=None, ge=0)
     task: str | None = Field(default=None, pattern="^[a-z_]+$")
+    scoring: str = "exact"
     as_text: bool = False
     full: str | None = None
     choices: list[str] = Field(default=[])
@@ -83,22 +106,53 @@ class _Row(BaseModel):
         return self
 
 
-def read_problems(source: Path | str) -> list[Problem]:
-    """All problems of a JSONL file or folder of shards.
+def read_problems(
+    source: Path | str, limit: int | None = None, needs_answers: bool = True
+) -> list[Problem]:
+    """The problems of a JSONL file or folder of shards, or its first ones.
+
+    needs_answers: whether somebody is going to score outputs.
 
     Raises:
         UserError: the source is missing or empty.
         BadRowError: a row cannot be used; it says where and why.
     """
     problems = []
-    for number, (place, record, _) in enumerate(read_rows(Path(source), _in_whole_characters), 1):
+    rows = islice(read_rows(Path(source), _in_whole_characters), limit)
+    for number, (place, record, _) in enumerate(rows):
         try:
-            problems.append(_parse(place, record, str(number)))
+            problem = _parse(number, place, record)
+            if problem.answer is None and needs_answers:
+                raise UserError("answer is missing; outputs are compared with it")
+            problems.append(problem)
         except BadRowError:
             raise
         except UserError as error:
             raise BadRowError(place, str(error)) from None
     return problems
+
+
+def encode_prompts(
+    problems: Sequence[Problem], tokenizer: ChatTokenizer, max_positions: int, as_text: bool = False
+) -> list[list[int]]:
+    """Ids of each prompt with the header of the assistant's turn, or of raw text.
+
+    Raises:
+        UserError: a prompt leaves no position for an answer.
+    """
+    prompts = []
+    for problem in problems:
+        if as_text or problem.as_text:
+            ids = [tokenizer.start_id, *tokenizer.encode_text(problem.text_prompt)]
+        else:
+            ids = tokenizer.encode_prompt(problem.messages)
+        if len(ids) >= max_positions:
+            raise UserError(
+                f"{problem.place}: the prompt has {len(ids)} tokens; the model has only "
+                f"{max_positions} positions for prompt and answer: shorten it or leave it out."
+            )
+        prompts.append(ids)
+    return prompts
 
 
 def _in_whole_characters(record: dict[str, Any]) -> dict[str, Any]:
@@ -109,26 +163,31 @@ def _in_whole_characters(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _parse(place: Place, record: dict[str, Any], number: str) -> Problem:
+def _parse(number: int, place: Place, record: dict[str, Any]) -> Problem:
+    name = str(number + 1)
     if "conversations" in record:
         *messages, last = parse_chat(record)
         expected = find_answer(last["content"])
         if last["role"] != "assistant" or not messages or expected is None:
             raise UserError("a chat must end with an assistant turn that gives the answer")
-        return Problem(place, number, number, messages, expected.value)
+        return Problem(number, place, name, name, messages, expected.value)
     try:
         row = _Row.model_validate(record)
     except ValidationError as error:
         detail = error.errors()[0]
-        name = ".".join(map(str, detail["loc"]))
-        raise UserError(f"{name}: {complaint(detail)}" if name else complaint(detail)) from None
-    name = number if row.id is None else row.id
+        key = ".".join(map(str, detail["loc"]))
+        raise UserError(f"{key}: {complaint(detail)}" if key else complaint(detail)) from None
+    if row.scoring not in task_names():
+        raise UserError(f"scoring is {row.scoring!r}; allowed are {', '.join(task_names())}")
+    name = name if row.id is None else row.id
     return Problem(
+        number=number,
         place=place,
         id=name,
         problem=name if row.problem is None else row.problem,
         messages=[{"role": "user", "content": row.prompt}],
         answer=row.answer,
+        scoring=row.scoring,
         level=row.level,
         task=row.task,
         as_text=row.as_text,

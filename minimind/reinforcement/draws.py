@@ -1,54 +1,14 @@
-"""Prompts for reinforcement, encoded, and which of them a step takes."""
+"""Which prompts a step of reinforcement takes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.epochs import num_steps, steps_per_epoch
-from minimind.datasets.formats import parse_prompt, read_rows
-from minimind.errors import UserError
 
 Indices = NDArray[np.int64]
-
-
-class Prompt(NamedTuple):
-    """A question, and the answer that a verifier knows."""
-
-    text: str
-    answer: str | None
-    ids: list[int]  # the question as a user's turn, and the header of the assistant's
-    place: str  # file and line, for messages
-
-
-def load_prompts(
-    source: Path, tokenizer: ChatTokenizer, max_positions: int, needs_answers: bool
-) -> list[Prompt]:
-    """Read and encode rows of ``{"prompt", "answer"}``.
-
-    Raises:
-        UserError: a row cannot be read, lacks an answer that the rewards need, or fills the
-            model's positions.
-    """
-    prompts = []
-    for row in read_rows(source, parse_prompt):
-        text, answer = row.value
-        if answer is None and needs_answers:
-            raise UserError(
-                f"{row.place}: answer is missing; add it, or set the weight rewards.answer to 0."
-            )
-        ids = tokenizer.encode_prompt([{"role": "user", "content": text}])
-        if len(ids) >= max_positions:
-            raise UserError(
-                f"{row.place}: the prompt has {len(ids)} tokens, but the model has only "
-                f"{max_positions} positions for prompt and completion; shorten it."
-            )
-        prompts.append(Prompt(text, answer, ids, str(row.place)))
-    return prompts
 
 
 @dataclass(frozen=True)

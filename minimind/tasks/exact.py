@@ -1,0 +1,19 @@
+"""The answer itself, a number or a text: inside the answer tags, or in an output without tags."""
+
+from minimind.chat.answers import answer_like
+from minimind.tasks.task import Score
+
+
+class Exact:
+    """Right is what is equal to the expected answer: 1,000 and 1000.0 are 1000."""
+
+    def score(self, expected: str, output: str) -> Score:
+        """See :func:`minimind.chat.answers.answer_like`."""
+        said = answer_like(expected, output)
+        return Score(said, said == expected)
+
+    def gold(self, expected: str) -> str:
+        return expected
+
+
+TASK = Exact()

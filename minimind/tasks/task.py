@@ -1,0 +1,39 @@
+"""How outputs are scored: a module of this package for each way, named by a problem's `scoring`.
+
+The same object serves evaluation, the reward `answer` and rejection sampling.
+"""
+
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+
+class Score(NamedTuple):
+    """What an output answers."""
+
+    said: str | None  # None: it gives no answer
+    correct: bool
+
+
+class Task(Protocol):
+    """One way to score outputs; a module here has such an object by the name TASK."""
+
+    def score(self, expected: str, output: str) -> Score:
+        """Compare an output with the expected answer, in the spelling of `normalise`."""
+
+    def gold(self, expected: str) -> str:
+        """An output that is right."""
+
+
+def task_of(name: str) -> Task:
+    """The object TASK of ``minimind/tasks/<name>.py``."""
+    task: Task = import_module(f"minimind.tasks.{name}").TASK
+    return task
+
+
+@cache
+def task_names() -> list[str]:
+    """What `scoring` may be."""
+    modules = {path.stem for path in Path(__file__).parent.glob("[!_]*.py")}
+    return sorted(modules - {"problem", "task"})

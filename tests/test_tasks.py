@@ -1,0 +1,102 @@
+"""Ways to score outputs: one object for evaluation, rewards and rejection sampling."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minimind.chat.answers import normalise
+from minimind.chat.tokenizer import ChatTokenizer
+from minimind.errors import UserError
+from minimind.evaluation.evaluate import EvaluateConfig, evaluate
+from minimind.reinforcement.rewards import Rewards, RewardsConfig, Sample
+from minimind.tasks.problem import Problem, read_problems
+from minimind.tasks.task import task_names, task_of
+from minimind.thinking.completions import Completion
+from minimind.thinking.rejection_sampling import RejectionSampling
+from tests.tiny import tiny_model, tiny_tokenizer
+
+# Answers of each kind, as a file of problems has them.
+ANSWERS = {"exact": ["7", "1,000", "-2.50", "七枚贝壳", "x + 1"], "letter": ["A", "D"]}
+
+
+def problem(tmp_path: Path, scoring: str, answer: str) -> Problem:
+    file = tmp_path / "problems.jsonl"
+    row = {"prompt": "Which?", "answer": answer, "scoring": scoring}
+    file.write_text(json.dumps(row), encoding="utf-8")
+    (read,) = read_problems(file)
+    return read
+
+
+def thought_through(answer: str) -> str:
+    return f"<think>It is so.</think>\n<answer>{answer}</answer>"
+
+
+def test_every_task_has_answers_here() -> None:
+    assert task_names() == sorted(ANSWERS)
+
+
+@pytest.mark.parametrize(("scoring", "answer"), [(s, a) for s in ANSWERS for a in ANSWERS[s]])
+def test_its_own_gold_answers_score_full_marks_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scoring: str, answer: str
+) -> None:
+    asked = problem(tmp_path, scoring, answer)
+    gold = task_of(scoring).gold(asked.expected)
+    for output in (gold, thought_through(gold)):
+        rewards = Rewards(RewardsConfig(format=0, answer=1), max_new_tokens=64)
+        parts = rewards.parts([Sample(asked, output, [], True)])
+        assert rewards.scaled(rewards.total(parts)).tolist() == [1.0]
+
+        tokenizer = ChatTokenizer.load(tiny_tokenizer(tmp_path / "tokenizer"))
+        monkeypatch.setattr(ChatTokenizer, "decode", lambda self, ids: output)  # noqa: B023
+        model, config = (
+            tiny_model(vocab_size=tokenizer.vocab_size),
+            EvaluateConfig(max_new_tokens=1),
+        )
+        metrics, (prediction,) = evaluate(model, tokenizer, [asked], config=config)
+        assert (metrics["exact"], prediction.parsed) == (1.0, normalise(answer))
+        monkeypatch.undo()
+
+    sampling = RejectionSampling()
+    sampling.add(asked, [Completion(thought_through(gold), True)], max_kept=1)
+    assert (len(sampling.kept), sampling.rejected) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("B", "B"),
+        ("(B)", "B"),
+        ("选B。", "B"),
+        ("The answer is B, not A.", "B"),
+        ("答案是B", "B"),
+        ("答案：B", "B"),
+        ("<think>A or B?</think><answer>B</answer>", "B"),
+        ("B, B", "B"),
+        ("A, B", None),  # guesses
+        ("<answer>A</answer><answer>B</answer>", None),
+        ("<think>B</think>", None),
+        ("Because I'm", None),
+        ("", None),
+    ],
+)
+def test_a_letter_is_found(output: str, said: str | None) -> None:
+    score = Problem.of("?", "B").score("B")
+    assert score.correct
+    found = task_of("letter").score("B", output)
+    assert found == (said, said == "B")
+
+
+def test_an_unknown_scoring_is_named_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"problems.jsonl:1: scoring is 'lettre'; allowed are exact"
+    ):
+        problem(tmp_path, "lettre", "A")
+
+
+def test_a_missing_answer_is_named_only_where_it_is_needed(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "3+4?"}\n', encoding="utf-8")
+    assert read_problems(file, needs_answers=False)[0].answer is None
+    with pytest.raises(UserError, match=r"prompts.jsonl:1: answer is missing"):
+        read_problems(file)
