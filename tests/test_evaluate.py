@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from minimind.chat.answers import (
     answer_like,
+    before_tags,
     find_answer,
     is_full_sentence,
     is_number,
@@ -79,6 +80,14 @@ def test_answers_are_found(output: str, answer: str | None) -> None:
     assert (found.value if found else None) == answer
     if found:
         assert normalise(output[found.start : found.end]) == found.value
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [("92</think>", "92"), ("7", "7"), ("7\n<think>8", "7\n"), ("<think>7</think>", "")],
+)
+def test_raw_text_is_answered_before_any_tag(output: str, said: str) -> None:
+    assert before_tags(output) == said
 
 
 @pytest.mark.parametrize(

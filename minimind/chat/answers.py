@@ -53,6 +53,11 @@ def answer_like(expected: str, output: str) -> str | None:
     return normalise(numbers[-1]) if numbers else None
 
 
+def before_tags(output: str) -> str:
+    """What comes before any tag: the answer to raw text of a model that closes a thought there."""
+    return _TAGS.split(output, maxsplit=1)[0]
+
+
 def stated_answer(output: str) -> str | None:
     """What stands between the answer tags; all of an output without any tag.
 

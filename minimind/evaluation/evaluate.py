@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pydantic import Field, PositiveInt
 
 from minimind.chat.answers import (
+    before_tags,
     find_answer,
     is_full_sentence,
     is_number,
@@ -186,7 +187,7 @@ def _prediction(
 ) -> Prediction:
     if as_text and "\n" in output:
         output, finished = output.split("\n", 1)[0], True
-    score = problem.score(output)
+    score = problem.score(before_tags(output) if as_text else output)
     thought = thought_of(output)
     return Prediction(
         id=problem.id,
