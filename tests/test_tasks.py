@@ -73,6 +73,14 @@ def test_its_own_gold_answers_score_full_marks_everywhere(
         ("答案：B", "B"),
         ("<think>A or B?</think><answer>B</answer>", "B"),
         ("B, B", "B"),
+        ("I think it is B", "B"),
+        ("A cat has 4 legs, so B", "B"),
+        ("B. A cell", "B"),
+        ("The answer is I think B", "B"),
+        ("选Ｂ", "B"),
+        ("Answer is B or C", None),
+        ("Answer: A, B", None),
+        ("The answer is A. The answer is B.", None),
         ("A, B", None),  # guesses
         ("<answer>A</answer><answer>B</answer>", None),
         ("<think>B</think>", None),
@@ -92,6 +100,14 @@ def test_an_unknown_scoring_is_named_with_its_line(tmp_path: Path) -> None:
         UserError, match=r"problems.jsonl:1: scoring is 'lettre'; allowed are exact"
     ):
         problem(tmp_path, "lettre", "A")
+
+
+@pytest.mark.parametrize("answer", ["12", "b", "AB"])
+def test_an_answer_that_no_output_could_give_is_named_with_its_line(
+    tmp_path: Path, answer: str
+) -> None:
+    with pytest.raises(UserError, match=rf"jsonl:1: answer is '{answer}'.*one capital letter"):
+        problem(tmp_path, "letter", answer)
 
 
 def test_a_missing_answer_is_named_only_where_it_is_needed(tmp_path: Path) -> None:

@@ -130,7 +130,8 @@ def reinforce(
                 rows_at_a_time,
             )
         )
-        advantages_alone = not config.beta and not model.config.num_experts  # these have a balance
+        # Experts have a loss of their own.
+        advantages_alone = not config.beta and not model.config.num_experts
         micro_batches = pack(
             rollout, advantages, reference_logprobs, advantages_alone, rows_at_a_time, run.processes
         )

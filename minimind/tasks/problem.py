@@ -123,7 +123,7 @@ def read_problems(
         try:
             problem = _parse(number, place, record)
             if problem.answer is None and needs_answers:
-                raise UserError("answer is missing; outputs are compared with it")
+                raise UserError("answer is missing; add it, outputs are compared with it")
             problems.append(problem)
         except BadRowError:
             raise
@@ -179,6 +179,8 @@ def _parse(number: int, place: Place, record: dict[str, Any]) -> Problem:
         raise UserError(f"{key}: {complaint(detail)}" if key else complaint(detail)) from None
     if row.scoring not in task_names():
         raise UserError(f"scoring is {row.scoring!r}; allowed are {', '.join(task_names())}")
+    if row.answer is not None and (fault := task_of(row.scoring).fault(normalise(row.answer))):
+        raise UserError(f"answer is {row.answer!r}; scored as {row.scoring}, {fault}")
     name = name if row.id is None else row.id
     return Problem(
         number=number,

@@ -25,6 +25,9 @@ class Task(Protocol):
     def gold(self, expected: str) -> str:
         """An output that is right."""
 
+    def fault(self, expected: str) -> str | None:
+        """Why no output could be right, and what the answer must be; None if all is well."""
+
 
 def task_of(name: str) -> Task:
     """The object TASK of ``minimind/tasks/<name>.py``."""
