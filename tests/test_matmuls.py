@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -363,6 +363,35 @@ def test_the_processor_is_asked(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     choose_matmuls("auto")
     assert matmuls_in_float32() == in_float32
+
+
+@pytest.mark.parametrize(
+    ("missing", "replaced_at"),
+    [
+        ([], []),
+        (["float16"], ["float16"]),  # not sooner: every call of every type would take longer
+        (["bfloat16", "float16"], ["start"]),
+    ],
+)
+def test_kernels_are_replaced_when_a_type_needs_it_and_not_before(
+    missing: list[str], replaced_at: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replaced, now = [], "start"
+
+    def replace() -> None:
+        replaced.append(now)
+        monkeypatch.setattr(matmuls, "_library", object())
+
+    monkeypatch.setattr(matmuls, "_library", None)
+    monkeypatch.setattr(matmuls, "_replace_kernels", replace)
+    natively = {"bf16": "bfloat16" not in missing, "fp16": "float16" not in missing}
+    monkeypatch.setattr(matmuls, "_has", natively.__getitem__)
+    choose_matmuls("auto")
+    for dtype in get_args(DType):
+        now = dtype
+        with autocast(torch.device("cpu"), dtype):
+            pass
+    assert replaced == replaced_at
 
 
 @pytest.mark.skipif(not can_compile(), reason="PyTorch's path has spaces")
