@@ -4,26 +4,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import Field
 
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.metrics import write_curve, write_metrics
 from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.params import load_path, load_section
-from minimind.reinforcement.draws import Draws
-from minimind.reinforcement.group_relative import GroupRelative
-from minimind.reinforcement.loop import ReinforcementConfig, reinforce, summary
-from minimind.reinforcement.setup import build_environment
+from minimind.reinforcement.environment import Environment
+from minimind.reinforcement.group_relative import GroupRelative, GrpoConfig
+from minimind.reinforcement.loop import reinforce, summary
 from minimind.terminal.command import stage_app
 from minimind.training.run import start_training
 
 app = stage_app("grpo")
-
-
-class GrpoConfig(ReinforcementConfig):
-    """The `grpo` section."""
-
-    num_generations: int = Field(ge=2)  # completions of each prompt
 
 
 @app.command()
@@ -39,12 +31,9 @@ def main(
     inputs = [config.init, prompts, config.reward_model, config.custom_reward]
     with start_training("grpo", params, {"grpo": config}, inputs) as run:
         model, tokenizer = load_model(config.init), ChatTokenizer.load(config.init)
-        environment = build_environment(config, model, tokenizer, prompts, run)
-        prompts_per_step = config.batch_size * config.accumulation_steps
-        draws = Draws(len(environment.prompts), prompts_per_step, config.seed)
-        # Dr. GRPO does without the division, which favours prompts that are almost always solved.
-        method = GroupRelative(draws, config.num_generations, config.loss_type != "dr_grpo")
-        history = reinforce(model, environment, method, config, run)
+        environment = Environment.open(config, model, tokenizer, prompts, run)
+        algorithm = GroupRelative(config, len(environment.prompts))
+        history = reinforce(model, environment, algorithm, config, run)
         with run.saving(metrics):
             save_checkpoint(output, model, config.init)
             write_curve(curve, history.curve)

@@ -9,21 +9,13 @@ from minimind.chat.tokenizer import ChatTokenizer
 from minimind.metrics import write_curve, write_metrics
 from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.params import load_path, load_section
-from minimind.reinforcement.draws import Draws
-from minimind.reinforcement.loop import ReinforcementConfig, reinforce, summary
-from minimind.reinforcement.setup import build_environment
-from minimind.reinforcement.single_stream import SingleStream
-from minimind.reinforcement.tracker import TrackerConfig
+from minimind.reinforcement.environment import Environment
+from minimind.reinforcement.loop import reinforce, summary
+from minimind.reinforcement.single_stream import SingleStream, SpoConfig
 from minimind.terminal.command import stage_app
 from minimind.training.run import start_training
 
 app = stage_app("spo")
-
-
-class SpoConfig(ReinforcementConfig):
-    """The `spo` section."""
-
-    tracker: TrackerConfig = TrackerConfig()
 
 
 @app.command()
@@ -39,11 +31,9 @@ def main(
     inputs = [config.init, prompts, config.reward_model, config.custom_reward]
     with start_training("spo", params, {"spo": config}, inputs) as run:
         model, tokenizer = load_model(config.init), ChatTokenizer.load(config.init)
-        environment = build_environment(config, model, tokenizer, prompts, run)
-        prompts_per_step = config.batch_size * config.accumulation_steps
-        draws = Draws(len(environment.prompts), prompts_per_step, config.seed)
-        method = SingleStream(draws, config.tracker)
-        history = reinforce(model, environment, method, config, run)
+        environment = Environment.open(config, model, tokenizer, prompts, run)
+        algorithm = SingleStream(config, len(environment.prompts))
+        history = reinforce(model, environment, algorithm, config, run)
         with run.saving(metrics):
             save_checkpoint(output, model, config.init)
             write_curve(curve, history.curve)

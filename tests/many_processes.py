@@ -25,10 +25,9 @@ from minimind.objectives.dpo import Dpo
 from minimind.objectives.next_token import NextToken
 from minimind.objectives.reward_model import PairwiseReward
 from minimind.params import load_section
-from minimind.reinforcement.draws import Draws
+from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.group_relative import GroupRelative
 from minimind.reinforcement.loop import reinforce
-from minimind.reinforcement.setup import build_environment
 from minimind.reinforcement.single_stream import SingleStream
 from minimind.terminal.command import stage_app
 from minimind.training import run as run_module
@@ -106,14 +105,10 @@ def _reinforce(config: GrpoConfig | SpoConfig, run: Run) -> tuple[History, nn.Mo
     model = load_model(start)
     config = config.model_copy(update={"custom_reward": Path("custom.py")})
     prompts = Path("prompts.jsonl")
-    environment = build_environment(config, model, ChatTokenizer.load(start), prompts, run)
-    prompts_per_step = config.batch_size * config.accumulation_steps
-    draws = Draws(len(environment.prompts), prompts_per_step, config.seed)
-    if isinstance(config, GrpoConfig):
-        method: Any = GroupRelative(draws, config.num_generations, True)
-    else:
-        method = SingleStream(draws, config.tracker)
-    return reinforce(model, environment, method, config, run), model
+    environment = Environment.open(config, model, ChatTokenizer.load(start), prompts, run)
+    kind: Any = GroupRelative if isinstance(config, GrpoConfig) else SingleStream
+    algorithm = kind(config, len(environment.prompts))
+    return reinforce(model, environment, algorithm, config, run), model
 
 
 @app.command()

@@ -159,7 +159,7 @@ def sampled(
         temperature=values["temperature"],
         top_p=values["top_p"],
         seed=int(values["seed"]),
-        rows=rows,
+        keys=rows,
     )
     return generate(
         model,
@@ -185,7 +185,7 @@ def test_a_sampled_row_does_not_depend_on_the_others(model: Transformer, top_p: 
 
 
 def test_more_tokens_continue_the_same_rows(model: Transformer) -> None:
-    sampling = Sampling(temperature=1.0, top_p=1.0, seed=0, rows=range(5))
+    sampling = Sampling(temperature=1.0, top_p=1.0, seed=0, keys=range(5))
     prompts = random_prompts(5)
     short, long = (
         generate(model, prompts, max_new_tokens=n, end_id=-1, dtype="float32", sampling=sampling)
@@ -196,7 +196,7 @@ def test_more_tokens_continue_the_same_rows(model: Transformer) -> None:
 
 def test_several_samples_of_a_prompt_are_those_of_the_prompt_repeated(model: Transformer) -> None:
     prompts = random_prompts(4)
-    sampling = Sampling(temperature=1.0, top_p=0.9, seed=0, rows=range(12))
+    sampling = Sampling(temperature=1.0, top_p=0.9, seed=0, keys=range(12))
     repeated = [prompt for prompt in prompts for _ in range(3)]
     one, other = (
         generate(
@@ -215,7 +215,7 @@ def test_several_samples_of_a_prompt_are_those_of_the_prompt_repeated(model: Tra
 
 
 def first_tokens(model: Transformer, prompt: list[int], top_p: float, num_rows: int) -> list[int]:
-    sampling = Sampling(temperature=0.7, top_p=top_p, seed=11, rows=range(num_rows))
+    sampling = Sampling(temperature=0.7, top_p=top_p, seed=11, keys=range(num_rows))
     found = generate(
         model,
         [prompt],
@@ -338,6 +338,6 @@ def test_weights_out_of_bounds_are_one_line(model: Transformer, top_p: float | N
     huge = copy.deepcopy(model)
     with torch.no_grad():
         huge.model.norm.weight.mul_(3e38)
-    sampling = Sampling(temperature=1.0, top_p=top_p, seed=0, rows=[0]) if top_p else None
+    sampling = Sampling(temperature=1.0, top_p=top_p, seed=0, keys=[0]) if top_p else None
     with pytest.raises(UserError, match="probabilities are no numbers"):
         generate(huge, [[5, 6]], max_new_tokens=4, end_id=1, dtype="float32", sampling=sampling)

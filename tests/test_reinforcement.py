@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,17 +19,15 @@ from minimind.reinforcement.advantages import (
     single_stream_advantages,
 )
 from minimind.reinforcement.draws import Draws
-from minimind.reinforcement.rewards import (
-    Rewards,
-    RewardsConfig,
-    Sample,
-    format_reward,
-    length_penalty,
-    load_custom_reward,
-    repetition_penalty,
-)
 from minimind.reinforcement.rollout import completion_logprobs, pack_completions
 from minimind.reinforcement.tracker import TrackerConfig, ValueTracker, Visit, mean_change
+from minimind.rewards.custom import load_custom_reward
+from minimind.rewards.format import Format
+from minimind.rewards.language import Language
+from minimind.rewards.length import Length
+from minimind.rewards.repetition import Repetition
+from minimind.rewards.reward import Given, Reward, Sample
+from minimind.rewards.weighted import Rewards, RewardsConfig
 from minimind.tasks.problem import Problem
 from tests.tiny import VOCAB_SIZE, tiny_model
 
@@ -304,6 +303,17 @@ def test_change_is_the_mean_absolute_difference() -> None:
 COMPLETE = "<think>先算3+4=7</think>\n<answer>7</answer>"
 
 
+def value_of(
+    reward: Reward, completion: str = "", prompt: str = "3+4?", num_tokens: int = 6, **rest: Any
+) -> float:
+    problem, ids = Problem.of(prompt, "7"), rest.get("ids", list(range(num_tokens)))
+    sample = Sample(problem, completion, ids, rest.get("finished", True))
+    (value,) = reward.score([sample], Given(max_new_tokens=80))
+    low, high = reward.bounds()
+    assert low <= value <= high
+    return float(value)
+
+
 @pytest.mark.parametrize(
     ("completion", "reward"),
     [
@@ -320,7 +330,7 @@ COMPLETE = "<think>先算3+4=7</think>\n<answer>7</answer>"
     ],
 )
 def test_format_reward(completion: str, reward: float) -> None:
-    assert format_reward(completion) == reward
+    assert value_of(Format(), completion) == reward
 
 
 @pytest.mark.parametrize(
@@ -350,16 +360,40 @@ def test_answers_in_chinese_are_compared_exactly() -> None:
 
 
 def test_length_costs_nothing_at_first_and_everything_without_an_end() -> None:
-    penalties = [length_penalty(n, True, 40, 80) for n in (1, 40, 50, 60, 79)]
+    length = Length(free_length=40)
+    penalties = [value_of(length, num_tokens=n) for n in (1, 40, 50, 60, 79)]
     assert penalties == pytest.approx([0, 0, -0.25, -0.5, -39 / 40])
-    assert length_penalty(80, False, 40, 80) == -1
-    assert length_penalty(5, False, 40, 80) == -1
+    assert value_of(length, num_tokens=80) == -1
+    assert value_of(length, num_tokens=5, finished=False) == -1
 
 
 def test_repetition_is_the_share_of_ngrams_seen_before() -> None:
-    assert repetition_penalty([1, 2, 3, 4, 5], 2) == 0
-    assert repetition_penalty([1, 2, 1, 2, 1], 2) == pytest.approx(-2 / 4)
-    assert repetition_penalty([1], 2) == 0
+    repetition = Repetition(repetition_ngram=2)
+    assert value_of(repetition, ids=[1, 2, 3, 4, 5]) == 0
+    assert value_of(repetition, ids=[1, 2, 1, 2, 1]) == pytest.approx(-2 / 4)
+    assert value_of(repetition, ids=[1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "reward"),
+    [
+        (
+            "小明有3枚贝壳，又捡到4枚，一共几枚？",
+            "<think>先算3+4=7</think>\n<answer>7</answer>",
+            1.0,
+        ),
+        ("小明有3枚贝壳，又捡到4枚，一共几枚？", "<think>first 3+4</think>是7枚", 2 / 3),
+        ("Amy has 3 shells. How many?", "<think>first add two</think><answer>七</answer>", 0.75),
+        ("Amy has 3 shells. How many?", "一共七", 0.0),
+        ("Amy has 3 shells. How many?", "<think>3+4=7</think><answer>7</answer>", 1.0),  # no words
+        ("3+4=?", "三加四 is seven", 1.0),  # in no language
+        ("把 hello 翻译成中文", "你好", 1.0),
+    ],
+)
+def test_language_is_the_share_of_words_in_that_of_the_prompt(
+    prompt: str, completion: str, reward: float
+) -> None:
+    assert value_of(Language(), completion, prompt) == reward
 
 
 def rewards_config(**changes) -> RewardsConfig:
@@ -383,9 +417,8 @@ def samples_of(*completions: str) -> list[Sample]:
 
 def test_parts_are_weighted_added_and_scaled_between_their_bounds() -> None:
     config = rewards_config(format=2.0, answer=1.0, length=0.5, reward_model=0.1, custom=0.2)
-    rewards = Rewards(
-        config, 8, reward_model=lambda s: [9.0, -1.0], custom=lambda p, c, a: len(c) / 100
-    )
+    given = Given(8, reward_model=lambda s: [9.0, -1.0], custom=lambda p, c, a: len(c) / 100)
+    rewards = Rewards(config, given)
     parts = rewards.parts(samples_of(COMPLETE, "?"))
     assert set(parts) == {"format", "answer", "length", "reward_model", "custom"}
     assert parts["format"].tolist() == [1.5, 0.0]
@@ -402,7 +435,7 @@ def test_parts_are_weighted_added_and_scaled_between_their_bounds() -> None:
 
 @pytest.mark.parametrize("value", [1.5, float("nan"), "good", None])
 def test_a_custom_reward_out_of_bounds_is_one_line(value: object) -> None:
-    rewards = Rewards(rewards_config(custom=1.0), 8, custom=lambda p, c, a: value)
+    rewards = Rewards(rewards_config(custom=1.0), Given(8, custom=lambda p, c, a: value))
     with pytest.raises(UserError, match="must be a number from -1 to 1"):
         rewards.parts(samples_of("7"))
 

@@ -17,14 +17,14 @@ from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import Stopped, UserError
 from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.params import load_section
-from minimind.reinforcement.draws import Draws
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.group_relative import GroupRelative
 from minimind.reinforcement.loop import reinforce
-from minimind.reinforcement.reward_scorer import load_reward_model
-from minimind.reinforcement.rewards import Rewards, Sample
-from minimind.reinforcement.rollout import SamplingConfig, completion_logprobs
+from minimind.reinforcement.rollout import completion_logprobs
 from minimind.reinforcement.single_stream import SingleStream
+from minimind.rewards.reward import Given, Sample
+from minimind.rewards.reward_model import load_reward_model
+from minimind.rewards.weighted import Rewards
 from minimind.tasks.problem import Problem, encode_prompts, read_problems
 from minimind.training.run import start_run
 from stages import grpo, reward, spo
@@ -182,11 +182,8 @@ def environment_of(config: Any) -> Environment:
     tokenizer = ChatTokenizer.load(Path("models/start"))
     problems = read_problems("prompts.jsonl")
     prompts = encode_prompts(problems, tokenizer, 128)
-    rewards = Rewards(config.rewards, config.max_new_tokens, custom=ascii_share)
-    sampling = SamplingConfig(
-        config.temperature, config.top_p, config.max_new_tokens, "float32", 3, tokenizer.end_id
-    )
-    return Environment(problems, prompts, tokenizer, sampling, rewards)
+    rewards = Rewards(config.rewards, Given(config.max_new_tokens, custom=ascii_share))
+    return Environment(problems, prompts, tokenizer, config, rewards)
 
 
 def ascii_share(prompt: str, completion: str, answer: str | None) -> float:
@@ -199,23 +196,19 @@ def train(stage: str, stop_after: int | None) -> tuple[dict[str, torch.Tensor], 
     config = load_section(Path("params.yaml"), stage, section)
     model = load_model(Path("models/start"))
     environment = environment_of(config)
-    draws = Draws(len(environment.prompts), config.batch_size, config.seed)
-    method: Any = (
-        GroupRelative(draws, config.num_generations, True)
-        if isinstance(config, grpo.GrpoConfig)
-        else SingleStream(draws, config.tracker)
-    )
+    kind: Any = GroupRelative if stage == "grpo" else SingleStream
+    algorithm = kind(config, len(environment.prompts))
     with start_run(stage, Path("params.yaml"), {stage: config}, [Path("models/start")]) as run:
-        draw = method.draw
+        draw = algorithm.draw
 
         def draw_or_be_stopped(step: int) -> np.ndarray:
             if stop_after is not None and step == stop_after - 1:
                 run.stop.signal = 15
             return draw(step)
 
-        method.draw = draw_or_be_stopped
-        history = reinforce(model, environment, method, config, run)
-    state = dict(model.state_dict()) | method.state_tensors()
+        algorithm.draw = draw_or_be_stopped
+        history = reinforce(model, environment, algorithm, config, run)
+    state = dict(model.state_dict()) | algorithm.state_tensors()
     return {name: tensor.clone() for name, tensor in state.items()}, history.curve
 
 
@@ -239,13 +232,12 @@ def test_spo_compares_a_reward_with_the_value_before_it(project: Path) -> None:
     config = load_section(Path("params.yaml"), "spo", spo.SpoConfig)
     environment = environment_of(config)
     model = load_model(Path("models/start"))
-    draws = Draws(len(environment.prompts), 6, 3)
-    method = SingleStream(draws, config.tracker)
+    algorithm = SingleStream(config, len(environment.prompts))
     with start_run("spo", Path("params.yaml"), {"spo": config}, []) as run:
-        method.start(model, environment, run)
-    indices = method.draw(0)
-    before = {"a": method.tracker.a.copy(), "values": method.tracker.values()[indices]}
-    visits = [method.tracker.visits[i] for i in indices]
+        algorithm.start(model, environment, run)
+    indices = algorithm.draw(0)
+    before = {"a": algorithm.tracker.a.copy(), "values": algorithm.tracker.values()[indices]}
+    visits = [algorithm.tracker.visits[i] for i in indices]
     assert all(visit.completion for visit in visits)
 
     # A policy that has moved since, so that the past is worth less.
@@ -254,7 +246,7 @@ def test_spo_compares_a_reward_with_the_value_before_it(project: Path) -> None:
     rollout = environment.rollout(model, indices, 1, first_key=0)
     rewards = environment.rewards.total(environment.score(indices, rollout))
     scaled = environment.rewards.scaled(rewards)
-    advantages, numbers = method.advantages(model, environment, indices, rollout, rewards)
+    advantages, numbers = algorithm.advantages(model, environment, indices, rollout, rewards)
 
     np.testing.assert_allclose(advantages, scaled - before["values"])  # six: not normalized
     prompts = [environment.prompts[i] for i in indices]
@@ -264,9 +256,9 @@ def test_spo_compares_a_reward_with_the_value_before_it(project: Path) -> None:
     ]
     rho = np.clip(2 ** (-np.array(change) / 0.06), 0.5, 0.96)
     assert rho.min() < rho.max() < 0.96
-    np.testing.assert_allclose(method.tracker.a[indices], rho * before["a"][indices] + scaled)
+    np.testing.assert_allclose(algorithm.tracker.a[indices], rho * before["a"][indices] + scaled)
     assert numbers["rho"] == pytest.approx(rho.mean())
-    assert [method.tracker.visits[i].completion for i in indices] == rollout.completions
+    assert [algorithm.tracker.visits[i].completion for i in indices] == rollout.completions
 
 
 def curve_of(output: str) -> list[dict[str, float]]:

@@ -9,7 +9,8 @@ from minimind.chat.answers import normalise
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.errors import UserError
 from minimind.evaluation.evaluate import EvaluateConfig, evaluate
-from minimind.reinforcement.rewards import Rewards, RewardsConfig, Sample
+from minimind.rewards.reward import Given, Sample
+from minimind.rewards.weighted import Rewards, RewardsConfig
 from minimind.tasks.problem import Problem, read_problems
 from minimind.tasks.task import task_names, task_of
 from minimind.thinking.completions import Completion
@@ -43,7 +44,7 @@ def test_its_own_gold_answers_score_full_marks_everywhere(
     asked = problem(tmp_path, scoring, answer)
     gold = task_of(scoring).gold(asked.expected)
     for output in (gold, thought_through(gold)):
-        rewards = Rewards(RewardsConfig(format=0, answer=1), max_new_tokens=64)
+        rewards = Rewards(RewardsConfig(format=0, answer=1), Given(max_new_tokens=64))
         parts = rewards.parts([Sample(asked, output, [], True)])
         assert rewards.scaled(rewards.total(parts)).tolist() == [1.0]
 

@@ -16,7 +16,7 @@ from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
 from minimind.model.checkpoint import save_checkpoint
 from minimind.tasks.problem import Problem
 from minimind.thinking.completions import Completion
-from minimind.thinking.quality import Thinking, assess, find_steps, metrics
+from minimind.thinking.quality import Thinking, assess, find_equations, metrics
 from stages.thinking import app
 from tests.tiny import tiny_model
 
@@ -50,7 +50,7 @@ from tests.tiny import tiny_model
     ],
 )  # fmt: skip
 def test_steps_are_found_and_checked(thought: str, steps: dict[str, bool]) -> None:
-    assert {step.text: step.right for step in find_steps(thought)} == steps
+    assert {step.text: step.right for step in find_equations(thought)} == steps
 
 
 numbers = st.integers(0, 200).map(str)
@@ -71,7 +71,7 @@ def test_steps_are_worth_what_python_makes_of_them(
     except ZeroDivisionError:
         value = None
     for result in {other, value.numerator if value is not None else 0}:
-        (step,) = find_steps(f"{side}={result}")
+        (step,) = find_equations(f"{side}={result}")
         assert step.right == (value == result)
         assert step.result == result
 
@@ -79,7 +79,7 @@ def test_steps_are_worth_what_python_makes_of_them(
 @given(st.text("0123456789+-*/=(). ,，x\n", max_size=40))
 @settings(deadline=None, max_examples=100)
 def test_no_thought_is_too_odd(thought: str) -> None:
-    for step in find_steps(thought):
+    for step in find_equations(thought):
         assert "=" in step.text
 
 

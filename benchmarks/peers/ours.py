@@ -25,12 +25,12 @@ from minimind.objectives.loss import Objective
 from minimind.objectives.next_token import NextToken
 from minimind.objectives.preference import row_logprobs
 from minimind.params import with_shared
-from minimind.reinforcement.draws import Draws, Indices
+from minimind.reinforcement.draws import Indices
 from minimind.reinforcement.environment import Environment
-from minimind.reinforcement.group_relative import GroupRelative
-from minimind.reinforcement.loop import ReinforcementConfig, reinforce
-from minimind.reinforcement.rewards import Rewards
-from minimind.reinforcement.rollout import SamplingConfig
+from minimind.reinforcement.group_relative import GroupRelative, GrpoConfig
+from minimind.reinforcement.loop import reinforce
+from minimind.rewards.reward import Given
+from minimind.rewards.weighted import Rewards
 from minimind.tasks.problem import Problem
 from minimind.training.optimizer import Optimizer, OptimizerConfig
 from minimind.training.step import take_step
@@ -175,7 +175,7 @@ def _rollouts(material: Material, model: Transformer) -> Step:
             max_new_tokens=sizes.new_tokens,
             end_id=END,
             dtype="bfloat16",
-            sampling=Sampling(temperature=1.0, top_p=1.0, seed=next(seeds), rows=range(num_rows)),
+            sampling=Sampling(temperature=1.0, top_p=1.0, seed=next(seeds), keys=range(num_rows)),
             num_samples_per_prompt=sizes.num_samples,
         )
         return sum(map(len, completions.ids))
@@ -186,11 +186,13 @@ def _rollouts(material: Material, model: Transformer) -> Step:
 class _Words:
     """In place of a tokenizer, for rewards: a token's text is its number."""
 
+    end_id = END
+
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
 
 
-class _PacedMethod(GroupRelative):
+class _PacedGrpo(GroupRelative):
     """GRPO that waits before it draws a step's prompts."""
 
     wait: Callable[[], None]
@@ -202,10 +204,9 @@ class _PacedMethod(GroupRelative):
 
 def _grpo(material: Material, compile: bool) -> Step:
     sizes = material.sizes
-    section = with_shared(material.params["grpo"], material.params, ReinforcementConfig)
-    del section["num_generations"]
+    section = with_shared(material.params["grpo"], material.params, GrpoConfig)
     rewards = dict.fromkeys(("format", "answer", "length", "repetition", "reward_model"), 0.0)
-    config = ReinforcementConfig(
+    config = GrpoConfig(
         **section
         | {
             "batch_size": sizes.grpo_prompts,
@@ -213,27 +214,27 @@ def _grpo(material: Material, compile: bool) -> Step:
             "max_steps": 10**6,
             "epochs": 1e6,
             "max_new_tokens": sizes.grpo_tokens,
+            "num_generations": sizes.num_samples,
+            "seed": material.seed,
             "curve_interval": 10**6,
             "rewards": section["rewards"] | rewards | {"custom": 1.0},
         }
     )
     prompts = material.prompts
     problems = [Problem.of(_Words().decode(ids)) for ids in prompts]
-    sampling = SamplingConfig(1.0, 1.0, sizes.grpo_tokens, "bfloat16", material.seed, END)
     drawn = [0]
 
     def reward(_prompt: str, completion: str, _answer: str | None) -> float:
         drawn[0] += len(completion.split())
         return text_reward(completion)
 
-    rewards_of = Rewards(config.rewards, sizes.grpo_tokens, None, reward)
-    environment = Environment(problems, prompts, _Words(), sampling, rewards_of)  # type: ignore[arg-type]
-    draws = Draws(len(prompts), sizes.grpo_prompts, material.seed)
-    method = _PacedMethod(draws, sizes.num_samples, divide_by_std=True)
+    rewards_of = Rewards(config.rewards, Given(sizes.grpo_tokens, custom=reward))
+    environment = Environment(problems, prompts, _Words(), config, rewards_of)  # type: ignore[arg-type]
+    algorithm = _PacedGrpo(config, len(prompts))
 
     def loop(wait: Callable[[], None]) -> None:
-        method.wait = wait
-        reinforce(material.model(), environment, method, config, bare_run(compile))
+        algorithm.wait = wait
+        reinforce(material.model(), environment, algorithm, config, bare_run(compile))
 
     paced = Paced(loop)
 

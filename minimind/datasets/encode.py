@@ -63,7 +63,7 @@ class ChatEncodeConfig(EncodeConfig, AugmentConfig):
     """How one data set of chats is encoded."""
 
 
-class Counts(NamedTuple):
+class EncodingCounts(NamedTuple):
     """What an encoding did. A sample is what training draws: a row, or a pair of them."""
 
     rows: int  # of the source, skipped ones included
@@ -82,7 +82,7 @@ class Counts(NamedTuple):
         return counts | {"trained_share": rounded(counts.pop("trained_tokens") / self.tokens)}
 
 
-class Sample(NamedTuple):
+class EncodedSample(NamedTuple):
     """What one row of the source became.
 
     Texts may become several rows, as chats with variations do; pairs are two.
@@ -92,9 +92,9 @@ class Sample(NamedTuple):
     is_truncated: bool
 
 
-class _Method(NamedTuple):
+class _Encoding(NamedTuple):
     parse: Callable[[Record], Any]
-    encode: Callable[[ChatTokenizer, list[Any], int], list[Sample]]
+    encode: Callable[[ChatTokenizer, list[Any], int], list[EncodedSample]]
     format: str  # as training sees it: reasoning is chats
     rows_per_sample: int
 
@@ -108,7 +108,7 @@ def encode_dataset(
     on_bad_row: OnBadRow,
     augmentation: Augmentation | None = None,
     evaluation: Sequence[Path] = (),
-) -> Counts:
+) -> EncodingCounts:
     """Encode a JSONL file, or a folder of shards, into the directory ``output``.
 
     The layout is that of :class:`minimind.datasets.encoded.EncodedDataset`. Skipped rows are
@@ -120,18 +120,18 @@ def encode_dataset(
         UserError: the source is missing or empty, a row cannot be used and ``on_bad_row`` is
             "error", or no row at all can be used.
     """
-    method = _METHODS[data_format]
-    assert augmentation is None or method.format == "chat", "only chats have variations"
+    encoding = _ENCODINGS[data_format]
+    assert augmentation is None or encoding.format == "chat", "only chats have variations"
     num_rows = num_truncated = num_skipped = 0
     checks = RowChecks(tokenizer, EvaluationQuestions(evaluation))
     doubts: Counter[Doubt] = Counter()
-    source_rows = _watched(read_rows_and_bad_rows(source, method.parse), checks, doubts)
+    source_rows = _watched(read_rows_and_bad_rows(source, encoding.parse), checks, doubts)
     with replacing(output) as partial:
         partial.mkdir()
-        with _ArrayWriter(partial, tokenizer.vocab_size, method.rows_per_sample) as arrays:
-            for row in _encoded_rows(source_rows, tokenizer, method, max_length, augmentation):
+        with _ArrayWriter(partial, tokenizer.vocab_size, encoding.rows_per_sample) as arrays:
+            for row in _encoded_rows(source_rows, tokenizer, encoding, max_length, augmentation):
                 num_rows += 1
-                if isinstance(row, Sample):
+                if isinstance(row, EncodedSample):
                     arrays.write(row.rows)
                     num_truncated += row.is_truncated
                 elif on_bad_row == "skip":
@@ -142,22 +142,22 @@ def encode_dataset(
         if num_skipped == num_rows:
             raise UserError(f"{source}: none of its {num_rows} rows can be used.")
         meta = {
-            "format": method.format,
+            "format": encoding.format,
             "rows": arrays.num_rows,
             "sources": arrays.num_sources,
             "tokens": arrays.num_tokens,
             "trained_tokens": arrays.num_trained,
             "token_dtype": arrays.token_dtype,
-            "rows_per_sample": method.rows_per_sample,
+            "rows_per_sample": encoding.rows_per_sample,
             "tokenizer": tokenizer.fingerprint,
             "max_length": max_length,
         }
         if augmentation:
             meta["copies"] = augmentation.config.augment_copies
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    return Counts(
+    return EncodingCounts(
         rows=num_rows,
-        samples=arrays.num_rows // method.rows_per_sample,
+        samples=arrays.num_rows // encoding.rows_per_sample,
         tokens=arrays.num_tokens,
         truncated_rows=num_truncated,
         trained_tokens=arrays.num_trained,
@@ -170,9 +170,9 @@ def encode_dataset(
 
 def encode_rows(
     rows: Sequence[Row[Any]], tokenizer: ChatTokenizer, data_format: Format, max_length: int
-) -> list[Sample | BadRowError]:
+) -> list[EncodedSample | BadRowError]:
     """What each row of that format becomes, or why nothing is left of it within the length."""
-    samples = _METHODS[data_format].encode(tokenizer, [row.value for row in rows], max_length)
+    samples = _ENCODINGS[data_format].encode(tokenizer, [row.value for row in rows], max_length)
     return [_checked(row, sample, max_length) for row, sample in zip(rows, samples, strict=True)]
 
 
@@ -208,10 +208,10 @@ def _watched(
 def _encoded_rows(
     rows: Iterable[Row[Any] | BadRowError],
     tokenizer: ChatTokenizer,
-    method: _Method,
+    encoding: _Encoding,
     max_length: int,
     augmentation: Augmentation | None,
-) -> Iterator[Sample | BadRowError]:
+) -> Iterator[EncodedSample | BadRowError]:
     """What every row of the source becomes, in their order.
 
     Some batches are encoded ahead by threads: the tokenizer leaves Python's lock and uses all
@@ -219,14 +219,16 @@ def _encoded_rows(
     """
     num_copies = augmentation.config.augment_copies if augmentation else 0
 
-    def encode(first_row: int, batch: list[Row[Any] | BadRowError]) -> list[Sample | BadRowError]:
+    def encode(
+        first_row: int, batch: list[Row[Any] | BadRowError]
+    ) -> list[EncodedSample | BadRowError]:
         values = []
         for number, row in enumerate(batch, first_row):
             if isinstance(row, Row):
                 values.append(row.value)
                 values += augmentation.copies(row.value, number) if augmentation else []
-        samples = iter(method.encode(tokenizer, values, max_length))
-        encoded: list[Sample | BadRowError] = []
+        samples = iter(encoding.encode(tokenizer, values, max_length))
+        encoded: list[EncodedSample | BadRowError] = []
         for row in batch:
             if isinstance(row, Row):
                 sample = _checked(row, next(samples), max_length)
@@ -236,7 +238,7 @@ def _encoded_rows(
         return encoded
 
     with ThreadPoolExecutor(BATCHES_AHEAD) as threads:
-        ahead: deque[Future[list[Sample | BadRowError]]] = deque()
+        ahead: deque[Future[list[EncodedSample | BadRowError]]] = deque()
         num_rows = 0
         for batch in row_batches(rows, 1 + num_copies):
             ahead.append(threads.submit(encode, num_rows, batch))
@@ -247,7 +249,7 @@ def _encoded_rows(
             yield from ahead.popleft().result()
 
 
-def _checked(row: Row[Any], sample: Sample, max_length: int) -> Sample | BadRowError:
+def _checked(row: Row[Any], sample: EncodedSample, max_length: int) -> EncodedSample | BadRowError:
     if all(encoded.num_trained for encoded in sample.rows):
         return sample
     reason = f"nothing to train on is left of it within {max_length} tokens"
@@ -255,7 +257,9 @@ def _checked(row: Row[Any], sample: Sample, max_length: int) -> Sample | BadRowE
     return BadRowError(row.place, f"{reason}; {advice}", "length")
 
 
-def _with_copies(original: Sample | BadRowError, copies: Sequence[Sample]) -> Sample | BadRowError:
+def _with_copies(
+    original: EncodedSample | BadRowError, copies: Sequence[EncodedSample]
+) -> EncodedSample | BadRowError:
     """The original's rows and those of its variations.
 
     A variation that became too long to leave anything to train on gives way to the original.
@@ -264,7 +268,7 @@ def _with_copies(original: Sample | BadRowError, copies: Sequence[Sample]) -> Sa
         return original
     usable = [copy if all(row.num_trained for row in copy.rows) else original for copy in copies]
     samples = [original, *usable]
-    return Sample(
+    return EncodedSample(
         [row for sample in samples for row in sample.rows],
         is_truncated=any(sample.is_truncated for sample in samples),
     )
@@ -287,20 +291,22 @@ def row_batches(
         yield batch
 
 
-def _encode_texts(tokenizer: ChatTokenizer, texts: list[str], max_length: int) -> list[Sample]:
+def _encode_texts(
+    tokenizer: ChatTokenizer, texts: list[str], max_length: int
+) -> list[EncodedSample]:
     documents = tokenizer.encode_documents(texts)
-    return [Sample(split_document(document, max_length), False) for document in documents]
+    return [EncodedSample(split_document(document, max_length), False) for document in documents]
 
 
 def _encode_chats(
     tokenizer: ChatTokenizer, chats: list[list[Message]], max_length: int
-) -> list[Sample]:
+) -> list[EncodedSample]:
     return [_cut([row], max_length) for row in tokenizer.encode_chats(chats)]
 
 
 def _encode_preferences(
     tokenizer: ChatTokenizer, pairs: list[Preference], max_length: int
-) -> list[Sample]:
+) -> list[EncodedSample]:
     chats = [pair.prompt + side for pair in pairs for side in (pair.chosen, pair.rejected)]
     # Assistant turns of the prompt are not compared.
     num_context = [len(pair.prompt) for pair in pairs for _ in range(2)]
@@ -308,16 +314,16 @@ def _encode_preferences(
     return [_cut(rows[i : i + 2], max_length) for i in range(0, len(rows), 2)]
 
 
-def _cut(rows: list[EncodedRow], max_length: int) -> Sample:
+def _cut(rows: list[EncodedRow], max_length: int) -> EncodedSample:
     cut = [EncodedRow(row.ids[:max_length], row.loss_mask[:max_length]) for row in rows]
-    return Sample(cut, is_truncated=any(len(row.ids) > max_length for row in rows))
+    return EncodedSample(cut, is_truncated=any(len(row.ids) > max_length for row in rows))
 
 
-_METHODS: dict[Format, _Method] = {
-    "text": _Method(parse_text, _encode_texts, "text", 1),
-    "chat": _Method(parse_chat, _encode_chats, "chat", 1),
-    "reason": _Method(parse_reasoning, _encode_chats, "chat", 1),
-    "preference": _Method(parse_preference, _encode_preferences, "preference", 2),
+_ENCODINGS: dict[Format, _Encoding] = {
+    "text": _Encoding(parse_text, _encode_texts, "text", 1),
+    "chat": _Encoding(parse_chat, _encode_chats, "chat", 1),
+    "reason": _Encoding(parse_reasoning, _encode_chats, "chat", 1),
+    "preference": _Encoding(parse_preference, _encode_preferences, "preference", 2),
 }
 
 

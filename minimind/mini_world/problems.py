@@ -24,7 +24,7 @@ MAX_CARELESS_TRIES = 20
 SLIPS = (-11, -10, -3, -2, -1, 1, 2, 3, 10, 11)  # how far a plausible wrong answer is off
 
 
-class Step(NamedTuple):
+class Event(NamedTuple):
     """One event: ``before operator amount = after``."""
 
     before: int
@@ -38,7 +38,7 @@ class Step(NamedTuple):
         return f"{self.before}{self.operator}{self.amount}={self.after}"
 
 
-Problem = tuple[Step, ...]
+Problem = tuple[Event, ...]
 
 
 def answer_of(problem: Problem) -> int:
@@ -106,11 +106,11 @@ class ProblemSpace:
         return problem
 
     def _with_slips(self, rng: random.Random, problem: Problem, wrong_share: float) -> Problem:
-        steps: list[Step] = []
+        steps: list[Event] = []
         off = 0  # how far the value is from what it should be
         for number, right in enumerate(problem):
             before = right.before + (off if number else 0)
-            step = Step(before, right.operator, right.amount, right.after + off)
+            step = Event(before, right.operator, right.amount, right.after + off)
             if rng.random() < wrong_share:
                 values = [later.after + off for later in problem[number:]]
                 slips = [
@@ -126,12 +126,12 @@ class ProblemSpace:
 
     def _draw(self, rng: random.Random, level: int) -> Problem:
         """Any problem of ``level`` steps with all values in SMALLEST_VALUE..max_value."""
-        steps: list[Step] = []
+        steps: list[Event] = []
         if rng.random() < BOX_SHARE:
             boxes = rng.randint(2, LARGEST_FACTOR)
             each = rng.randint(2, min(LARGEST_FACTOR, self.max_value // boxes))
             value = boxes * each
-            steps.append(Step(boxes, "*", each, value))
+            steps.append(Event(boxes, "*", each, value))
         else:
             value = rng.randint(SMALLEST_VALUE, self.max_value)
         while len(steps) < level:
@@ -142,10 +142,10 @@ class ProblemSpace:
                 gains = not gains
             if gains:
                 amount = rng.randint(SMALLEST_AMOUNT, most_gained)
-                steps.append(Step(value, "+", amount, value + amount))
+                steps.append(Event(value, "+", amount, value + amount))
             else:
                 amount = rng.randint(SMALLEST_AMOUNT, most_lost)
-                steps.append(Step(value, "-", amount, value - amount))
+                steps.append(Event(value, "-", amount, value - amount))
             value = steps[-1].after
         return tuple(steps)
 

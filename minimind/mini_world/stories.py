@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from minimind.mini_world.problems import Problem, Step, answer_of
+from minimind.mini_world.problems import Event, Problem, answer_of
 
 Thing = tuple[str, str]  # a noun and the measure word that Chinese wants
 
@@ -200,7 +200,7 @@ def tell_without_events(rng: random.Random, amount: int, language: Language, thi
     return language.sentence_separator.join(sentences)
 
 
-def ask_equation(step: Step, language: Language) -> tuple[str, str]:
+def ask_equation(step: Event, language: Language) -> tuple[str, str]:
     """A single sum, difference or product as a question, and its answer, the whole equation."""
     asked = step.equation.removesuffix(f"={step.after}")
     return language.equation_question.format(sum=asked), step.equation

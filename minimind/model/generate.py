@@ -40,7 +40,7 @@ class Sampling:
     temperature: float  # above 0
     top_p: float  # above 0; at 1 any token of the vocabulary can be drawn
     seed: int
-    rows: Sequence[int]  # a key for each row
+    keys: Sequence[int]  # one for each row
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def generate(
     """
     num_rows = len(prompts) * num_samples_per_prompt
     assert all(prompts), "a prompt needs a token"
-    assert sampling is None or len(sampling.rows) == num_rows
+    assert sampling is None or len(sampling.keys) == num_rows
     if num_rows == 0:
         return Completions([], [], [] if with_logprobs else None)
     max_positions = model.config.max_positions
@@ -217,7 +217,7 @@ def _require_in_bounds(values: Tensor) -> None:
 def _uniforms(sampling: Sampling, num_tokens: int, device: torch.device) -> Tensor:
     """Numbers in (0, 1], float64 [B, tokens], that depend on (seed, row's key, token) alone."""
     streams = [
-        np.random.Generator(np.random.Philox(key=[sampling.seed, row])) for row in sampling.rows
+        np.random.Generator(np.random.Philox(key=[sampling.seed, row])) for row in sampling.keys
     ]
     uniforms = torch.from_numpy(np.stack([1 - stream.random(num_tokens) for stream in streams]))
     return uniforms.to(device, torch.float32 if device.type == "mps" else None)  # has no float64

@@ -35,7 +35,7 @@ def reply(
             f"the messages have {len(ids)} tokens; the model has {model.config.max_positions} "
             "positions for them and its answer: leave the oldest out."
         )
-    sampling = Sampling(temperature, top_p, seed, rows=[0]) if temperature else None
+    sampling = Sampling(temperature, top_p, seed, keys=[0]) if temperature else None
     was_training = model.training
     model.eval()
     completions = generate(

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-Values = NDArray[np.float64]
+from minimind.rewards.reward import Values
 
 # Below so many samples, dividing by their deviation says more about the draw than about them:
 # of two samples it always makes +0.71 and -0.71.

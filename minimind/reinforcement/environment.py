@@ -2,18 +2,25 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from minimind.chat.tokenizer import ChatTokenizer
+from minimind.compute.device import limit_matmul_cache
 from minimind.compute.processes import Processes
+from minimind.model.generate import Sampling, generate
 from minimind.model.transformer import Transformer
-from minimind.reinforcement.advantages import Values
+from minimind.reinforcement.config import ReinforcementConfig
 from minimind.reinforcement.draws import Indices
-from minimind.reinforcement.rewards import Rewards, Sample, require_finite
-from minimind.reinforcement.rollout import Rollout, SamplingConfig, sample
-from minimind.tasks.problem import Problem
+from minimind.reinforcement.rollout import Rollout
+from minimind.rewards.custom import load_custom_reward
+from minimind.rewards.reward import Given, Sample, Values
+from minimind.rewards.reward_model import load_reward_model
+from minimind.rewards.weighted import Rewards
+from minimind.tasks.problem import Problem, encode_prompts, read_problems
+from minimind.training.run import Run
 
 T = TypeVar("T")
 
@@ -28,9 +35,36 @@ class Environment:
     problems: Sequence[Problem]
     prompts: Sequence[list[int]]  # the ids of each, with the header of the assistant's turn
     tokenizer: ChatTokenizer
-    sampling: SamplingConfig
+    config: ReinforcementConfig
     rewards: Rewards
     processes: Processes = field(default_factory=Processes)
+
+    @classmethod
+    def open(
+        cls,
+        config: ReinforcementConfig,
+        model: Transformer,
+        tokenizer: ChatTokenizer,
+        prompts: Path,
+        run: Run,
+    ) -> "Environment":
+        """With prompts from a file, and those rewards that have a weight.
+
+        Raises:
+            UserError: prompts, reward model or custom reward cannot be used.
+        """
+        limit_matmul_cache()  # every rollout has other numbers of rows and tokens
+        weights = config.rewards.weights()
+        problems = read_problems(prompts, needs_answers="answer" in weights)
+        encoded = encode_prompts(problems, tokenizer, model.config.max_positions)
+        reward_model = custom = None
+        if "reward_model" in weights:
+            source = config.reward_model, config.hub_reward_model, config.trust_remote_code
+            reward_model = load_reward_model(*source, run.device)
+        if "custom" in weights:
+            custom = load_custom_reward(config.custom_reward)
+        rewards = Rewards(config.rewards, Given(config.max_new_tokens, reward_model, custom))
+        return cls(problems, encoded, tokenizer, config, rewards, run.processes)
 
     def rollout(
         self, model: Transformer, indices: Indices, num_samples: int, first_key: int
@@ -42,11 +76,26 @@ class Environment:
         """
         own = self.processes.share(range(len(indices)))
         keys = [first_key + i * num_samples + k for i in own for k in range(num_samples)]
-        ids = [self.prompts[indices[i]] for i in own]
+        prompts = [self.prompts[indices[i]] for i in own]
+        config = self.config
         model.eval()
-        rollout = sample(model, ids, num_samples, self.sampling, keys)
+        completions = generate(
+            model,
+            prompts,
+            max_new_tokens=config.max_new_tokens,
+            end_id=self.tokenizer.end_id,
+            dtype=config.dtype,
+            sampling=Sampling(config.temperature, config.top_p, config.seed, keys),
+            num_samples_per_prompt=num_samples,
+            with_logprobs=True,
+        )
         model.train()
-        rows = self._of_all_prompts(list(zip(*rollout, strict=True)), num_samples)
+        assert completions.logprobs is not None
+        repeated = [prompt for prompt in prompts for _ in range(num_samples)]
+        own_rows = zip(
+            repeated, completions.ids, completions.finished, completions.logprobs, strict=True
+        )
+        rows = self._of_all_prompts(list(own_rows), num_samples)
         return Rollout(*map(list, zip(*rows, strict=True)))
 
     def score(self, indices: Indices, rollout: Rollout) -> dict[str, Values]:
@@ -59,11 +108,9 @@ class Environment:
                 ids, finished = rollout.completions[row], rollout.finished[row]
                 text = self.tokenizer.decode(ids)
                 samples.append(Sample(problem, text, ids, finished))
-        parts = self.rewards.parts(samples)
-        require_finite(parts)
         return {
             name: np.array(self._of_all_prompts(values.tolist(), num_samples))
-            for name, values in parts.items()
+            for name, values in self.rewards.parts(samples).items()
         }
 
     def _of_all_prompts(self, rows: list[T], num_samples: int) -> list[T]:

@@ -1,21 +1,32 @@
 """Group Relative Policy Optimization (GRPO, arXiv:2402.03300): a prompt's completions compete."""
 
+from pydantic import Field
 from torch import Tensor
 
 from minimind.model.transformer import Transformer
-from minimind.reinforcement.advantages import Values, group_advantages, has_signal
-from minimind.reinforcement.draws import Draws, Indices
+from minimind.reinforcement.advantages import group_advantages, has_signal
+from minimind.reinforcement.config import ReinforcementConfig
+from minimind.reinforcement.draws import Indices
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.rollout import Rollout
+from minimind.rewards.reward import Values
 from minimind.training.run import Run
+
+
+class GrpoConfig(ReinforcementConfig):
+    """The `grpo` section."""
+
+    num_generations: int = Field(8, ge=2)  # completions of each prompt
 
 
 class GroupRelative:
     """Prompts in turn, several completions each, advantages within each prompt's group."""
 
-    def __init__(self, draws: Draws, num_generations: int, divide_by_std: bool) -> None:
-        self.draws, self.num_samples = draws, num_generations
-        self.divide_by_std = divide_by_std
+    def __init__(self, config: GrpoConfig, num_prompts: int) -> None:
+        self.draws, self.num_samples = config.draws(num_prompts), config.num_generations
+        self.objective = config.objective()
+        # Dr. GRPO does without the division, which favours prompts that are almost always solved.
+        self.divide_by_std = config.loss_type != "dr_grpo"
 
     def start(self, model: Transformer, environment: Environment, run: Run) -> None:
         """Nothing to prepare: a group is its own baseline."""

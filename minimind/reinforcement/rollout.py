@@ -13,11 +13,10 @@ from torch import Tensor
 from minimind.compute.precision import DType, autocast
 from minimind.compute.processes import Processes
 from minimind.datasets.batches import Counts, PackedBatch, Step, divide
-from minimind.model.generate import Sampling, generate
 from minimind.model.transformer import PackedTokens, Transformer
 from minimind.objectives.loss import token_logprobs
 from minimind.objectives.policy import k3
-from minimind.reinforcement.advantages import Values
+from minimind.rewards.reward import Values
 
 
 class Rollout(NamedTuple):
@@ -32,43 +31,6 @@ class Rollout(NamedTuple):
     def num_tokens(self) -> int:
         """Tokens of all completions."""
         return sum(map(len, self.completions))
-
-
-class SamplingConfig(NamedTuple):
-    """How completions are drawn."""
-
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-    dtype: DType
-    seed: int
-    end_id: int
-
-
-def sample(
-    model: Transformer,
-    prompts: Sequence[list[int]],
-    num_samples: int,
-    config: SamplingConfig,
-    keys: Sequence[int],
-) -> Rollout:
-    """Complete every prompt `num_samples` times; the noise of row i is that of its key."""
-    sampling = Sampling(
-        temperature=config.temperature, top_p=config.top_p, seed=config.seed, rows=keys
-    )
-    completions = generate(
-        model,
-        prompts,
-        max_new_tokens=config.max_new_tokens,
-        end_id=config.end_id,
-        dtype=config.dtype,
-        sampling=sampling,
-        num_samples_per_prompt=num_samples,
-        with_logprobs=True,
-    )
-    assert completions.logprobs is not None
-    repeated = [prompt for prompt in prompts for _ in range(num_samples)]
-    return Rollout(repeated, completions.ids, completions.finished, completions.logprobs)
 
 
 def pack_completions(
@@ -128,7 +90,7 @@ def completion_logprobs(
     return scored
 
 
-def pack(
+def pack_step(
     rollout: Rollout,
     advantages: Values,
     reference_logprobs: list[Tensor],

@@ -4,11 +4,13 @@ import numpy as np
 from torch import Tensor
 
 from minimind.model.transformer import Transformer
-from minimind.reinforcement.advantages import Values, single_stream_advantages
-from minimind.reinforcement.draws import Draws, Indices
+from minimind.reinforcement.advantages import single_stream_advantages
+from minimind.reinforcement.config import ReinforcementConfig
+from minimind.reinforcement.draws import Indices
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.rollout import Rollout, completion_logprobs
 from minimind.reinforcement.tracker import TrackerConfig, ValueTracker, Visit, mean_change
+from minimind.rewards.reward import Values
 from minimind.training.run import Run
 
 ROWS_AT_A_TIME = 512
@@ -16,18 +18,24 @@ ROWS_AT_A_TIME = 512
 INITIAL_KEYS = 2**48
 
 
+class SpoConfig(ReinforcementConfig):
+    """The `spo` section."""
+
+    tracker: TrackerConfig = TrackerConfig()
+
+
 class SingleStream:
     """Uncertain prompts first, one completion each, advantages over the tracked values."""
 
     num_samples = 1
 
-    def __init__(self, draws: Draws, config: TrackerConfig) -> None:
-        self.draws, self.config = draws, config
-        self.tracker = ValueTracker(config, draws.num_prompts)
+    def __init__(self, config: SpoConfig, num_prompts: int) -> None:
+        self.draws, self.objective = config.draws(num_prompts), config.objective()
+        self.tracker = ValueTracker(config.tracker, num_prompts)
 
     def start(self, model: Transformer, environment: Environment, run: Run) -> None:
         """Try every prompt a few times to see what can be expected of it."""
-        num_samples = self.config.initial_samples
+        num_samples = self.tracker.config.initial_samples
         prompts_at_a_time = max(1, ROWS_AT_A_TIME // num_samples)
         for first in range(0, self.draws.num_prompts, prompts_at_a_time):
             stopping, _ = run.agree(is_save_due=False)
@@ -73,8 +81,8 @@ class SingleStream:
             model,
             [environment.prompts[index] for index in own],
             [visit.completion for visit in visits],
-            environment.sampling.temperature,
-            environment.sampling.dtype,
+            environment.config.temperature,
+            environment.config.dtype,
             ROWS_AT_A_TIME,
         )
         changes = [mean_change(v.logprobs, n) for v, n in zip(visits, now, strict=True)]

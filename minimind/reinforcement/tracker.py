@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from minimind.params import Section
-from minimind.reinforcement.advantages import Values
 from minimind.reinforcement.draws import Indices
+from minimind.rewards.reward import Values
 
 
 class TrackerConfig(Section):

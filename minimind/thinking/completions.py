@@ -64,7 +64,7 @@ class Checkpoint:
             self.config.temperature,
             self.config.top_p,
             self.config.seed,
-            rows=[
+            keys=[
                 prompt.number * self.num_samples + sample
                 for prompt in prompts
                 for sample in range(self.num_samples)

@@ -34,7 +34,7 @@ class ThinkingConfig(CompletionConfig):
 
 
 @dataclass(frozen=True)
-class Step:
+class Equation:
     """An equation of a thought."""
 
     text: str
@@ -60,7 +60,7 @@ class Thinking:
     consistent: bool  # whether the answer is what comes out of the last step
 
 
-def find_steps(thought: str) -> list[Step]:
+def find_equations(thought: str) -> list[Equation]:
     """The equations of a thought, each checked exactly."""
     text = _SPACED_SIGN.sub(r"\1", thought.translate(_SIGNS))
     steps = []
@@ -69,7 +69,7 @@ def find_steps(thought: str) -> list[Step]:
             if re.search(r"(?<=[0-9])[-+*/]", left):  # 7=7 computes nothing
                 values = _value(left), _value(right)
                 right_too = values[0] is not None and values[0] == values[1]
-                steps.append(Step(f"{left}={right}", values[1], right_too))
+                steps.append(Equation(f"{left}={right}", values[1], right_too))
     return steps
 
 
@@ -92,7 +92,7 @@ def assess(prompt: Problem, completion: Completion, count_tokens: Callable[[str]
     text, finished = completion
     thinking, answer = _THINKING.search(text), _ANSWER.search(text)
     thought = thinking[1] if thinking else ""
-    steps = find_steps(thought)
+    steps = find_equations(thought)
     found = find_answer(text) if answer else None
     return Thinking(
         prompt=prompt.prompt,

@@ -5,14 +5,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from pydantic import Field
 
 from minimind.chat.template import Message
 from minimind.errors import UserError
-from minimind.reinforcement.rewards import Sample
+from minimind.rewards.reward import Given, Reward, Sample, Values
 
 ROWS_AT_A_TIME = 64
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})")
+
+
+class RewardModelScore(Reward):
+    """What a reward model says, clipped."""
+
+    reward_model_clip: float = Field(3.0, gt=0)  # to +- this
+
+    def bounds(self) -> tuple[float, float]:
+        return -self.reward_model_clip, self.reward_model_clip
+
+    def score(self, samples: Sequence[Sample], given: Given) -> Values:
+        assert given.reward_model is not None
+        return np.clip(given.reward_model(samples), *self.bounds())
+
+
+REWARD = RewardModelScore
 
 
 class RewardScorer:

@@ -1,0 +1,1 @@
+"""Rewards of completions: one module for each part, weighted and added up by `weighted`."""
