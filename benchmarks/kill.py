@@ -6,8 +6,8 @@
 Kills are drawn by phase (start, step, state write, final save, DVC's commit) and by means
 (SIGKILL, SIGTERM, SIGINT, a full disk); each is counted by the phase that it really hit, which
 is read from what lies on disk. A run is killed several times before it may end. Its outputs must
-then have the bytes of an uninterrupted run, and each run must have gone on from the newest state
-that the one before it had completed; all else is a loss.
+then have the bytes of an uninterrupted run, and each run must have gone on from the newest
+checkpoint that the one before it had completed; all else is a loss.
 """
 
 import argparse
@@ -31,12 +31,12 @@ from benchmarks.under_dvc import (
     record,
 )
 from benchmarks.victims import (
-    STATELESS,
+    NOTHING_TO_RESUME,
     Stage,
     Tally,
     build_project,
     digests,
-    newest_state,
+    newest_checkpoint,
     phase_on_disk,
     start,
 )
@@ -53,7 +53,7 @@ def draw_moment(
     project: Path, stage: Stage, phase: str, phase_now: Callable[[], str], rng: random.Random
 ) -> Callable[[], bool]:
     """When to kill: a test of what lies on disk, and a while after it has become true."""
-    before = newest_state(project) or 0
+    before = newest_checkpoint(project) or 0
     wanted = before + rng.randint(1, 3)
     delay = {"start": 0.5 * stage.seconds, "step": 0.01, "state write": 0.006, "final save": 0.02}
     wait = rng.uniform(0, delay[phase] * rng.random())
@@ -62,7 +62,7 @@ def draw_moment(
         if phase == "start":
             return True
         if phase == "step":
-            return (newest_state(project) or 0) >= wanted or phase_now() == "final save"
+            return (newest_checkpoint(project) or 0) >= wanted or phase_now() == "final save"
         if phase == "state write":
             return phase_now() in ("state write", "final save")
         return phase_now() == "final save"
@@ -86,7 +86,7 @@ def kill_commands(
     under_dvc = rng.random() < 0.8
     history: list[str] = []
     for _ in range(num_kills):
-        before = newest_state(project)
+        before = newest_checkpoint(project)
         means = rng.choices(list(MEANS), list(MEANS.values()))[0]
         planned = rng.choices(list(PHASES), list(PHASES.values()))[0]
         full = rng.randint(0, 40) if means == "full disk" else None
@@ -114,7 +114,7 @@ def kill_commands(
         if means != "SIGKILL":
             check_farewell(stage, means, hit, code, printed, tally)
         note_resumed(stage, before, printed, False, tally)
-    before = newest_state(project)
+    before = newest_checkpoint(project)
     process = start(project, stage, under_dvc=under_dvc)
     code, printed = process.finish(), process.printed()
     note_resumed(stage, before, printed, True, tally)
@@ -130,7 +130,7 @@ def check_farewell(
     """A stage that can still speak says in one line how to go on, and does not exit with 0."""
     import_time = hit == "start"  # Python's own answer to the signal
     in_order = RUN_AGAIN in printed or "run the same command" in printed
-    if code == 0 or not (in_order or import_time or stage.kind in STATELESS):
+    if code == 0 or not (in_order or import_time or stage.kind in NOTHING_TO_RESUME):
         tally.lose(f"{stage.name}: {means} in {hit} gave exit {code} and: {printed}")
     if "Traceback" in printed and not ("KeyboardInterrupt" in printed and import_time):
         tally.lose(f"{stage.name}: {means} in {hit} gave a traceback: {printed}")

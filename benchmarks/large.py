@@ -93,7 +93,7 @@ def measure(folder: Path, gigabytes: float, data_format: str, num_steps: int) ->
     encode = [f"--format={data_format}", f"--name={name}", "--output=encoded"]
     encode += ["--metrics=encode.json"]
     pretrain = ["--text=encoded", "--output=model"]
-    pretrain += ["--metrics=pretrain.json", "--curve=curve.csv"]
+    pretrain += ["--metrics=pretrain.json", "--history=history.csv"]
     alone = ["--alone", source.name, "--format", data_format]
 
     _run(folder, "stages.tokenizer", tokenizer)

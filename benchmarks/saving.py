@@ -16,7 +16,7 @@ import yaml
 
 from minimind.cli.presets import merge, read_preset
 from minimind.compute.settings import load_settings
-from minimind.lineage.resume import ResumeStore, TrainingState
+from minimind.lineage.resume import ResumeCheckpoint, ResumeStore
 from minimind.model.transformer import ModelConfig, ModelShape, Transformer
 from minimind.params import with_shared
 from minimind.training.optimizer import Optimizer, OptimizerConfig
@@ -26,7 +26,7 @@ NUM_SAVES = 5
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def state_of(params: dict[str, Any]) -> TrainingState:
+def state_of(params: dict[str, Any]) -> ResumeCheckpoint:
     """What a pretraining run has to save after its first step."""
     shape = ModelShape.model_validate(params["model"])
     model = Transformer(
@@ -41,7 +41,7 @@ def state_of(params: dict[str, Any]) -> TrainingState:
     optimizer.step(1.0)
     tensors = {f"model/{name}": p for name, p in model.named_parameters()}
     tensors |= {f"optimizer/{name}": t for name, t in optimizer.state_tensors().items()}
-    return TrainingState(0, tensors, {})
+    return ResumeCheckpoint(0, tensors, {})
 
 
 def measure(name: str, params: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def measure(name: str, params: dict[str, Any], directory: Path) -> dict[str, Any
     store = ResumeStore(directory / name)
     for step in range(NUM_SAVES):
         started = time.monotonic()
-        store.save(TrainingState(step, state.tensors, state.values))
+        store.save(ResumeCheckpoint(step, state.tensors, state.values))
         seconds.append(time.monotonic() - started)
     store.remove()
     store.close()

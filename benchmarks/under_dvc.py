@@ -16,7 +16,7 @@ import psutil
 import yaml
 
 from benchmarks.tiny_project import dvc, git
-from benchmarks.victims import Stage, Tally, digests, newest_state, phase_on_disk
+from benchmarks.victims import Stage, Tally, digests, newest_checkpoint, phase_on_disk
 
 # Who is struck, by what. With dvc alone, the stage has to notice it and to end by itself.
 BLOWS = {
@@ -54,7 +54,7 @@ def kill_under_dvc(
     command = ("repro", "-s", stage.name)
     history = []
     for _ in range(num_kills):
-        before = newest_state(project)
+        before = newest_checkpoint(project)
         moment = rng.choice(["start", "step", "commit"])
         blow = rng.choice([blow for blow in BLOWS if moment != "commit" or "dvc" in blow])
         process, log = start_dvc(project, *command)
@@ -68,7 +68,7 @@ def kill_under_dvc(
         tally.phases[hit] += 1
         tally.means[f"under DVC: {blow}"] += 1
         remove_torn_locks(project)
-    before = newest_state(project)
+    before = newest_checkpoint(project)
     process, log = start_dvc(project, *command)
     code, printed = process.wait(), log.read_text(encoding="utf-8")
     note_resumed(stage, before, printed, True, tally)
@@ -184,7 +184,7 @@ def has_ended(process: psutil.Process) -> bool:
 def note_resumed(
     stage: Stage, before: int | None, printed: str, has_ended: bool, tally: Tally
 ) -> None:
-    """A run goes on from the newest state there was."""
+    """A run goes on from the newest checkpoint there was."""
     said = [line for line in printed.splitlines() if "going on " in line]
     if said:
         tally.resumes += 1
@@ -255,7 +255,7 @@ def kill_under_experiments(project: Path, stages: Mapping[str, Stage], tally: Ta
     dvc(project, "exp", "run", "--queue", "-n", "killed", *change, **SETTINGS)
     started = time.time()
     starter, _ = start_dvc(project, "queue", "start")  # which may return after the stage has ended
-    while newest_state(project) is None:
+    while newest_checkpoint(project) is None:
         time.sleep(0.005)
     (lock,) = project.glob(".resume/sft/*/lock")
     pid = int(lock.read_text(encoding="utf-8").split()[1])

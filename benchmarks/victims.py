@@ -19,7 +19,7 @@ from benchmarks.warm import StageProcess
 STEPS = {
     "max_steps": 20,
     "eval_interval": 3,
-    "curve_interval": 2,
+    "log_interval": 2,
     "warmup_steps": 2,
     "batch_size": 4,
 }
@@ -45,7 +45,7 @@ STARTING_FROM_SFT = (
 )  # so that a short run builds less
 LEFT_OUT = ("export", "report")  # copy files; `merge` and `evaluate` stand for them
 EVALUATED = ("sft", "reason")
-STATELESS = ("check", "mini_world", "tokenizer", "encode", "reference", "merge", "evaluate")
+NOTHING_TO_RESUME = ("check", "mini_world", "tokenizer", "encode", "reference", "merge", "evaluate")
 CLOCK_TICK = 0.01  # seconds that a file may seem older than it is
 
 
@@ -163,9 +163,9 @@ def digests(project: Path, stage: Stage) -> dict[str, str]:
     }
 
 
-def newest_state(project: Path) -> int | None:
+def newest_checkpoint(project: Path) -> int | None:
     """The step of the newest complete state."""
-    return max((int(p.name[-9:]) for p in project.glob(".resume/*/*/state-*")), default=None)
+    return max((int(p.name[-9:]) for p in project.glob(".resume/*/*/checkpoint-*")), default=None)
 
 
 def phase_on_disk(project: Path, stage: Stage, pid: int, started: float) -> str:
@@ -194,5 +194,5 @@ def phase_on_disk(project: Path, stage: Stage, pid: int, started: float) -> str:
         f"process {pid} " in lock.read_text(encoding="utf-8")
         for lock in project.glob(".resume/*/*/lock")
     )
-    has_begun = stage.kind in STATELESS or newest_state(project) is not None
+    has_begun = stage.kind in NOTHING_TO_RESUME or newest_checkpoint(project) is not None
     return "step" if is_at_work and has_begun else "start"

@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """A stage was asked to stop and has saved its state; never an exit code of 0."""
+    """A stage was asked to stop and has saved a resume checkpoint; never an exit code of 0."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Metrics and curves as files: few numbers, rounded, never NaN, the same bytes for the same run."""
+"""Metrics and histories as files: rounded, never NaN, the same bytes for the same run."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ def write_metrics(path: Path, stage: str, metrics: Mapping[str, Number]) -> None
         partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def write_curve(path: Path, rows: Sequence[Mapping[str, Number]]) -> None:
+def write_history(path: Path, rows: Sequence[Mapping[str, Number]]) -> None:
     """Write rows as CSV, `step` first; a value that a row lacks is left empty."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:

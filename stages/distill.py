@@ -10,7 +10,7 @@ from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.encoded import EncodedDataset
 from minimind.distillation.outputs import TeacherOutputs
 from minimind.distillation.teacher import load_teacher
-from minimind.metrics import write_curve, write_metrics
+from minimind.metrics import write_history, write_metrics
 from minimind.model.checkpoint import save_checkpoint, start_model
 from minimind.model.transformer import ModelShape
 from minimind.objectives.distill import Distill
@@ -44,7 +44,7 @@ def main(
     teacher_outputs: Annotated[Path, typer.Option()],
     output: Annotated[Path, typer.Option()],
     metrics: Annotated[Path, typer.Option()],
-    curve: Annotated[Path, typer.Option()],
+    history: Annotated[Path, typer.Option()],
     params: Annotated[Path, typer.Option()] = Path("params.yaml"),
     baseline: Annotated[
         bool, typer.Option(help="learn without the teacher, for comparison")
@@ -72,14 +72,14 @@ def main(
         if outputs.meta.mode == "online":
             beside = load_teacher(config.teacher, dataset, outputs.meta.dtype).to(run.device)
         objective = Distill(alpha, outputs.meta.temperature, beside)
-        history = fit(student, objective, dataset, config, run, outputs.extras)
-        results = {"parameters": student.num_parameters, **summary(history)}
+        trained = fit(student, objective, dataset, config, run, outputs.extras)
+        results = {"parameters": student.num_parameters, **summary(trained)}
         if "val_kl" in results:
             results["kl_to_teacher"] = results.pop("val_kl")
         with run.saving(metrics):
             save_checkpoint(output, student, config.init)
-            write_curve(curve, history.curve)
-            results |= bits_per_byte(history, dataset, config, ChatTokenizer.load(config.init))
+            write_history(history, trained.rows)
+            results |= bits_per_byte(trained, dataset, config, ChatTokenizer.load(config.init))
             write_metrics(metrics, stage, results)
 
 

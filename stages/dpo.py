@@ -12,7 +12,7 @@ from pydantic import Field
 from minimind.datasets.batches import Extra
 from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import UserError
-from minimind.metrics import write_curve, write_metrics
+from minimind.metrics import write_history, write_metrics
 from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.objectives.dpo import Dpo
 from minimind.objectives.loss import Objective
@@ -42,7 +42,7 @@ def main(
     reference: Annotated[Path, typer.Option(help="the reference's log-probabilities, .npy")],
     output: Annotated[Path, typer.Option()],
     metrics: Annotated[Path, typer.Option()],
-    curve: Annotated[Path, typer.Option()],
+    history: Annotated[Path, typer.Option()],
     params: Annotated[Path, typer.Option()] = Path("params.yaml"),
 ) -> None:
     """Train on preference pairs; dpo compares with cached log-probabilities of the reference."""
@@ -58,13 +58,13 @@ def main(
             "dpo": Dpo(config.beta, config.reduction, config.nll_weight),
             "orpo": Orpo(config.beta),
         }
-        history = fit(model, losses[config.loss], dataset, config, run, extras)
-        results = summary(history)
+        trained = fit(model, losses[config.loss], dataset, config, run, extras)
+        results = summary(trained)
         if "val_accuracy" in results:
             results["pair_accuracy"] = results.pop("val_accuracy")
         with run.saving(metrics):
             save_checkpoint(output, model, config.init)
-            write_curve(curve, history.curve)
+            write_history(history, trained.rows)
             write_metrics(metrics, "dpo", results)
 
 

@@ -7,7 +7,7 @@ import typer
 
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.encoded import EncodedDataset
-from minimind.metrics import write_curve, write_metrics
+from minimind.metrics import write_history, write_metrics
 from minimind.model.checkpoint import load_model
 from minimind.model.lora import AdapterShape, add_adapter, save_adapter
 from minimind.objectives.next_token import NextToken
@@ -32,7 +32,7 @@ def main(
     encoded: Annotated[Path, typer.Option(help="folder of encoded data sets")],
     output: Annotated[Path, typer.Option(help="adapter directory")],
     metrics: Annotated[Path, typer.Option()],
-    curve: Annotated[Path, typer.Option()],
+    history: Annotated[Path, typer.Option()],
     params: Annotated[Path, typer.Option()] = Path("params.yaml"),
 ) -> None:
     """Train an adapter that stock peft loads on the stock model."""
@@ -45,12 +45,12 @@ def main(
         model = add_adapter(load_model(config.init), config, config.seed)
         num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         run.say(f"{num_trained:,} parameters of the adapter are trained")
-        history = fit(model, NextToken(), dataset, config, run)
+        trained = fit(model, NextToken(), dataset, config, run)
         with run.saving(metrics):
             save_adapter(output, model)
-            write_curve(curve, history.curve)
-            held_out = bits_per_byte(history, dataset, config, ChatTokenizer.load(config.init))
-            values = {"parameters": num_trained, **summary(history), **held_out}
+            write_history(history, trained.rows)
+            held_out = bits_per_byte(trained, dataset, config, ChatTokenizer.load(config.init))
+            values = {"parameters": num_trained, **summary(trained), **held_out}
             write_metrics(metrics, "lora", values)
 
 

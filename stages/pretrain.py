@@ -7,7 +7,7 @@ import typer
 
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.encoded import EncodedDataset
-from minimind.metrics import write_curve, write_metrics
+from minimind.metrics import write_history, write_metrics
 from minimind.model.checkpoint import save_checkpoint, start_model
 from minimind.model.transformer import ModelShape
 from minimind.objectives.next_token import NextToken
@@ -31,7 +31,7 @@ def main(
     text: Annotated[Path, typer.Option(help="encoded text")],
     output: Annotated[Path, typer.Option()],
     metrics: Annotated[Path, typer.Option()],
-    curve: Annotated[Path, typer.Option()],
+    history: Annotated[Path, typer.Option()],
     params: Annotated[Path, typer.Option()] = Path("params.yaml"),
 ) -> None:
     """Pretrain a model, from nothing or a checkpoint; its shape is the `model` section's."""
@@ -43,12 +43,12 @@ def main(
         run.say(f"{model.num_parameters:,} parameters")
         dataset = EncodedDataset.open(text)
         dataset.check_tokenizer_of(config.init)
-        history = fit(model, NextToken(), dataset, config, run)
+        trained = fit(model, NextToken(), dataset, config, run)
         with run.saving(metrics):
             save_checkpoint(output, model, config.init)
-            write_curve(curve, history.curve)
-            held_out = bits_per_byte(history, dataset, config, ChatTokenizer.load(config.init))
-            values = {"parameters": model.num_parameters, **summary(history), **held_out}
+            write_history(history, trained.rows)
+            held_out = bits_per_byte(trained, dataset, config, ChatTokenizer.load(config.init))
+            values = {"parameters": model.num_parameters, **summary(trained), **held_out}
             write_metrics(metrics, "pretrain", values)
 
 

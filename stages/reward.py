@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from minimind.datasets.encoded import EncodedDataset
-from minimind.metrics import write_curve, write_metrics
+from minimind.metrics import write_history, write_metrics
 from minimind.model.checkpoint import load_model
 from minimind.model.reward import RewardModel, dense_part
 from minimind.model.reward_checkpoint import save_reward_model
@@ -30,7 +30,7 @@ def main(
     preferences: Annotated[Path, typer.Option(help="encoded preference pairs")],
     output: Annotated[Path, typer.Option()],
     metrics: Annotated[Path, typer.Option()],
-    curve: Annotated[Path, typer.Option()],
+    history: Annotated[Path, typer.Option()],
     params: Annotated[Path, typer.Option()] = Path("params.yaml"),
 ) -> None:
     """Train a score that is higher for the chosen side of a pair."""
@@ -41,13 +41,13 @@ def main(
         dataset = EncodedDataset.open(preferences)
         dataset.check_format("preference")
         dataset.check_tokenizer_of(config.init)
-        history = fit(model, PairwiseReward(), dataset, config, run)
-        results = summary(history)
+        trained = fit(model, PairwiseReward(), dataset, config, run)
+        results = summary(trained)
         if "val_accuracy" in results:
             results["pair_accuracy"] = results.pop("val_accuracy")
         with run.saving(metrics):
             save_reward_model(output, model, config.init)
-            write_curve(curve, history.curve)
+            write_history(history, trained.rows)
             write_metrics(metrics, "reward", results)
 
 

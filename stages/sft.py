@@ -7,7 +7,7 @@ import typer
 
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.encoded import EncodedDataset
-from minimind.metrics import write_curve, write_metrics
+from minimind.metrics import write_history, write_metrics
 from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.objectives.next_token import NextToken
 from minimind.params import UserPath, load_section
@@ -30,7 +30,7 @@ def main(
     conversations: Annotated[Path, typer.Option(help="encoded chats")],
     output: Annotated[Path, typer.Option()],
     metrics: Annotated[Path, typer.Option()],
-    curve: Annotated[Path, typer.Option()],
+    history: Annotated[Path, typer.Option()],
     params: Annotated[Path, typer.Option()] = Path("params.yaml"),
 ) -> None:
     """Train on the assistant's turns of conversations."""
@@ -40,12 +40,12 @@ def main(
         dataset = EncodedDataset.open(conversations)
         dataset.check_format("chat", "text")
         dataset.check_tokenizer_of(config.init)
-        history = fit(model, NextToken(), dataset, config, run)
+        trained = fit(model, NextToken(), dataset, config, run)
         with run.saving(metrics):
             save_checkpoint(output, model, config.init)
-            write_curve(curve, history.curve)
-            held_out = bits_per_byte(history, dataset, config, ChatTokenizer.load(config.init))
-            write_metrics(metrics, "sft", summary(history) | held_out)
+            write_history(history, trained.rows)
+            held_out = bits_per_byte(trained, dataset, config, ChatTokenizer.load(config.init))
+            write_metrics(metrics, "sft", summary(trained) | held_out)
 
 
 if __name__ == "__main__":

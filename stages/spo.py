@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from minimind.chat.tokenizer import ChatTokenizer
-from minimind.metrics import write_curve, write_metrics
+from minimind.metrics import write_history, write_metrics
 from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.params import load_path, load_section
 from minimind.reinforcement.environment import Environment
@@ -22,7 +22,7 @@ app = stage_app("spo")
 def main(
     output: Annotated[Path, typer.Option()],
     metrics: Annotated[Path, typer.Option()],
-    curve: Annotated[Path, typer.Option()],
+    history: Annotated[Path, typer.Option()],
     params: Annotated[Path, typer.Option()] = Path("params.yaml"),
 ) -> None:
     """Train on sampled completions, each compared with its prompt's tracked value."""
@@ -33,11 +33,11 @@ def main(
         model, tokenizer = load_model(config.init), ChatTokenizer.load(config.init)
         environment = Environment.open(config, model, tokenizer, prompts, run)
         algorithm = SingleStream(config, len(environment.prompts))
-        history = reinforce(model, environment, algorithm, config, run)
+        trained = reinforce(model, environment, algorithm, config, run)
         with run.saving(metrics):
             save_checkpoint(output, model, config.init)
-            write_curve(curve, history.curve)
-            write_metrics(metrics, "spo", summary(history))
+            write_history(history, trained.rows)
+            write_metrics(metrics, "spo", summary(trained))
 
 
 if __name__ == "__main__":

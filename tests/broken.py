@@ -44,7 +44,7 @@ from tests.graph import ROOT
 from tests.shipped import shipped_params
 
 STEPS = {"max_steps": 2, "batch_size": 2, "warmup_steps": 0, "validation_share": 0.25}
-STEPS |= {"eval_interval": 1, "curve_interval": 1}
+STEPS |= {"eval_interval": 1, "log_interval": 1}
 SHAPE = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "max_positions": 256}
 SAMPLED = {"max_new_tokens": 4, "batch_size": 2}
 POLICY = SAMPLED | {"max_steps": 1, "warmup_steps": 0}
@@ -102,7 +102,7 @@ PATHS: dict[str, dict[str, str]] = {
     "grpo": {"init": "models/base", "custom_reward": "custom.py"},
     "spo": {"init": "models/base", "custom_reward": "custom.py"},
 }
-TRAINED = "--output out/model --metrics out/metrics.json --curve out/curve.csv"
+TRAINED = "--output out/model --metrics out/metrics.json --history out/history.csv"
 ENCODED = "--output out/data --metrics out/metrics.json"
 COMMANDS: dict[str, tuple[StageApp, str]] = {
     "check": (check.app, "--output out/checked.txt"),
@@ -271,7 +271,7 @@ def write_params(directory: Path, params: Any) -> None:
 
 
 def contents(directory: Path) -> dict[str, str]:
-    """Marks of every file but resume states, by path; also of folders named as unfinished."""
+    """Marks of every file but resume checkpoints, by path; also of folders named as unfinished."""
     found = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()

@@ -67,7 +67,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     for tensor in model.state_dict().values():
         digest.update(tensor.numpy().tobytes())
     return {
-        "curve": history.curve,
+        "history": history.rows,
         "validation": history.validation,
         "tokens": history.tokens,
         "resumes": history.resumes,

@@ -281,7 +281,7 @@ FIT = {
     "eval_interval": 2,
     "patience": 0,
     "min_delta": 0.0,
-    "curve_interval": 1,
+    "log_interval": 1,
     "gradient_checkpointing": False,
 }
 STUDENT = tiny_model().config.model_dump(exclude={"vocab_size"}) | {"num_layers": 1}
@@ -328,7 +328,7 @@ class Project:
         self.params["distill"] |= {"init": init}
         inputs = ["--encoded", "."]
         outputs = ["--output", f"models/{output}", "--metrics", f"{output}.json"]
-        rest = ["--teacher-outputs", "outputs", "--curve", f"{output}.csv"]
+        rest = ["--teacher-outputs", "outputs", "--history", f"{output}.csv"]
         return self.run(distill, *inputs, *outputs, *rest, *flags)
 
     def metrics(self, name: str) -> dict[str, float]:
@@ -404,7 +404,7 @@ def test_the_baseline_is_plain_fine_tuning_of_the_same_student(project: Project)
     new = tiny_model(FIT["seed"], vocab_size=vocab_size, **STUDENT)
     save_checkpoint(Path("models/student"), new, Path("models/tokenizer"))
     paths = ["--conversations", "data", "--output", "models/sft"]
-    succeeds(project.run(sft, *paths, "--metrics", "sft.json", "--curve", "sft.csv"))
+    succeeds(project.run(sft, *paths, "--metrics", "sft.json", "--history", "sft.csv"))
     succeeds(project.teach())
     succeeds(project.distill("fresh", "--baseline"))
     succeeds(project.distill("from_checkpoint", "--baseline", init="models/student"))
@@ -462,7 +462,7 @@ def test_teacher_outputs_lost_from_the_resume_folder_are_computed_again(
     with monkeypatch.context() as patch:
         patch.setattr(teacher_outputs, "write_metrics", lambda *_: 1 / 0)  # dies while saving
         assert isinstance(project.teach("outputs").exception, ZeroDivisionError)
-    assert list(Path(".resume").rglob("state-*"))
+    assert list(Path(".resume").rglob("checkpoint-*"))
     for array in Path(".resume").rglob("*.bin"):
         array.unlink()
     succeeds(project.teach("outputs"))

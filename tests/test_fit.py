@@ -40,7 +40,7 @@ CONFIG = {
     "eval_interval": 5,
     "patience": 0,
     "min_delta": 0.0,
-    "curve_interval": 2,
+    "log_interval": 2,
     "gradient_checkpointing": False,
 }
 
@@ -69,7 +69,7 @@ def quiet_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def train(
     tmp_path: Path, data: EncodedDataset, stop_after: int = 0, **changes: object
 ) -> tuple[History, Transformer]:
-    """A run from the newest state on; with stop_after, a signal comes after that many steps."""
+    """A run from the newest checkpoint on; a signal comes after `stop_after` steps, if not 0."""
     config = FitConfig.model_validate(CONFIG | changes)
     model = tiny_model(seed=2)
     steps_seen = 0
@@ -102,7 +102,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(
     resumed, resumed_model = train(tmp_path, data, **changes)
     assert resumed.resumes == 1
     assert weights(resumed_model) == weights(whole_model)
-    assert resumed.curve == whole.curve
+    assert resumed.rows == whole.rows
 
 
 def test_states_of_other_parameters_are_not_picked_up(tmp_path: Path, data: EncodedDataset) -> None:
@@ -121,22 +121,22 @@ def test_a_damaged_state_falls_back_to_the_one_before(
     for stop_after in (4, 3):  # states at steps 4 and 7
         with pytest.raises(Stopped):
             train(tmp_path, data, stop_after=stop_after)
-    newest = max((tmp_path / ".resume").glob("*/*/state-*"))
+    newest = max((tmp_path / ".resume").glob("*/*/checkpoint-*"))
     tensors = newest / "tensors.safetensors"
     damaged = bytearray(tensors.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     tensors.write_bytes(damaged)
     _, model = train(tmp_path, data)
     said = capsys.readouterr().err
-    assert "state-000000007 is damaged" in said
+    assert "checkpoint-000000007 is damaged" in said
     assert "going on from step 4" in said
     assert weights(model) == weights(whole_model)
 
 
-def test_the_golden_curve(tmp_path: Path, data: EncodedDataset) -> None:
+def test_the_golden_history(tmp_path: Path, data: EncodedDataset) -> None:
     """A refactoring leaves these numbers as they are."""
     history, _ = train(tmp_path, data)
-    losses = [row["loss"] for row in history.curve if "loss" in row]
+    losses = [row["loss"] for row in history.rows if "loss" in row]
     assert losses == pytest.approx(GOLDEN, rel=1e-5)
 
 
@@ -156,14 +156,14 @@ GOLDEN = [
 
 def test_the_loss_falls_and_validation_is_reported(tmp_path: Path, data: EncodedDataset) -> None:
     history, _ = train(tmp_path, data, validation_share=0.1, max_steps=60, epochs=20)
-    losses = [row["loss"] for row in history.curve if "loss" in row]
+    losses = [row["loss"] for row in history.rows if "loss" in row]
     assert losses[-1] < losses[0] / 2
-    assert history.curve[0].keys() == {"step", "val_loss", "val_nll"}
-    evaluated = [row["step"] for row in history.curve if "val_loss" in row]
+    assert history.rows[0].keys() == {"step", "val_loss", "val_nll"}
+    evaluated = [row["step"] for row in history.rows if "val_loss" in row]
     assert evaluated[0] == 0 and evaluated[-1] == 60
-    assert history.curve[0]["val_nll"] == pytest.approx(math.log(97), rel=0.02)
+    assert history.rows[0]["val_nll"] == pytest.approx(math.log(97), rel=0.02)
     values = summary(history)
-    assert values["initial_val_loss"] == history.curve[0]["val_loss"] != values["val_loss"]
+    assert values["initial_val_loss"] == history.rows[0]["val_loss"] != values["val_loss"]
     unvalidated, _ = train(tmp_path, data, validation_share=0.0)
     assert not {"val_loss", "initial_val_loss"} & set(summary(unvalidated))
 
@@ -171,7 +171,7 @@ def test_the_loss_falls_and_validation_is_reported(tmp_path: Path, data: Encoded
 def test_accumulation_changes_nothing_but_memory(tmp_path: Path, data: EncodedDataset) -> None:
     one, _ = train(tmp_path, data, batch_size=8, accumulation_steps=1)
     four, _ = train(tmp_path, data, batch_size=2, accumulation_steps=4)
-    for a, b in zip(one.curve, four.curve, strict=True):
+    for a, b in zip(one.rows, four.rows, strict=True):
         assert a == pytest.approx(b, rel=2e-4)
 
 
@@ -180,7 +180,7 @@ def test_early_stopping_keeps_the_best_weights(tmp_path: Path, data: EncodedData
     changes |= {"max_steps": 200, "epochs": 100}
     history, _ = train(tmp_path, data, **changes)
     assert history.step < 200
-    validations = [row["val_loss"] for row in history.curve if "val_loss" in row]
+    validations = [row["val_loss"] for row in history.rows if "val_loss" in row]
     assert history.best_loss <= min(validations) + 1e-12
     assert history.validation["loss"] == pytest.approx(history.best_loss, rel=1e-6)
     assert history.best_step < history.step
@@ -190,7 +190,7 @@ def test_early_stopping_keeps_the_best_weights(tmp_path: Path, data: EncodedData
 def test_half_precisions_are_honoured(tmp_path: Path, data: EncodedDataset, dtype: str) -> None:
     full, _ = train(tmp_path, data)
     half, _ = train(tmp_path, data, dtype=dtype)
-    losses = [[r["loss"] for r in h.curve if "loss" in r] for h in (full, half)]
+    losses = [[r["loss"] for r in h.rows if "loss" in r] for h in (full, half)]
     assert losses[0] != losses[1]
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.05)
 

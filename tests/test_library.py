@@ -55,7 +55,7 @@ def test_a_model_learns_chats_and_answers(
     config = FitConfig(epochs=150, lr=1e-2, batch_size=8, dtype="float32")
     history = fit(model, NextToken(), rows, config)
     assert torch.equal(torch.random.get_rng_state(), before), "nobody else's generator is touched"
-    assert history.curve[-1]["loss"] < history.curve[0]["loss"]
+    assert history.rows[-1]["loss"] < history.rows[0]["loss"]
     assert reply(model, tokenizer, CHATS[3][:1]) == "4"
     assert {path.name for path in tmp_path.iterdir()} == {"tokenizer"}, "nothing is written"
 
@@ -102,8 +102,8 @@ def test_a_loss_is_a_mean_over_a_step(tokenizer: ChatTokenizer) -> None:
         model = tiny_model(vocab_size=tokenizer.vocab_size)
         steps = 8 // size
         config = FitConfig(batch_size=size, accumulation_steps=steps, dtype="float32", max_steps=2)
-        history = fit(model, objective, data, config.model_copy(update={"curve_interval": 1}))
-        assert history.curve[-1]["nll"] == pytest.approx(history.curve[-1]["loss"])
+        history = fit(model, objective, data, config.model_copy(update={"log_interval": 1}))
+        assert history.rows[-1]["nll"] == pytest.approx(history.rows[-1]["loss"])
         weights.append(torch.cat([p.flatten() for p in model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(weights[1], weights[2], atol=1e-5, rtol=1e-4)

@@ -46,7 +46,7 @@ CONFIG = {
     "eval_interval": 2,
     "patience": 0,
     "min_delta": 0.0,
-    "curve_interval": 1,
+    "log_interval": 1,
     "gradient_checkpointing": False,
 }
 
@@ -71,7 +71,7 @@ def project(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) ->
 def train(output: str = "adapter", **changes: object) -> Result:
     Path("params.yaml").write_text(yaml.safe_dump({"lora": CONFIG | changes}))
     inputs = ["--encoded", "."]
-    outputs = ["--output", output, "--metrics", f"{output}.json", "--curve", f"{output}.csv"]
+    outputs = ["--output", output, "--metrics", f"{output}.json", "--history", f"{output}.csv"]
     return CliRunner().invoke(lora.app, inputs + outputs)
 
 

@@ -1256,7 +1256,7 @@ CAUSES["a preset that cannot be applied"] = [
 
 # What is wrong: where outputs are to go
 
-OUTPUT_OPTIONS = ("--output", "--metrics", "--curve", "--predictions", "--rejected")
+OUTPUT_OPTIONS = ("--output", "--metrics", "--history", "--predictions", "--rejected")
 
 
 def in_the_way(command: str, option: str) -> Case:
@@ -1296,7 +1296,7 @@ CAUSES["a learning rate that throws the weights out of bounds"] = [
     Case(
         command,
         with_params(**{f"{command}__{key}": value for key, value in NO_LIMIT.items()}),
-        ("at step", "learning rate", "rows", "The last good state is kept"),
+        ("at step", "learning rate", "rows", "The last good checkpoint is kept"),
     )
     for command in ("pretrain", "sft", "dpo", "reason", "reward", "lora", "distill")
 ]
@@ -1393,7 +1393,7 @@ def test_a_damaged_resume_state_is_passed_over_and_named(workspace: Path, file: 
     assert run("sft", directory, DVC_STAGE="sft").exit_code == 0
     expected = (directory / "out/model/model.safetensors").read_bytes()
     shutil.rmtree(directory / "out")
-    for state in (directory / ".resume").glob("sft/*/state-*"):
+    for state in (directory / ".resume").glob("sft/*/checkpoint-*"):
         cut(str(state.relative_to(directory) / file), 0.6)(directory)
     outcome = run("sft", directory, DVC_STAGE="sft")
     assert outcome.exit_code == 0, outcome

@@ -305,9 +305,9 @@ def test_training_is_as_with_native_matmuls_and_repeats_itself(
     forced, model = train(tmp_path, data, **changes)
     again, same = train(tmp_path, data, **changes)
     recomputed, _ = train(tmp_path, data, **changes, gradient_checkpointing=True)
-    losses = [row["loss"] for row in native.curve if "loss" in row]
-    assert [row["loss"] for row in forced.curve if "loss" in row] == pytest.approx(losses, rel=0.02)
-    assert forced.curve == again.curve == recomputed.curve
+    losses = [row["loss"] for row in native.rows if "loss" in row]
+    assert [row["loss"] for row in forced.rows if "loss" in row] == pytest.approx(losses, rel=0.02)
+    assert forced.rows == again.rows == recomputed.rows
     assert weights(model) == weights(same)
 
 
@@ -401,7 +401,7 @@ def test_compiled_code_multiplies_as_eager_code_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MINIMIND_CPU_MATMULS", "float32")
-    changes = {"max_steps": 6, "curve_interval": 1, "dtype": "bfloat16"}
+    changes = {"max_steps": 6, "log_interval": 1, "dtype": "bfloat16"}
     eager, _ = train(tmp_path, data, **changes)
     monkeypatch.setenv("MINIMIND_COMPILE", "1")
     num_matmuls = 0
@@ -416,8 +416,8 @@ def test_compiled_code_multiplies_as_eager_code_does(
     compiled, _ = train(tmp_path, data, **changes)
     # Of 14 linear layers and the head: forward, and each one's two gradients.
     assert num_matmuls >= 6 * 2 * 3 * 15
-    losses = [row["loss"] for row in eager.curve if "loss" in row]
-    assert [row["loss"] for row in compiled.curve if "loss" in row] == pytest.approx(
+    losses = [row["loss"] for row in eager.rows if "loss" in row]
+    assert [row["loss"] for row in compiled.rows if "loss" in row] == pytest.approx(
         losses, rel=0.02
     )
 

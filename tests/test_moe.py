@@ -294,7 +294,7 @@ def test_compiled_experts_learn_as_eager_ones_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["next_token", "dpo"])
-def test_the_balance_loss_is_in_every_loss_and_the_load_in_the_curve(
+def test_the_balance_loss_is_in_every_loss_and_the_load_in_the_history(
     tmp_path: Path, kind: str
 ) -> None:
     model = moe_model()

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from minimind.errors import Stopped
-from minimind.lineage.resume import ResumeStore, TrainingState, forget_recorded
+from minimind.lineage.resume import ResumeCheckpoint, ResumeStore, forget_recorded
 from tests.test_fit import data, quiet_surroundings, train, weights  # noqa: F401
 
 
@@ -196,8 +196,8 @@ def lay_out(tree: dict[str, bytes | None], directory: Path) -> None:
         path.mkdir() if content is None else path.write_bytes(content)
 
 
-def a_state(step: int) -> TrainingState:
-    return TrainingState(step, {"weights": torch.full((64,), float(step))}, {"note": f"{step}"})
+def a_state(step: int) -> ResumeCheckpoint:
+    return ResumeCheckpoint(step, {"weights": torch.full((64,), float(step))}, {"note": f"{step}"})
 
 
 def check_loaded(store: ResumeStore, at_least: int | None, when: str) -> int | None:
@@ -225,12 +225,12 @@ def saving_over_a_damaged_state(root: Path, recorder: Recorder) -> None:
     store = ResumeStore(root / ".resume" / "sft" / "0123")
     store.save(a_state(1))
     store.save(a_state(4))
-    (store.directory / "state-000000004" / "values.json").write_bytes(b"")
+    (store.directory / "checkpoint-000000004" / "values.json").write_bytes(b"")
     recorder.mark = 1
     for step in (2, 3, 4):
         store.save(a_state(step))
         recorder.mark = step
-        kept = sorted(path.name[-1] for path in store.directory.glob("state-*"))
+        kept = sorted(path.name[-1] for path in store.directory.glob("checkpoint-*"))
         assert kept == [str(step - 1), str(step)]
     store.close()
 
@@ -265,7 +265,7 @@ def test_a_state_that_was_saved_is_there_after_a_power_cut(
         step = check_loaded(store, mark, f"on {sorted(tree)}")
         store.save(a_state((step or 0) + 1))  # it goes on
         check_loaded(store, (step or 0) + 1, "after going on")
-        assert len(list(store.directory.glob("state-*"))) <= 2
+        assert len(list(store.directory.glob("checkpoint-*"))) <= 2
         assert not list(store.directory.glob("partial-*/"))
         store.close()
     assert num_cuts > 40
@@ -347,7 +347,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(error.value)
     states = [path.name for path in tmp_path.glob(".resume/*/*/*-0*")]
-    assert states == ["state-000000004"]
+    assert states == ["checkpoint-000000004"]
     history, model = train(tmp_path, data)
     assert history.resumes == 1
     assert weights(model) == weights(whole)

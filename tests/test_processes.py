@@ -33,7 +33,7 @@ pytestmark = pytest.mark.xdist_group("processes")
 Case = dict[str, Any]
 
 # 41 samples in steps of 8: the last step of an epoch holds one, so some processes hold none.
-FIT = CONFIG | {"curve_interval": 1, "validation_share": 0.13, "batch_size": 4}
+FIT = CONFIG | {"log_interval": 1, "validation_share": 0.13, "batch_size": 4}
 REINFORCE = {"max_steps": 20, "lr": 1e-3, "batch_size": 3, "accumulation_steps": 1}
 # Nothing that adds up in another order: no norm over parts, no accumulation.
 MUON = {"optimizer": "muon", "grad_clip": 1e9, "batch_size": 8, "accumulation_steps": 1}
@@ -151,10 +151,10 @@ def of_one(root: Path, name: str, **changes: Any) -> Case:
 
 def assert_same_losses(many: Case, one: Case) -> None:
     """Every number of every step; losses to 1e-5, as promised."""
-    assert len(many["curve"]) == len(one["curve"]) >= 20
+    assert len(many["history"]) == len(one["history"]) >= 20
     assert many["tokens"] == one["tokens"]
     assert many["validation"] == pytest.approx(one["validation"], rel=1e-5, abs=1e-5)
-    for a, b in zip(many["curve"], one["curve"], strict=True):
+    for a, b in zip(many["history"], one["history"], strict=True):
         assert list(a) == list(b)
         for name in a:
             close = 1e-5 if "loss" in name else 1e-4
@@ -167,7 +167,7 @@ def test_two_processes_give_the_losses_of_one(
 ) -> None:
     one = of_one(root, name)
     assert_same_losses(of_two[name][0], one)
-    losses = [row["loss"] for row in one["curve"] if "loss" in row]
+    losses = [row["loss"] for row in one["history"] if "loss" in row]
     assert len({round(loss, 3) for loss in losses}) > 5  # there is something to compare
 
 
@@ -194,7 +194,7 @@ def test_all_stop_at_the_same_step_when_one_is_asked_to(
     of_two: dict[str, list[Case]], of_four: dict[str, list[Case]]
 ) -> None:
     for result in [*of_two["stopped in parts"], *of_four["stopped"]]:
-        assert "state saved at step 7 of 20" in result["stopped"]
+        assert "resume checkpoint saved at step 7 of 20" in result["stopped"]
         assert result["exit_code"] == 128 + signal.SIGTERM
 
 
@@ -202,7 +202,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(of_four: dict[str, list[Case]]) 
     resumed, whole = of_four["resumed"][0], of_four["whole"][0]
     assert (resumed["resumes"], whole["resumes"]) == (1, 0)
     assert resumed["weights"] == whole["weights"]
-    assert resumed["curve"] == whole["curve"]
+    assert resumed["history"] == whole["history"]
 
 
 def test_a_state_in_parts_goes_on_in_another_number_of_processes(
@@ -304,7 +304,7 @@ def start_stage(folder: Path) -> subprocess.Popen[str]:
         "conversations": "data",
         "output": "models/sft",
         "metrics": "sft.json",
-        "curve": "sft.csv",
+        "history": "sft.csv",
     }
     arguments = [text for name, value in options.items() for text in (f"--{name}", value)]
     return subprocess.Popen(
@@ -327,7 +327,7 @@ def test_a_stage_stops_as_a_whole_goes_on_and_writes_once(tmp_path: Path) -> Non
     (tmp_path / "params.yaml").write_text(yaml.safe_dump({"sft": section}))
 
     stage = start_stage(tmp_path)
-    while not list(tmp_path.glob(".resume/sft/*/state-*")):
+    while not list(tmp_path.glob(".resume/sft/*/checkpoint-*")):
         assert stage.poll() is None, stage.communicate()
         time.sleep(0.05)
     workers = psutil.Process(stage.pid).children(recursive=True)
@@ -336,7 +336,7 @@ def test_a_stage_stops_as_a_whole_goes_on_and_writes_once(tmp_path: Path) -> Non
     _, said = stage.communicate()
     assert stage.returncode == 128 + signal.SIGTERM
     (line,) = said.splitlines()
-    assert "sft: asked to stop; state saved at step" in line
+    assert "sft: asked to stop; resume checkpoint saved at step" in line
     assert not any(worker.is_running() for worker in workers)
     assert not (tmp_path / "models/sft").exists()
 

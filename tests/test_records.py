@@ -78,7 +78,7 @@ def change_graph(project: Path, stage: str, command: str) -> None:
             "sed -i 's/}/ }/' data/encoded/pretrain/meta.json",
             "encode@sft",
             "data/encoded/pretrain/meta.json",
-            "curves/pretrain.csv, metrics/pretrain.json, models/pretrain",
+            "history/pretrain.csv, metrics/pretrain.json, models/pretrain",
         ),
     ],
 )

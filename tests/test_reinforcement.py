@@ -20,7 +20,7 @@ from minimind.reinforcement.advantages import (
 )
 from minimind.reinforcement.draws import Draws
 from minimind.reinforcement.rollout import completion_logprobs, pack_completions
-from minimind.reinforcement.tracker import TrackerConfig, ValueTracker, Visit, mean_change
+from minimind.reinforcement.value_tracker import TrackerConfig, ValueTracker, Visit, mean_change
 from minimind.rewards.custom import load_custom_reward
 from minimind.rewards.format import Format
 from minimind.rewards.language import Language

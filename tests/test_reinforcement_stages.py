@@ -46,7 +46,7 @@ SHARED: dict[str, Any] = {
     "beta": 0.02,
     "schedule": "constant",
     "warmup_steps": 0,
-    "curve_interval": 1,
+    "log_interval": 1,
     "optimizer": "adamw",
     "lr": 1e-2,
     "weight_decay": 0.0,
@@ -97,7 +97,7 @@ REWARD: dict[str, Any] = {
     "eval_interval": 100,
     "patience": 0,
     "min_delta": 0.0,
-    "curve_interval": 5,
+    "log_interval": 5,
     "gradient_checkpointing": False,
 }
 # A random model writes any bytes; the share of ASCII among them can only be learned.
@@ -137,7 +137,7 @@ def write_params(**changes: Any) -> None:
 
 
 def run_stage(stage: str, output: str = "out") -> Result:
-    arguments = [f"--output=models/{output}", f"--metrics={output}.json", f"--curve={output}.csv"]
+    arguments = [f"--output=models/{output}", f"--metrics={output}.json", f"--history={output}.csv"]
     return CliRunner().invoke({"grpo": grpo, "spo": spo}[stage].app, arguments)
 
 
@@ -147,7 +147,7 @@ def outputs(output: str = "out") -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("stage", ["grpo", "spo"])
-def test_a_stage_writes_a_checkpoint_metrics_and_a_curve_the_same_every_time(
+def test_a_stage_writes_a_checkpoint_metrics_and_a_history_the_same_every_time(
     project: Path, stage: str
 ) -> None:
     parts = REWARDS | {"format": 0.2, "answer": 1.0, "length": 0.1, "repetition": 0.1}
@@ -164,7 +164,7 @@ def test_a_stage_writes_a_checkpoint_metrics_and_a_curve_the_same_every_time(
     columns = header.split(",")
     assert columns[0] == "step"
     named = {f"reward_{name}" for name in ("format", "answer", "length", "repetition", "custom")}
-    own = {"grpo": {"groups_without_signal"}, "spo": {"value", "rho", "change"}}[stage]
+    own = {"grpo": {"frac_reward_zero_std"}, "spo": {"value", "rho", "change"}}[stage]
     assert named | own | {"kl", "clip_share", "entropy", "lr", "grad_norm"} <= set(columns)
     assert run_stage(stage, "again").exit_code == 0
     assert outputs("again") == outputs("out")
@@ -191,7 +191,7 @@ def ascii_share(prompt: str, completion: str, answer: str | None) -> float:
 
 
 def train(stage: str, stop_after: int | None) -> tuple[dict[str, torch.Tensor], list[Any]]:
-    """Weights and method state, and the curve; stopped and started again if so asked."""
+    """Weights and method state, and the history; stopped and started again if so asked."""
     section = {"grpo": grpo.GrpoConfig, "spo": spo.SpoConfig}[stage]
     config = load_section(Path("params.yaml"), stage, section)
     model = load_model(Path("models/start"))
@@ -209,20 +209,20 @@ def train(stage: str, stop_after: int | None) -> tuple[dict[str, torch.Tensor], 
         algorithm.draw = draw_or_be_stopped
         history = reinforce(model, environment, algorithm, config, run)
     state = dict(model.state_dict()) | algorithm.state_tensors()
-    return {name: tensor.clone() for name, tensor in state.items()}, history.curve
+    return {name: tensor.clone() for name, tensor in state.items()}, history.rows
 
 
 @pytest.mark.parametrize("stage", ["grpo", "spo"])
 def test_a_run_that_was_stopped_twice_ends_as_if_it_had_not_been(project: Path, stage: str) -> None:
     # A window of three steps is open at both stops.
-    write_params(**{stage: {"max_steps": 7, "curve_interval": 3, "schedule": "linear"}})
-    state, curve = train(stage, None)
+    write_params(**{stage: {"max_steps": 7, "log_interval": 3, "schedule": "linear"}})
+    state, rows = train(stage, None)
     for stop_after in (2, 5):
         with pytest.raises(Stopped, match=f"at step {stop_after} of 7"):
             train(stage, stop_after)
-    resumed_state, resumed_curve = train(stage, None)
+    resumed_state, resumed_rows = train(stage, None)
     # The order of the columns too: it decides the file's bytes.
-    assert [list(row.items()) for row in resumed_curve] == [list(row.items()) for row in curve]
+    assert [list(row.items()) for row in resumed_rows] == [list(row.items()) for row in rows]
     assert set(resumed_state) == set(state)
     for name, tensor in state.items():
         assert torch.equal(resumed_state[name], tensor), name
@@ -261,7 +261,7 @@ def test_spo_compares_a_reward_with_the_value_before_it(project: Path) -> None:
     assert [algorithm.tracker.visits[i].completion for i in indices] == rollout.completions
 
 
-def curve_of(output: str) -> list[dict[str, float]]:
+def history_of(output: str) -> list[dict[str, float]]:
     header, *rows = Path(f"{output}.csv").read_text().splitlines()
     names = header.split(",")
     return [dict(zip(names, map(float, row.split(",")), strict=True)) for row in rows]
@@ -270,13 +270,13 @@ def curve_of(output: str) -> list[dict[str, float]]:
 def test_at_first_nothing_has_moved_and_then_it_has(project: Path) -> None:
     write_params(grpo={"max_steps": 2, "updates_per_rollout": 1})
     assert run_stage("grpo", "once").exit_code == 0
-    first, second = curve_of("once")
+    first, second = history_of("once")
     assert abs(first["kl"]) < 1e-9
     assert second["kl"] > 1e-4
     assert first["clip_share"] == second["clip_share"] == 0
     write_params(grpo={"max_steps": 2, "updates_per_rollout": 4})
     assert run_stage("grpo", "often").exit_code == 0
-    assert all(row["clip_share"] > 0 for row in curve_of("often"))
+    assert all(row["clip_share"] > 0 for row in history_of("often"))
 
 
 def test_rows_without_advantage_are_left_out_only_where_they_do_not_count(project: Path) -> None:
@@ -286,16 +286,16 @@ def test_rows_without_advantage_are_left_out_only_where_they_do_not_count(projec
     )
     write_params(grpo={"max_steps": 1, "beta": 0.0})
     assert run_stage("grpo", "equal").exit_code == 0
-    (row,) = curve_of("equal")
-    assert row["groups_without_signal"] == 1.0
+    (row,) = history_of("equal")
+    assert row["frac_reward_zero_std"] == 1.0
     assert row["loss"] == 0
     assert row["grad_norm"] == 0
     Path("custom.py").write_text(CUSTOM.replace("return", "return prompt[0] > '1' and"))
     for output, beta in (("none", 0.0), ("tiny", 1e-9)):
         write_params(grpo={"max_steps": 1, "updates_per_rollout": 1, "beta": beta})
         assert run_stage("grpo", output).exit_code == 0
-    (none,), (tiny,) = curve_of("none"), curve_of("tiny")
-    assert 0 < none["groups_without_signal"] < 1
+    (none,), (tiny,) = history_of("none"), history_of("tiny")
+    assert 0 < none["frac_reward_zero_std"] < 1
     assert none["grad_norm"] == pytest.approx(tiny["grad_norm"], rel=1e-4)
 
 
@@ -343,7 +343,7 @@ def train_reward_model(num_pairs: int = 64) -> dict[str, float]:
     tokenizer = ChatTokenizer.load(Path("models/tokenizer"))
     encode_dataset(Path("pairs.jsonl"), Path("data/pairs"), tokenizer, "preference", 64, "error")
     arguments = "--preferences data/pairs --output models/reward "
-    arguments += "--metrics reward.json --curve reward.csv"
+    arguments += "--metrics reward.json --history reward.csv"
     result = CliRunner().invoke(reward.app, arguments.split())
     assert result.exit_code == 0, result.output
     return json.loads(Path("reward.json").read_text())["reward"]
@@ -352,8 +352,8 @@ def train_reward_model(num_pairs: int = 64) -> dict[str, float]:
 def test_a_reward_model_learns_pairs_and_stock_transformers_reads_it(project: Path) -> None:
     metrics = train_reward_model()
     assert metrics["pair_accuracy"] >= 0.9
-    curve = Path("reward.csv").read_text().splitlines()
-    first = dict(zip(curve[0].split(","), curve[1].split(","), strict=True))
+    history = Path("reward.csv").read_text().splitlines()
+    first = dict(zip(history[0].split(","), history[1].split(","), strict=True))
     assert float(first["val_loss"]) == pytest.approx(np.log(2), abs=1e-5)
 
     scorer = load_reward_model(Path("models/reward"), None, False, torch.device("cpu"))

@@ -185,7 +185,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     monkeypatch.setattr(completions, "generate", killed_in_the_second)
     result = stage.run(PROMPTS)
     assert result.exit_code == 128 + signal.SIGTERM
-    assert "state saved after 4 of 7 prompts" in result.stderr
+    assert "resume checkpoint saved after 4 of 7 prompts" in result.stderr
     assert not (stage.folder / "data/rejection_sampling.jsonl").exists()
     result = stage.run(PROMPTS)
     assert result.exit_code == 0

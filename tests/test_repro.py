@@ -9,7 +9,7 @@ import yaml
 
 from tests.project import copy_project, dvc, file_bytes, git, stages_run
 
-RESULTS = ("models", "metrics", "curves", "predictions")
+RESULTS = ("models", "metrics", "history", "predictions")
 # One worker: the tests share a project, and each leaves it as it found it.
 pytestmark = pytest.mark.xdist_group("project")
 AFTER_REASON = ["reason", "evaluate@reason"]
@@ -65,7 +65,7 @@ def test_an_experiment_runs_what_depends_on_it_and_nothing_else(project: Path) -
     assert set(changed) <= {"metrics/reason.json", "metrics/evaluate/reason.json"}
     columns = {name for values in changed.values() for name in values}
     assert "reason.loss" in columns
-    in_workspace = file_bytes(project, "models/reason", "metrics", "curves")
+    in_workspace = file_bytes(project, "models/reason", "metrics", "history")
 
     def result_of_an_experiment(*how: str) -> dict[str, bytes]:
         git(project, "checkout", "-q", ".")
@@ -78,7 +78,7 @@ def test_an_experiment_runs_what_depends_on_it_and_nothing_else(project: Path) -
             dvc(project, "queue", "start")
             dvc(project, "queue", "logs", name, "--follow")
         dvc(project, "exp", "apply", name)
-        return file_bytes(project, "models/reason", "metrics", "curves")
+        return file_bytes(project, "models/reason", "metrics", "history")
 
     assert result_of_an_experiment("--temp") == in_workspace
     assert result_of_an_experiment("--queue") == in_workspace

@@ -14,7 +14,7 @@ from tests.test_fit import data, quiet_surroundings, train  # noqa: F401
 
 
 def losses(history) -> list[float]:
-    return [row["loss"] for row in history.curve if "loss" in row]
+    return [row["loss"] for row in history.rows if "loss" in row]
 
 
 @pytest.mark.skipif(not can_compile(), reason="PyTorch's path has spaces")
@@ -23,20 +23,20 @@ def test_compiled_training_has_the_losses_of_eager_training(
     data,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    changes = {"max_steps": 6, "curve_interval": 1}
+    changes = {"max_steps": 6, "log_interval": 1}
     eager, _ = train(tmp_path, data, **changes)
     monkeypatch.setenv("MINIMIND_COMPILE", "1")
     compiled, _ = train(tmp_path, data, **changes)
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
 
 
-def test_gradient_checkpointing_leaves_the_curve_as_it_is(tmp_path: Path, data) -> None:  # noqa: F811
+def test_gradient_checkpointing_leaves_the_history_as_it_is(tmp_path: Path, data) -> None:  # noqa: F811
     plain, _ = train(tmp_path, data)
     recomputed, _ = train(tmp_path, data, gradient_checkpointing=True)
-    assert recomputed.curve == plain.curve
+    assert recomputed.rows == plain.rows
 
 
-def test_wandb_offline_writes_the_curve_beside_the_csv(
+def test_wandb_offline_writes_the_history_beside_the_csv(
     tmp_path: Path,
     data,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -44,7 +44,7 @@ def test_wandb_offline_writes_the_curve_beside_the_csv(
     plain, _ = train(tmp_path, data, max_steps=4)
     monkeypatch.setenv("MINIMIND_WANDB", "offline")
     tracked, _ = train(tmp_path, data, max_steps=4)
-    assert tracked.curve == plain.curve
+    assert tracked.rows == plain.rows
     wandb.teardown()  # as at the end of a process: only then is all of it on the disk
     (log,) = (tmp_path / "wandb").glob("offline-run-*/run-sft-*.wandb")
     assert b"sft/loss" in log.read_bytes()

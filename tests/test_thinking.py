@@ -121,7 +121,7 @@ FLAGS = {"complete", "has_thinking", "has_answer", "consistent"}
         (GOOD.replace(" 5 ", "7"), {"complete", "has_thinking", "has_answer"}),
         (GOOD.replace(" 5 ", "five"), {"complete", "has_thinking", "has_answer"}),
         ("<think>hm</think>\n<answer>5</answer>", {"complete", "has_thinking", "has_answer"}),
-        (GOOD + GOOD, {"has_thinking", "has_answer", "consistent"}),
+        (GOOD + GOOD, {"has_thinking"}),  # two answers are none, as in evaluation
         ("<think>3+4=7</think> 7", {"has_thinking"}),
         ("3+4=7 <answer>7</answer>", {"has_answer"}),
         ("<think>3+4=7", set()),

@@ -216,7 +216,7 @@ def _grpo(material: Material, compile: bool) -> Step:
             "max_new_tokens": sizes.grpo_tokens,
             "num_generations": sizes.num_samples,
             "seed": material.seed,
-            "curve_interval": 10**6,
+            "log_interval": 10**6,
             "rewards": section["rewards"] | rewards | {"custom": 1.0},
         }
     )

@@ -13,6 +13,7 @@ _TAGGED_ANSWER = re.compile(r"<answer>(.*)</answer>", re.DOTALL)
 _THINK_THEN_ANSWER = re.compile(
     r"\s*<think>(.*\S.*)</think>\s*<answer>(.*\S.*)</answer>\s*", re.DOTALL
 )
+_THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _TAGGED_PARTS = re.compile(r"<(think|answer)>.*?(</\1>|$)", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.!?。！？…][\"'”’」』)）]*\Z")
 
@@ -53,6 +54,12 @@ def answer_like(expected: str, output: str) -> str | None:
     return normalise(numbers[-1]) if numbers else None
 
 
+def first_thought(output: str) -> str | None:
+    """What stands between the first pair of think tags, complete or not as a whole."""
+    match = _THOUGHT.search(output)
+    return match.group(1) if match else None
+
+
 def before_tags(output: str) -> str:
     """What comes before any tag: the answer to raw text of a model that closes a thought there."""
     return _TAGS.split(output, maxsplit=1)[0]
@@ -64,9 +71,15 @@ def stated_answer(output: str) -> str | None:
     Of several pairs, or tags that are not closed, there is none: a model must not win by listing
     guesses, nor by what it only thought.
     """
-    if tagged := _tagged_answer(output):
-        return tagged.group(1)
+    if (tagged := tagged_answer(output)) is not None:
+        return tagged
     return None if _TAGS.search(output) else output
+
+
+def tagged_answer(output: str) -> str | None:
+    """What stands between the answer tags, if there is one pair of them."""
+    tagged = _tagged_answer(output)
+    return tagged.group(1) if tagged else None
 
 
 def _tagged_answer(output: str) -> re.Match[str] | None:

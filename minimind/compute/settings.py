@@ -31,7 +31,7 @@ class RuntimeSettings(BaseSettings):
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "minimind"
     save_seconds: float = Field(
-        default=60.0, ge=0, description="between two resume states; 0: every step"
+        default=60.0, ge=0, description="between two resume checkpoints; 0: every step"
     )
     log_seconds: float = Field(default=10.0, ge=0, description="between two lines of progress")
     root: Path = Field(

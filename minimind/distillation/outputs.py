@@ -28,7 +28,7 @@ from minimind.datasets.encoded import EncodedDataset
 from minimind.distillation.teacher import Teacher
 from minimind.errors import UserError
 from minimind.files import replacing
-from minimind.lineage.resume import TrainingState
+from minimind.lineage.resume import ResumeCheckpoint
 from minimind.metrics import Number
 from minimind.objectives.distill import TEACHER_IDS, TEACHER_LOGPROBS, bucket_logprobs
 from minimind.objectives.loss import token_logprobs
@@ -123,7 +123,7 @@ def compute_teacher_outputs(
     :func:`save_teacher_outputs` copies them from there.
 
     Raises:
-        Stopped: a signal came; the state is saved.
+        Stopped: a signal came; a checkpoint to resume from is saved.
     """
     num_ids = min(config.top_k, teacher.vocab_size)
     meta = TeacherMeta(
@@ -147,7 +147,7 @@ def compute_teacher_outputs(
         for file in (ids_file, logprobs_file):
             file.flush()
             os.fsync(file.fileno())
-        run.store.save(TrainingState(done, {}, {"sums": sums}))
+        run.store.save(ResumeCheckpoint(done, {}, {"sums": sums}))
         last_save = time.monotonic()
 
     with ids_file, logprobs_file, torch.inference_mode():
@@ -208,7 +208,7 @@ def save_teacher_outputs(directory: Path, meta: TeacherMeta, run: StageRun) -> N
 def _restore(
     meta: TeacherMeta, dataset: EncodedDataset, run: StageRun
 ) -> tuple[int, dict[str, float]]:
-    """Samples done and sums over their tokens, of the newest state whose arrays are still there."""
+    """Samples done and sums over their tokens, of the newest checkpoint with all its arrays."""
     state, damaged = run.store.load()
     for line in damaged:
         run.say(line)

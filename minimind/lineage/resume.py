@@ -1,10 +1,10 @@
-"""States to resume from, which outlive any kill: written beside, synced, renamed.
+"""Checkpoints to resume from, which outlive any kill: written beside, synced, renamed.
 
-    .resume/<stage>/<fingerprint>/state-<step>/tensors.safetensors, values.json
+    .resume/<stage>/<fingerprint>/checkpoint-<step>/tensors.safetensors, values.json
     .resume/<stage>/<fingerprint>/finished.json      once the stage's outputs are written
 
-DVC deletes a stage's outputs before it runs it, so states cannot lie among them. The
-fingerprint covers parameters, inputs and code: a state never meets a run of another kind.
+DVC deletes a stage's outputs before it runs it, so checkpoints cannot lie among them. The
+fingerprint covers parameters, inputs and code: a checkpoint never meets a run of another kind.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ from torch import Tensor
 
 from minimind.errors import UserError
 
-STATE_FORMAT = 1  # part of the fingerprint: states of another format are never read
-STATES_KEPT = 2
-STATE_DAMAGE = (OSError, ValueError, KeyError, SafetensorError)
+CHECKPOINT_FORMAT = 1  # part of the fingerprint: checkpoints of another format are never read
+CHECKPOINTS_KEPT = 2
+CHECKPOINT_DAMAGE = (OSError, ValueError, KeyError, SafetensorError)
 
 
 @dataclass(frozen=True)
-class TrainingState:
+class ResumeCheckpoint:
     """All that the rest of a run depends on."""
 
     step: int  # optimizer steps done
@@ -39,7 +39,7 @@ class TrainingState:
 
 
 class ResumeStore:
-    """The states of one run; one process at a time."""
+    """The checkpoints of one run; one process at a time."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -50,45 +50,45 @@ class ResumeStore:
         for unfinished in directory.glob("partial-*/"):  # left by a kill, and never read
             shutil.rmtree(unfinished, ignore_errors=True)
 
-    def save(self, state: TrainingState) -> None:
-        """Add a state durably.
+    def save(self, checkpoint: ResumeCheckpoint) -> None:
+        """Add a checkpoint durably.
 
         Raises:
-            UserError: it could not be written; the states before it are untouched.
+            UserError: it could not be written; the checkpoints before it are untouched.
         """
-        final = self.directory / f"state-{state.step:09d}"
+        final = self.directory / f"checkpoint-{checkpoint.step:09d}"
         if _is_whole(final):
             return  # of the same run, so of the same content: there is nothing to add
-        partial = self.directory / f"partial-{state.step:09d}"
+        partial = self.directory / f"partial-{checkpoint.step:09d}"
         try:
-            _write_state(partial, state)
+            _write_checkpoint(partial, checkpoint)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
             raise UserError(
-                f"{final} could not be saved: {error}; the state before it, if there is one, is "
+                f"{final} could not be saved: {error}; the one before it, if there is one, is "
                 "kept: mend this and run the same command again to go on."
             ) from None
         shutil.rmtree(final, ignore_errors=True)  # damaged, or it would have been enough
         partial.rename(final)
         _sync_directory(self.directory)
-        states = self._states()
-        kept = [directory for directory in states if directory <= final][-STATES_KEPT:]
-        for old in states:
+        checkpoints = self._checkpoints()
+        kept = [directory for directory in checkpoints if directory <= final][-CHECKPOINTS_KEPT:]
+        for old in checkpoints:
             if old not in kept:  # those of later steps could not be used
                 shutil.rmtree(old)
 
-    def load(self) -> tuple[TrainingState | None, list[str]]:
-        """The newest state that is whole, and a line for each one that was not."""
+    def load(self) -> tuple[ResumeCheckpoint | None, list[str]]:
+        """The newest checkpoint that is whole, and a line for each one that was not."""
         damaged: list[str] = []
-        for directory in reversed(self._states()):
+        for directory in reversed(self._checkpoints()):
             try:
-                return _read_state(directory), damaged
-            except STATE_DAMAGE as error:
+                return _read_checkpoint(directory), damaged
+            except CHECKPOINT_DAMAGE as error:
                 damaged.append(f"{directory} is damaged ({error}); falling back to the one before")
         return None, damaged
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Mark the run as finished; its last state stays until DVC has recorded the outputs."""
+        """Mark the run as finished; its last checkpoint stays until DVC knows the outputs."""
         partial = self.directory / "partial-finished.json"
         with partial.open("w", encoding="utf-8") as file:
             json.dump(record, file)
@@ -103,18 +103,18 @@ class ResumeStore:
     def close(self) -> None:
         self._lock.release()
 
-    def _states(self) -> list[Path]:
-        return sorted(self.directory.glob("state-*"))
+    def _checkpoints(self) -> list[Path]:
+        return sorted(self.directory.glob("checkpoint-*"))
 
 
 def forget_recorded(resume_root: Path, wanted: Path) -> None:
-    """Remove the states of finished runs whose outputs DVC has recorded since.
+    """Remove the checkpoints of finished runs whose outputs DVC has recorded since.
 
-    A finished state is what saves a run that is killed while DVC hashes and records its outputs.
-    It has served when dvc.lock names the metrics it led to, or when the temporary copy of the
-    project that it ran in is gone.
+    It is what saves a run that is killed while DVC hashes and records its outputs. It has served
+    when dvc.lock names the metrics it led to, or when the temporary copy of the project that it
+    ran in is gone.
 
-    wanted: the states of the run that is starting. That DVC starts it again tells that a copy
+    wanted: the checkpoints of the run that is starting. That DVC starts it again tells that a copy
         which is gone was not recorded.
     """
     recorded = []
@@ -145,14 +145,14 @@ def forget_recorded(resume_root: Path, wanted: Path) -> None:
         in_use.release()
 
 
-def _write_state(directory: Path, state: TrainingState) -> None:
-    """All of a state, durably, but for the directory's own name."""
+def _write_checkpoint(directory: Path, checkpoint: ResumeCheckpoint) -> None:
+    """All of a checkpoint, durably, but for the directory's own name."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
-    tensors = {name: tensor.detach().cpu() for name, tensor in state.tensors.items()}
+    tensors = {name: tensor.detach().cpu() for name, tensor in checkpoint.tensors.items()}
     save_file({n: t.contiguous() for n, t in tensors.items()}, directory / "tensors.safetensors")
-    # Not sorted: a resumed curve keeps the order of its columns.
-    values = json.dumps({"step": state.step, **state.values})
+    # Not sorted: a resumed history keeps the order of its columns.
+    values = json.dumps({"step": checkpoint.step, **checkpoint.values})
     with (directory / "tensors.safetensors").open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
@@ -167,20 +167,20 @@ def _write_state(directory: Path, state: TrainingState) -> None:
 
 def _is_whole(directory: Path) -> bool:
     try:
-        _read_state(directory)
-    except STATE_DAMAGE:
+        _read_checkpoint(directory)
+    except CHECKPOINT_DAMAGE:
         return False
     return True
 
 
-def _read_state(directory: Path) -> TrainingState:
+def _read_checkpoint(directory: Path) -> ResumeCheckpoint:
     data = (directory / "tensors.safetensors").read_bytes()
     seal, values = (directory / "values.json").read_text(encoding="utf-8").splitlines()
     digest = hashlib.sha256(data).hexdigest()
     if hashlib.sha256((digest + values).encode()).hexdigest() != seal:
         raise ValueError("its checksum is wrong")
     contents = json.loads(values)
-    return TrainingState(contents.pop("step"), load(data), contents)
+    return ResumeCheckpoint(contents.pop("step"), load(data), contents)
 
 
 def _lock(directory: Path) -> BaseFileLock:

@@ -1,4 +1,4 @@
-"""Resume states of many processes that train one model: one has the disk, all read what it has."""
+"""Resume checkpoints of many processes that train one model: one has the disk."""
 
 from pathlib import Path
 from typing import Any
@@ -7,27 +7,27 @@ import torch
 import torch.distributed as dist
 
 from minimind.compute.processes import Processes, dtype_name, from_bytes, to_bytes
-from minimind.lineage.resume import ResumeStore, TrainingState
+from minimind.lineage.resume import ResumeCheckpoint, ResumeStore
 
 
 class SharedStore(ResumeStore):
-    """The states of many processes: one writes them, all of them read."""
+    """The checkpoints of many processes: one writes them, all of them read."""
 
     def __init__(self, directory: Path, processes: Processes) -> None:
         self.processes = processes
         if processes.is_main:
             super().__init__(directory)
 
-    def save(self, state: TrainingState) -> None:
-        """As for one process, with tensors that are whole; returns when the state is there."""
+    def save(self, checkpoint: ResumeCheckpoint) -> None:
+        """As for one process, with tensors that are whole; returns when the checkpoint is there."""
         if self.processes.is_main:
-            super().save(state)
+            super().save(checkpoint)
         self.processes.wait()
 
-    def load(self) -> tuple[TrainingState | None, list[str]]:
+    def load(self) -> tuple[ResumeCheckpoint | None, list[str]]:
         """What the writer reads, sent to all: they need not have its disk."""
-        state, damaged = super().load() if self.processes.is_main else (None, [])
-        return _send(state), damaged
+        checkpoint, damaged = super().load() if self.processes.is_main else (None, [])
+        return _send(checkpoint), damaged
 
     def finish(self, record: dict[str, Any]) -> None:
         if self.processes.is_main:
@@ -42,9 +42,10 @@ class SharedStore(ResumeStore):
             super().close()
 
 
-def _send(state: TrainingState | None) -> TrainingState | None:
-    """The first process's state, on all of them."""
-    text = to_bytes((state.step, state.values, _shapes(state)) if state else None)
+def _send(checkpoint: ResumeCheckpoint | None) -> ResumeCheckpoint | None:
+    """The first process's checkpoint, on all of them."""
+    known = (checkpoint.step, checkpoint.values, _shapes(checkpoint)) if checkpoint else None
+    text = to_bytes(known)
     length = torch.tensor(len(text))
     dist.broadcast(length, src=0)
     header = torch.frombuffer(bytearray(text.ljust(int(length))[: int(length)]), dtype=torch.uint8)
@@ -54,12 +55,15 @@ def _send(state: TrainingState | None) -> TrainingState | None:
     step, values, shapes = found
     tensors = {}
     for name, (shape, dtype) in shapes.items():
-        tensor = state.tensors[name] if state else torch.empty(shape, dtype=getattr(torch, dtype))
+        if checkpoint:
+            tensor = checkpoint.tensors[name]
+        else:
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
         if tensor.numel():
             dist.broadcast(tensor, src=0)
         tensors[name] = tensor
-    return TrainingState(step, tensors, values)
+    return ResumeCheckpoint(step, tensors, values)
 
 
-def _shapes(state: TrainingState) -> dict[str, tuple[list[int], str]]:
-    return {name: (list(t.shape), dtype_name(t.dtype)) for name, t in state.tensors.items()}
+def _shapes(checkpoint: ResumeCheckpoint) -> dict[str, tuple[list[int], str]]:
+    return {name: (list(t.shape), dtype_name(t.dtype)) for name, t in checkpoint.tensors.items()}

@@ -33,7 +33,7 @@ class ReinforcementConfig(OptimizerConfig):
     beta: float = Field(0.04, ge=0)  # weight of the KL to the reference
     schedule: ScheduleName = "linear"
     warmup_steps: int = Field(0, ge=0)  # of optimizer steps
-    curve_interval: int = Field(1, gt=0)  # steps a row of the curve averages over
+    log_interval: int = Field(1, gt=0)  # steps a row of the history averages over
     rewards: RewardsConfig = RewardsConfig()
     reward_model: UserPath  # a directory, read if rewards.reward_model is above 0
     hub_reward_model: str | None = None  # instead of it owner/name@commit on the Hugging Face hub

@@ -45,7 +45,7 @@ class GroupRelative:
         """Advantages [B], and the share of groups that teach nothing."""
         advantages = group_advantages(rewards, self.num_samples, self.divide_by_std)
         without = 1 - has_signal(rewards, self.num_samples).mean()
-        return advantages, {"groups_without_signal": float(without)}
+        return advantages, {"frac_reward_zero_std": float(without)}
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {}

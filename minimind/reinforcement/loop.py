@@ -17,7 +17,7 @@ from minimind.reinforcement.rollout import Rollout, completion_logprobs, pack_st
 from minimind.rewards.reward import Values
 from minimind.training.optimizer import Optimizer
 from minimind.training.run import Run
-from minimind.training.schedule import learning_rate
+from minimind.training.schedule import lr_factor
 from minimind.training.session import History, Part, Session, Weights
 from minimind.training.step import take_step
 
@@ -43,7 +43,7 @@ class Algorithm(Protocol):
         rollout: Rollout,
         rewards: Values,
     ) -> tuple[Values, dict[str, float]]:
-        """Advantages of a rollout of these prompts [B], and numbers for the curve."""
+        """Advantages of a rollout of these prompts [B], and numbers for the history."""
 
     def state_tensors(self) -> dict[str, Tensor]:
         """All that the algorithm remembers from step to step."""
@@ -63,11 +63,11 @@ def reinforce(
     Processes divide prompts and rows among themselves: each samples, rewards and scores its share,
     all know the whole rollout, and each computes the loss of its share.
 
-    Picks up the newest state of the same run, if there is one, and continues as if it had never
+    Goes on from the newest checkpoint of the same run, if there is one, as if it had never
     stopped.
 
     Raises:
-        Stopped: a signal came; the state is saved.
+        Stopped: a signal came; a checkpoint to resume from is saved.
         UserError: a loss or reward is not finite.
     """
     num_steps = algorithm.draws.num_steps(config.epochs, config.max_steps)
@@ -77,7 +77,7 @@ def reinforce(
     trained, forward = shard(model, Layer, run.device, run.processes, run.settings)
     optimizer = Optimizer(trained, config, run.device, run.processes.world)
     parts: dict[str, Part] = {"model": Weights(trained), "algorithm": algorithm}
-    session = Session(run, num_steps, config.curve_interval, optimizer, parts)
+    session = Session(run, num_steps, config.log_interval, optimizer, parts)
     gather(trained, model)
     if session.history.step == 0:
         algorithm.start(model, environment, run)
@@ -123,10 +123,10 @@ def reinforce(
 
 def summary(history: History) -> dict[str, Number]:
     """The few numbers that stand for a run: its last stretch, and the reward of its first."""
-    shown = ("reward", "kl", "completion_length", "unfinished", "groups_without_signal")
-    row = history.curve[-1]
+    shown = ("reward", "kl", "completion_length", "unfinished", "frac_reward_zero_std")
+    row = history.rows[-1]
     last = {name: row[name] for name in shown if name in row}
-    first_reward = history.curve[0]["reward"]
+    first_reward = history.rows[0]["reward"]
     return {"steps": history.step, "tokens": history.tokens, "first_reward": first_reward, **last}
 
 
@@ -145,9 +145,9 @@ def _update(
     num_updates = num_steps * config.updates_per_rollout
     for k in range(config.updates_per_rollout):
         update = number * config.updates_per_rollout + k
-        rate = learning_rate(config.schedule, 1.0, update, num_updates, config.warmup_steps)
-        values = take_step(model, objective, optimizer, step, update / num_updates, rate, run)
-        for name, value in {**values, "lr": rate * config.lr}.items():
+        factor = lr_factor(config.schedule, update, num_updates, config.warmup_steps)
+        values = take_step(model, objective, optimizer, step, update / num_updates, factor, run)
+        for name, value in {**values, "lr": factor * config.lr}.items():
             sums[name] = sums.get(name, 0.0) + value
     return {name: total / config.updates_per_rollout for name, total in sums.items()}
 

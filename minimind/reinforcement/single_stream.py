@@ -9,7 +9,7 @@ from minimind.reinforcement.config import ReinforcementConfig
 from minimind.reinforcement.draws import Indices
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.rollout import Rollout, completion_logprobs
-from minimind.reinforcement.tracker import TrackerConfig, ValueTracker, Visit, mean_change
+from minimind.reinforcement.value_tracker import TrackerConfig, ValueTracker, Visit, mean_change
 from minimind.rewards.reward import Values
 from minimind.training.run import Run
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from minimind.compute.launch import Kind, is_worker, say_last_words
 from minimind.errors import Stopped, UserError
 
-OUTPUTS = ("output", "metrics", "curve", "predictions", "rejected")  # options that are written to
+OUTPUTS = ("output", "metrics", "history", "predictions", "rejected")  # options that are written to
 
 
 def stage_app(name: str) -> StageApp:

@@ -1,7 +1,7 @@
 """Being asked to stop: by a signal, or because the DVC process that started us is gone.
 
 A stage is never torn from the middle of a step: the request is a flag that the training loop
-reads between two steps, where it saves its state and leaves with the signal's exit code.
+reads between two steps, where it saves a resume checkpoint and leaves with the signal's exit code.
 """
 
 import os

@@ -13,7 +13,7 @@ from minimind.chat.tokenizer import ChatTokenizer
 from minimind.compute.precision import DType
 from minimind.errors import UserError
 from minimind.files import replacing
-from minimind.lineage.resume import TrainingState
+from minimind.lineage.resume import ResumeCheckpoint
 from minimind.model.generate import Sampling, generate
 from minimind.model.transformer import Transformer
 from minimind.params import Section, Seed
@@ -114,7 +114,7 @@ def complete_all(
 
     def save() -> None:
         nonlocal last_save
-        run.store.save(TrainingState(len(completions), {}, {"completions": completions}))
+        run.store.save(ResumeCheckpoint(len(completions), {}, {"completions": completions}))
         last_save = time.monotonic()
 
     while len(completions) < len(prompts):

@@ -6,14 +6,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
-from minimind.chat.answers import find_answer, thought_of
+from minimind.chat.answers import find_answer, first_thought, tagged_answer, thought_of
 from minimind.metrics import Number
 from minimind.params import UserPath
 from minimind.tasks.problem import Problem
 from minimind.thinking.completions import Completion, CompletionConfig
-
-_THINKING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 # 3+4=7 and 2*3+1=7, also 3+4=7-2=5 (two steps, the first of them wrong). Whatever has brackets
 # or letters in it is not understood and so is no step.
@@ -49,7 +46,7 @@ class Thinking:
     prompt: str
     output: str
     thinking: str  # the first thought; empty if there is none
-    answer: str  # the first answer
+    answer: str  # empty if there is none, or several
     has_thinking: bool
     has_answer: bool
     finished: bool
@@ -90,15 +87,15 @@ def _value(side: str) -> Fraction | None:
 def assess(prompt: Problem, completion: Completion, count_tokens: Callable[[str], int]) -> Thinking:
     """Take one completion apart."""
     text, finished = completion
-    thinking, answer = _THINKING.search(text), _ANSWER.search(text)
-    thought = thinking[1] if thinking else ""
+    thinking, answer = first_thought(text), tagged_answer(text)
+    thought = thinking or ""
     steps = find_equations(thought)
-    found = find_answer(text) if answer else None
+    found = find_answer(text) if answer is not None else None
     return Thinking(
         prompt=prompt.prompt,
         output=text,
         thinking=thought.strip(),
-        answer=answer[1].strip() if answer else "",
+        answer=(answer or "").strip(),
         has_thinking=thinking is not None,
         has_answer=answer is not None,
         finished=finished,

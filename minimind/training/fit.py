@@ -17,11 +17,11 @@ from minimind.objectives.loss import Objective
 from minimind.params import Seed
 from minimind.training.optimizer import Optimizer, OptimizerConfig
 from minimind.training.run import Run
-from minimind.training.schedule import ScheduleName, learning_rate
+from minimind.training.schedule import ScheduleName, lr_factor
 from minimind.training.session import BestWeights, Generators, History, Part, Session, Weights
 from minimind.training.step import mean_loss, take_step
 
-HIDDEN = ("step", "lr", "grad_norm")  # of a curve's row, in the metrics
+HIDDEN = ("step", "lr", "grad_norm")  # of a row of the history, in the metrics
 
 
 class FitConfig(OptimizerConfig):
@@ -38,7 +38,7 @@ class FitConfig(OptimizerConfig):
     eval_interval: int = Field(500, gt=0)  # steps between validations
     patience: int = Field(0, ge=0)  # validations without gain before stopping early; 0: never
     min_delta: float = Field(0.0, ge=0)  # what counts as a gain
-    curve_interval: int = Field(25, gt=0)  # steps a row of the curve averages over
+    log_interval: int = Field(25, gt=0)  # steps a row of the history averages over
     gradient_checkpointing: bool = False
 
 
@@ -50,16 +50,16 @@ def fit(
     run: Run | None = None,
     extras: Mapping[str, Extra] | None = None,
 ) -> History:
-    """Train `model` in place; returns the history, its curve ready to be written.
+    """Train `model` in place; returns the history, its rows ready to be written.
 
-    run: of a stage in the graph, which picks up its newest state, if there is one, and continues
-        as if it had never stopped; without one nothing is saved.
+    run: of a stage in the graph, which goes on from its newest checkpoint, if there is one, as if
+        it had never stopped; without one nothing is saved.
     extras: numbers beside the samples, for the objective.
 
     With patience, the model ends with the weights of its best validation.
 
     Raises:
-        Stopped: a signal came; the state is saved.
+        Stopped: a signal came; a checkpoint to resume from is saved.
         UserError: no sample to train on, or the loss is not finite.
     """
     run = run or Run.alone()
@@ -96,7 +96,7 @@ def _fit(
     optimizer = Optimizer(trained, config, run.device, run.processes.world)
     best = BestWeights(trained)
     parts: dict[str, Part] = {"model": Weights(trained), "best": best, "rng": Generators(run)}
-    session = Session(run, num_steps, config.curve_interval, optimizer, parts)
+    session = Session(run, num_steps, config.log_interval, optimizer, parts)
     history = session.history
 
     def held_out_loss() -> dict[str, float]:
@@ -109,7 +109,7 @@ def _fit(
             raise UserError(
                 f"the validation loss is {losses['loss']} after {history.step} steps on held-out "
                 f"rows of {dataset.directory}; lower lr, or look at these rows. The last good "
-                "state is kept."
+                "checkpoint is kept."
             )
         history.validation = losses
         if config.patience and losses["loss"] < history.best_loss - config.min_delta:
@@ -125,18 +125,18 @@ def _fit(
         return validate() if is_due and len(held_out) else {}
 
     if session.is_new and len(held_out):
-        history.curve.append({"step": 0, **validate()})
+        history.rows.append({"step": 0, **validate()})
     for step in session.steps():
         if config.patience and history.evaluations_without_gain >= config.patience:
             session.progress.say(
                 f"no gain in {config.patience} validations; best at {history.best_step}"
             )
             break
-        rate = learning_rate(config.schedule, 1.0, step, num_steps, config.warmup_steps)
+        factor = lr_factor(config.schedule, step, num_steps, config.warmup_steps)
         samples = batches.samples_of(step)
         parts_of_step = batches.step(step, run.processes.rank, run.processes.world)
-        values = {"lr": rate * config.lr} | take_step(
-            forward, objective, optimizer, parts_of_step, step / num_steps, rate, run
+        values = {"lr": factor * config.lr} | take_step(
+            forward, objective, optimizer, parts_of_step, step / num_steps, factor, run
         )
         session.require_finite(values, config.dtype, lambda: _named(samples, dataset))  # noqa: B023
         session.record(values, _num_tokens(dataset, samples), validate_if_due)
@@ -154,11 +154,11 @@ def split(dataset: EncodedDataset, config: FitConfig) -> tuple[Rows, Rows]:
 
 
 def summary(history: History) -> dict[str, Number]:
-    """The few numbers that stand for a run in its metrics: of the curve's last row, but lr.
+    """The few numbers that stand for a run in its metrics: of the history's last row, but lr.
 
     With validation also the loss before the first step.
     """
-    first, last = history.curve[0], history.curve[-1]
+    first, last = history.rows[0], history.rows[-1]
     values = {name: value for name, value in last.items() if name not in HIDDEN}
     values |= _prefixed(history.validation)  # of the step that the weights are of
     if first["step"] == 0:

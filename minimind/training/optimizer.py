@@ -58,17 +58,17 @@ class Optimizer:
         """
         self.scaler.scale(loss * self.num_processes).backward()
 
-    def step(self, rate: float) -> float:
+    def step(self, lr_factor: float) -> float:
         """Clip, update and clear the gradients; returns their norm before clipping.
 
-        rate: the scheduled share of each configured learning rate, 1 being the whole.
+        lr_factor: the scheduled share of each configured learning rate, 1 being the whole.
         """
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["full_lr"] * rate
+                group["lr"] = group["full_lr"] * lr_factor
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()

@@ -1,4 +1,4 @@
-"""One execution of a training stage: device, signals, resume states, provenance and record."""
+"""One execution of a training stage: device, signals, resume checkpoints, provenance and record."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from minimind.errors import Stopped, UserError
 from minimind.lineage.dvc_files import md5_of_file
 from minimind.lineage.provenance import Provenance
 from minimind.lineage.records import Records
-from minimind.lineage.resume import STATE_FORMAT, ResumeStore, forget_recorded
+from minimind.lineage.resume import CHECKPOINT_FORMAT, ResumeStore, forget_recorded
 from minimind.lineage.shared_resume import SharedStore
 from minimind.params import Section
 from minimind.terminal.progress import Progress
@@ -64,7 +64,7 @@ class Run:
         return Progress(self.stage, num_steps, first_step, self.settings.log_seconds, silent)
 
     def log(self, row: Mapping[str, float]) -> None:
-        """A row of the curve, to Weights & Biases if asked for."""
+        """A row of the history, to Weights & Biases if asked for."""
         if self.tracker is not None:
             self.tracker.log({f"{self.stage}/{k}": v for k, v in row.items()}, step=row["step"])
 
@@ -106,7 +106,7 @@ class Run:
 
     def stopped(self, where: str) -> Stopped:
         return Stopped(
-            f"asked to stop; state saved {where}. Run the same command again to go on.",
+            f"asked to stop; resume checkpoint saved {where}. Run the same command again to go on.",
             self.stop.exit_code,
         )
 
@@ -146,7 +146,7 @@ class StageRun(Run):
 
         Raises:
             UserError: what it was made from was edited; DVC records nothing then, and the same
-                code goes on from the finished state.
+                code goes on from the finished checkpoint.
         """
         record = {
             "seconds": round(time.monotonic() - self.started, 2),
@@ -255,7 +255,7 @@ def start_training(
 
 def _fingerprint(stage: str, sections: Mapping[str, Section], provenance: Provenance) -> str:
     identity = {
-        "state_format": STATE_FORMAT,
+        "checkpoint_format": CHECKPOINT_FORMAT,
         "stage": stage,
         "params": {name: section.model_dump(mode="json") for name, section in sections.items()},
         **provenance.identity(),

@@ -1,4 +1,4 @@
-"""Where a run stands: its history, and the resume states that any kill leaves it with.
+"""Where a run stands: its history, and the resume checkpoints that any kill leaves it with.
 
 Both loops, `fit` and `reinforce`, run in one: they take their steps, and it does the rest.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minimind.compute.precision import DType
 from minimind.compute.sharding import full_tensor, load_parameters, part_like, trained_parameters
 from minimind.errors import UserError
-from minimind.lineage.resume import TrainingState
+from minimind.lineage.resume import ResumeCheckpoint
 from minimind.metrics import Number
 from minimind.training.optimizer import Optimizer
 from minimind.training.run import Run
@@ -25,14 +25,14 @@ MAX_CURVE_ROWS = 2000
 
 @dataclass
 class History:
-    """What a run remembers beside weights and optimizer; goes into the resume state as JSON."""
+    """What a run remembers beside weights and optimizer; JSON in the resume checkpoint."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     resumes: int = 0
-    curve: list[dict[str, Number]] = field(default_factory=list)
-    window: dict[str, float] = field(default_factory=dict)  # sums since the curve's last row
+    rows: list[dict[str, Number]] = field(default_factory=list)
+    window: dict[str, float] = field(default_factory=dict)  # sums since the last row
     window_steps: int = 0
     validation: dict[str, float] = field(default_factory=dict)  # the latest
     best_loss: float = math.inf
@@ -109,20 +109,20 @@ class Generators:
 
 
 class Session:
-    """The steps of one run, from the newest state on, as if it had never stopped."""
+    """The steps of one run, from the newest checkpoint on, as if it had never stopped."""
 
     def __init__(
         self,
         run: Run,
         num_steps: int,
-        curve_interval: int,
+        log_interval: int,
         optimizer: Optimizer,
         parts: Mapping[str, Part],
     ) -> None:
-        """parts: all that the run depends on beside the optimizer; set to the newest state's."""
+        """parts: all that the run depends on beside the optimizer; set to the newest saved."""
         self.run = run
         self.num_steps = num_steps
-        self.curve_interval = max(curve_interval, math.ceil(num_steps / (MAX_CURVE_ROWS - 2)))
+        self.log_interval = max(log_interval, math.ceil(num_steps / (MAX_CURVE_ROWS - 2)))
         self.optimizer = optimizer
         self.parts = {**parts, "optimizer": optimizer}
         self.history = self._restored()
@@ -132,13 +132,13 @@ class Session:
     @property
     def is_new(self) -> bool:
         """Whether nothing has been done yet."""
-        return self.history.step == 0 and not self.history.curve
+        return self.history.step == 0 and not self.history.rows
 
     def steps(self) -> Iterator[int]:
         """Numbers of the steps still to be taken; after each, :meth:`record` is called.
 
         Raises:
-            Stopped: a signal came; the state is saved.
+            Stopped: a signal came; a checkpoint to resume from is saved.
         """
         while self.history.step < self.num_steps:
             started = time.monotonic()
@@ -160,7 +160,7 @@ class Session:
     ) -> None:
         """A step is done: these were its values.
 
-        validate: called with the number of steps done; what it gives is part of the curve's row.
+        validate: called with the number of steps done; what it gives is part of the history's row.
         """
         history = self.history
         self.progress.update(history.step, values["loss"], tokens)
@@ -170,10 +170,10 @@ class Session:
             history.window[name] = history.window.get(name, 0.0) + value
         history.window_steps += 1
         validation = validate(history.step)
-        if history.step % self.curve_interval == 0 or history.step == self.num_steps:
+        if history.step % self.log_interval == 0 or history.step == self.num_steps:
             means = {name: total / history.window_steps for name, total in history.window.items()}
             row: dict[str, Number] = {"step": history.step, **means, **validation}
-            history.curve.append(row)
+            history.rows.append(row)
             self.run.log(row)
             history.window, history.window_steps = {}, 0
 
@@ -186,8 +186,8 @@ class Session:
         for name in [name for name in names if not math.isfinite(values[name])]:
             raise UserError(
                 f"{name} is {values[name]} at step {self.history.step} (learning rate "
-                f"{values['lr']:g}) on {where()}; lower lr, or look at these. The last good state "
-                "is kept."
+                f"{values['lr']:g}) on {where()}; lower lr, or look at these. The last good "
+                "checkpoint is kept."
             )
 
     def finish(self) -> None:
@@ -216,12 +216,12 @@ class Session:
             "computed_with": self.run.computed_with(),
         }
         if self.run.store is not None:
-            self.run.store.save(TrainingState(self.history.step, tensors, values))
+            self.run.store.save(ResumeCheckpoint(self.history.step, tensors, values))
         self._last_save = time.monotonic()
         self._save_seconds = self._last_save - started
 
     def _restored(self) -> History:
-        """The newest state's history; all parts are set."""
+        """The newest checkpoint's history; all parts are set."""
         run = self.run
         state, damaged = (None, []) if run.store is None else run.store.load()
         for line in damaged:

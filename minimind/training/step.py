@@ -20,7 +20,7 @@ def take_step(
     optimizer: Optimizer,
     step: Step,
     progress: float,
-    rate: float,
+    lr_factor: float,
     run: Run,
 ) -> dict[str, float]:
     """One optimizer step over all micro-batches: the mean of every term, loss and gradient norm.
@@ -45,7 +45,7 @@ def take_step(
             mean = term.total.detach() / getattr(step.totals, term.per)
             _add(means, {name: mean * batch.weight})
     values = _to_floats(means, run)
-    return values | {"grad_norm": optimizer.step(rate)}
+    return values | {"grad_norm": optimizer.step(lr_factor)}
 
 
 def mean_loss(

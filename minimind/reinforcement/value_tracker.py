@@ -88,7 +88,7 @@ class ValueTracker:
             self.visits[prompt] = visit
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """All of it, for the resume state."""
+        """All of it, for the resume checkpoint."""
         lengths = np.array([len(visit.completion) for visit in self.visits])
         return {
             "a": torch.from_numpy(self.a),
