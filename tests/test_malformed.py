@@ -232,7 +232,7 @@ REQUIRED = {  # what has no default, of some commands
     "reason": ["init", "tag_weight", "final_tag_weight"],
     "teacher_outputs": ["temperature", "top_k"],
     "distill": ["init", "teacher", "student"],
-    "grpo": ["init", "num_generations"],
+    "grpo": ["init"],
     "rejection_sampling": ["num_samples", "max_kept_per_prompt"],
     "thinking": ["num_prompts", "max_new_tokens"],
 }

@@ -45,6 +45,7 @@ class RewardScorer:
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer, self.device = tokenizer, device
         self.tokenizer.padding_side = "right"
+        self.control_tokens: list[str] = list(tokenizer.all_special_tokens)
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         """The score of each sample; higher is better, without bounds."""
@@ -63,15 +64,44 @@ class RewardScorer:
     def _scores(self, chats: list[list[Message]]) -> list[float]:
         with torch.no_grad():
             if hasattr(self.model, "get_scores"):
-                return [float(score) for score in self.model.get_scores(self.tokenizer, chats)]
-            inputs = self.tokenizer.apply_chat_template(
-                chats, return_tensors="pt", return_dict=True, padding=True
+                broken = [self._broken(chat) for chat in chats]
+                return [float(score) for score in self.model.get_scores(self.tokenizer, broken)]
+            inputs = self.tokenizer.pad(
+                {"input_ids": [self._encoded(chat) for chat in chats]}, return_tensors="pt"
             )
             logits = self.model(
                 input_ids=inputs["input_ids"].to(self.device),
                 attention_mask=inputs["attention_mask"].to(self.device),
             ).logits
         return logits[:, 0].float().tolist()
+
+    def _encoded(self, chat: list[Message]) -> list[int]:
+        """Ids of a chat. What a policy writes is text, even if it is spelled as a control token:
+        it must not end its turn and write a better one of the user's.
+        """
+        if not any(token in turn["content"] for turn in chat for token in self.control_tokens):
+            encoded = self.tokenizer.apply_chat_template(chat, return_dict=True)
+            return list(encoded["input_ids"])
+        places = [f"\ue000{number}\ue001" for number in range(len(chat))]
+        marked = [{**turn, "content": place} for turn, place in zip(chat, places, strict=True)]
+        rendered = self.tokenizer.apply_chat_template(marked, tokenize=False)
+        ids: list[int] = []
+        for piece in re.split("(\ue000[0-9]+\ue001)", rendered):
+            is_text = piece in places
+            text = chat[places.index(piece)]["content"] if is_text else piece
+            options = {"add_special_tokens": False, "split_special_tokens": is_text}
+            ids += self.tokenizer(text, **options)["input_ids"]
+        return ids
+
+    def _broken(self, chat: list[Message]) -> list[Message]:
+        """Control tokens in texts broken by a space of no width: for other people's code."""
+        broken: list[Message] = []
+        for turn in chat:
+            text = turn["content"]
+            for token in self.control_tokens:
+                text = text.replace(token, f"{token[0]}\u200b{token[1:]}")
+            broken.append({**turn, "content": text})
+        return broken
 
 
 def load_reward_model(
