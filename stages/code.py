@@ -13,9 +13,7 @@ app = stage_app("code")
 
 
 @app.command()
-def main(
-    output: Annotated[Path, typer.Option(help="Folder for <stage>.json.")],
-) -> None:
+def main(output: Annotated[Path, typer.Option(help="Folder for <stage>.json.")]) -> None:
     """Write what code each stage is made of: other comments or layout give the same files."""
     with unchanged("code", Path("params.yaml"), {}, source_files()):
         write_code(output, stage_names())

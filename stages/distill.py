@@ -1,13 +1,11 @@
 """White-box distillation of a smaller student, and its no-teacher baseline, stage baseline."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from pydantic import Field
 
 from minimind.chat.tokenizer import ChatTokenizer
-from minimind.datasets.encoded import EncodedDataset
 from minimind.distillation.outputs import TeacherOutputs
 from minimind.distillation.teacher import load_teacher
 from minimind.metrics import write_history, write_metrics
@@ -17,13 +15,15 @@ from minimind.objectives.distill import Distill
 from minimind.params import Section, UserPath, load_section
 from minimind.terminal.command import stage_app
 from minimind.training.bits import bits_per_byte
-from minimind.training.fit import FitConfig, fit, summary
+from minimind.training.fit import fit, summary
 from minimind.training.run import start_training
+from stages._shared import PARAMS, Encoded, File
+from stages._supervised import SupervisedConfig, open_dataset
 
 app = stage_app("distill")
 
 
-class DistillConfig(FitConfig):
+class DistillConfig(SupervisedConfig):
     """The `distill` section, which decides the no-teacher baseline too."""
 
     teacher: UserPath  # a checkpoint's or any Hugging Face directory
@@ -40,12 +40,12 @@ class DistillLossConfig(Section):
 
 @app.command()
 def main(
-    encoded: Annotated[Path, typer.Option(help="folder of encoded data sets")],
-    teacher_outputs: Annotated[Path, typer.Option()],
-    output: Annotated[Path, typer.Option()],
-    metrics: Annotated[Path, typer.Option()],
-    history: Annotated[Path, typer.Option()],
-    params: Annotated[Path, typer.Option()] = Path("params.yaml"),
+    encoded: Encoded,
+    teacher_outputs: File,
+    output: File,
+    metrics: File,
+    history: File,
+    params: File = PARAMS,
     baseline: Annotated[
         bool, typer.Option(help="learn without the teacher, for comparison")
     ] = False,
@@ -61,9 +61,7 @@ def main(
     conversations = encoded / config.data
     inputs = [config.init, conversations, config.teacher, teacher_outputs]
     with start_training(stage, params, sections, inputs, code="distill") as run:
-        dataset = EncodedDataset.open(conversations)
-        dataset.check_format("chat", "text")
-        dataset.check_tokenizer_of(config.init)
+        dataset = open_dataset(conversations, config.init, "chat", "text")
         asked_by = f"{params}: distill.student"
         student = start_model(config.init, config.student, config.seed, asked_by)
         run.say(f"{student.num_parameters:,} parameters")

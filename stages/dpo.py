@@ -18,18 +18,19 @@ from minimind.objectives.dpo import Dpo
 from minimind.objectives.loss import Objective
 from minimind.objectives.orpo import Orpo
 from minimind.objectives.preference import Reduction
-from minimind.params import UserPath, load_section
+from minimind.params import load_section
 from minimind.terminal.command import stage_app
-from minimind.training.fit import FitConfig, fit, summary
+from minimind.training.fit import fit, summary
 from minimind.training.run import start_training
+from stages._shared import PARAMS, EncodedPairs, File
+from stages._supervised import SupervisedConfig, open_dataset
 
 app = stage_app("dpo")
 
 
-class DpoConfig(FitConfig):
+class DpoConfig(SupervisedConfig):
     """The `dpo` section."""
 
-    init: UserPath  # the path of the checkpoint to start from, and of the reference
     loss: Literal["dpo", "orpo"] = "dpo"
     beta: float = Field(gt=0)  # of dpo the pull towards the reference, of orpo the weight of odds
     nll_weight: float = Field(ge=0)  # of the chosen answers' own loss; 0: DPO alone
@@ -38,27 +39,24 @@ class DpoConfig(FitConfig):
 
 @app.command()
 def main(
-    preferences: Annotated[Path, typer.Option(help="encoded preference pairs")],
+    preferences: EncodedPairs,
     reference: Annotated[Path, typer.Option(help="the reference's log-probabilities, .npy")],
-    output: Annotated[Path, typer.Option()],
-    metrics: Annotated[Path, typer.Option()],
-    history: Annotated[Path, typer.Option()],
-    params: Annotated[Path, typer.Option()] = Path("params.yaml"),
+    output: File,
+    metrics: File,
+    history: File,
+    params: File = PARAMS,
 ) -> None:
     """Train on preference pairs; dpo compares with cached log-probabilities of the reference."""
     config = load_section(params, "dpo", DpoConfig)
     inputs = [config.init, preferences, reference]
     with start_training("dpo", params, {"dpo": config}, inputs) as run:
         model = load_model(config.init)
-        dataset = EncodedDataset.open(preferences)
-        dataset.check_format("preference")
-        dataset.check_tokenizer_of(config.init)
+        dataset = open_dataset(preferences, config.init, "preference")
         extras = {"reference": Extra(load_reference(reference, dataset), per="rows")}
-        losses: dict[str, Objective] = {
-            "dpo": Dpo(config.beta, config.reduction, config.nll_weight),
-            "orpo": Orpo(config.beta),
-        }
-        trained = fit(model, losses[config.loss], dataset, config, run, extras)
+        objective: Objective = Orpo(config.beta)
+        if config.loss == "dpo":
+            objective = Dpo(config.beta, config.reduction, config.nll_weight)
+        trained = fit(model, objective, dataset, config, run, extras)
         results = summary(trained)
         if "val_accuracy" in results:
             results["pair_accuracy"] = results.pop("val_accuracy")

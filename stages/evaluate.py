@@ -1,6 +1,5 @@
 """Evaluate a checkpoint on held-out problems and text."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -10,13 +9,13 @@ import typer
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.formats import parse_text, read_rows
 from minimind.evaluation.evaluate import EvaluateConfig, evaluate
-from minimind.files import replacing
 from minimind.metrics import write_metrics
 from minimind.model.checkpoint import load_model
 from minimind.params import load_path, load_section
 from minimind.tasks.problem import read_problems
 from minimind.terminal.command import stage_app
 from minimind.training.run import start_run
+from stages._shared import write_rows
 
 app = stage_app("evaluate")
 
@@ -32,25 +31,20 @@ def main(
     """Answer every problem greedily and score what the model says."""
     config = load_section(params, "evaluate", EvaluateConfig)
     problems, text = load_path(params, "data.problems"), load_path(params, "data.text")
-    inputs = [checkpoint, problems, text]
-    sections = {"evaluate": config}
+    inputs, sections = [checkpoint, problems, text], {"evaluate": config}
     with start_run(
         f"evaluate-{name}", params, sections, inputs, code="evaluate", saves_states=False
     ) as run:
-        model = load_model(checkpoint).to(run.device).eval()
-        tokenizer = ChatTokenizer.load(checkpoint)
         values, answered = evaluate(
-            model,
-            tokenizer,
+            load_model(checkpoint).to(run.device).eval(),
+            ChatTokenizer.load(checkpoint),
             read_problems(problems),
             [row.value for row in read_rows(text, parse_text)],
             config,
             as_text=name in config.text_checkpoints,
         )
         with run.saving(metrics):
-            with replacing(predictions) as partial, partial.open("w", encoding="utf-8") as file:
-                for prediction in answered:
-                    file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
+            write_rows(predictions, map(asdict, answered))
             write_metrics(metrics, name, values)
     shown = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
     typer.echo(f"{name}: {shown}")

@@ -1,24 +1,17 @@
 """A chosen checkpoint as a folder to hand out."""
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from minimind.lineage.provenance import unchanged
 from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.terminal.command import stage_app
+from stages._shared import PARAMS, File
 
 app = stage_app("export")
 
 
 @app.command()
-def main(
-    checkpoint: Annotated[Path, typer.Option()],
-    output: Annotated[Path, typer.Option()],
-) -> None:
+def main(checkpoint: File, output: File) -> None:
     """Write a Hugging Face directory that does not need this project."""
-    with unchanged("export", Path("params.yaml"), {}, [checkpoint]):
+    with unchanged("export", PARAMS, {}, [checkpoint]):
         save_checkpoint(output, load_model(checkpoint), checkpoint)
 
 

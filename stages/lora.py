@@ -5,43 +5,39 @@ from typing import Annotated
 
 import typer
 
-from minimind.chat.tokenizer import ChatTokenizer
-from minimind.datasets.encoded import EncodedDataset
 from minimind.metrics import write_history, write_metrics
 from minimind.model.checkpoint import load_model
 from minimind.model.lora import AdapterShape, add_adapter, save_adapter
 from minimind.objectives.next_token import NextToken
-from minimind.params import UserPath, load_section
+from minimind.params import load_section
 from minimind.terminal.command import stage_app
-from minimind.training.bits import bits_per_byte
-from minimind.training.fit import FitConfig, fit, summary
+from minimind.training.fit import fit
 from minimind.training.run import start_training
+from stages._shared import PARAMS, Encoded, File
+from stages._supervised import SupervisedConfig, measured, open_dataset
 
 app = stage_app("lora")
 
 
-class LoraStageConfig(FitConfig, AdapterShape):
+class LoraStageConfig(SupervisedConfig, AdapterShape):
     """The `lora` section."""
 
-    init: UserPath  # the path of the checkpoint beneath the adapter
     data: str  # what the adapter learns: its name among the encoded data sets
 
 
 @app.command()
 def main(
-    encoded: Annotated[Path, typer.Option(help="folder of encoded data sets")],
+    encoded: Encoded,
     output: Annotated[Path, typer.Option(help="adapter directory")],
-    metrics: Annotated[Path, typer.Option()],
-    history: Annotated[Path, typer.Option()],
-    params: Annotated[Path, typer.Option()] = Path("params.yaml"),
+    metrics: File,
+    history: File,
+    params: File = PARAMS,
 ) -> None:
     """Train an adapter that stock peft loads on the stock model."""
     config = load_section(params, "lora", LoraStageConfig)
     conversations = encoded / config.data
     with start_training("lora", params, {"lora": config}, [config.init, conversations]) as run:
-        dataset = EncodedDataset.open(conversations)
-        dataset.check_format("chat", "text")
-        dataset.check_tokenizer_of(config.init)
+        dataset = open_dataset(conversations, config.init, "chat", "text")
         model = add_adapter(load_model(config.init), config, config.seed)
         num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         run.say(f"{num_trained:,} parameters of the adapter are trained")
@@ -49,8 +45,7 @@ def main(
         with run.saving(metrics):
             save_adapter(output, model)
             write_history(history, trained.rows)
-            held_out = bits_per_byte(trained, dataset, config, ChatTokenizer.load(config.init))
-            values = {"parameters": num_trained, **summary(trained), **held_out}
+            values = {"parameters": num_trained, **measured(trained, dataset, config)}
             write_metrics(metrics, "lora", values)
 
 

@@ -1,55 +1,46 @@
 """Reasoning distillation: teach a model to think before it answers."""
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
 from pydantic import Field
 
-from minimind.chat.tokenizer import ChatTokenizer
-from minimind.datasets.encoded import EncodedDataset
 from minimind.metrics import write_history, write_metrics
 from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.objectives.next_token import NextToken
-from minimind.params import UserPath, load_section
+from minimind.params import load_section
 from minimind.terminal.command import stage_app
-from minimind.training.bits import bits_per_byte
-from minimind.training.fit import FitConfig, fit, summary
+from minimind.training.fit import fit
 from minimind.training.run import start_training
+from stages._shared import PARAMS, EncodedThoughts, File
+from stages._supervised import SupervisedConfig, measured, open_dataset
 
 app = stage_app("reason")
 
 
-class ReasonConfig(FitConfig):
+class ReasonConfig(SupervisedConfig):
     """The `reason` section."""
 
-    init: UserPath  # the path of the checkpoint to start from
     tag_weight: float = Field(gt=0)  # of <think>, </think>, <answer>, </answer> in the loss
     final_tag_weight: float = Field(gt=0)  # reached linearly at the last step
 
 
 @app.command()
 def main(
-    conversations: Annotated[Path, typer.Option(help="encoded think/answer chats")],
-    output: Annotated[Path, typer.Option()],
-    metrics: Annotated[Path, typer.Option()],
-    history: Annotated[Path, typer.Option()],
-    params: Annotated[Path, typer.Option()] = Path("params.yaml"),
+    conversations: EncodedThoughts,
+    output: File,
+    metrics: File,
+    history: File,
+    params: File = PARAMS,
 ) -> None:
     """Train on think/answer traces, the tags weighing more than other tokens."""
     config = load_section(params, "reason", ReasonConfig)
     with start_training("reason", params, {"reason": config}, [config.init, conversations]) as run:
         model = load_model(config.init)
-        dataset = EncodedDataset.open(conversations)
-        dataset.check_format("chat", "text")
-        dataset.check_tokenizer_of(config.init)
+        dataset = open_dataset(conversations, config.init, "chat", "text")
         objective = NextToken(config.tag_weight, config.final_tag_weight)
         trained = fit(model, objective, dataset, config, run)
         with run.saving(metrics):
             save_checkpoint(output, model, config.init)
             write_history(history, trained.rows)
-            held_out = bits_per_byte(trained, dataset, config, ChatTokenizer.load(config.init))
-            write_metrics(metrics, "reason", summary(trained) | held_out)
+            write_metrics(metrics, "reason", measured(trained, dataset, config))
 
 
 if __name__ == "__main__":

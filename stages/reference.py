@@ -10,7 +10,6 @@ from pydantic import ConfigDict, Field
 
 from minimind.compute.precision import DType, autocast
 from minimind.datasets.batches import in_order
-from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import UserError
 from minimind.files import replacing
 from minimind.model.checkpoint import load_model
@@ -18,6 +17,8 @@ from minimind.objectives.preference import Reduction, row_logprobs
 from minimind.params import Section, UserPath, load_section
 from minimind.terminal.command import stage_app
 from minimind.training.run import start_run
+from stages._shared import PARAMS, EncodedPairs, File
+from stages._supervised import open_dataset
 
 app = stage_app("reference")
 
@@ -36,18 +37,16 @@ class SharedWithPolicy(Section):
 
 @app.command()
 def main(
-    preferences: Annotated[Path, typer.Option(help="encoded preference pairs")],
+    preferences: EncodedPairs,
     output: Annotated[Path, typer.Option(help=".npy, float32 [rows]")],
-    params: Annotated[Path, typer.Option()] = Path("params.yaml"),
+    params: File = PARAMS,
 ) -> None:
     """Score every row; depends on the checkpoint and the data, never on dpo's beta or lr."""
     config = load_section(params, "dpo", SharedWithPolicy)
     inputs = [config.init, preferences]
     with start_run("reference", params, {"dpo": config}, inputs, saves_states=False) as run:
         model = load_model(config.init).to(run.device).eval()
-        dataset = EncodedDataset.open(preferences)
-        dataset.check_format("preference")
-        dataset.check_tokenizer_of(config.init)
+        dataset = open_dataset(preferences, config.init, "preference")
         pairs = np.arange(dataset.num_samples)
         with torch.inference_mode(), autocast(run.device, config.dtype):
             scores = [

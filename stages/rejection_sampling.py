@@ -12,10 +12,11 @@ from minimind.model.checkpoint import load_model
 from minimind.params import load_path, load_section
 from minimind.tasks.problem import read_problems
 from minimind.terminal.command import stage_app
-from minimind.thinking.completions import Checkpoint, Source, complete_all, write_rows
+from minimind.thinking.completions import Checkpoint, Source, complete_all
 from minimind.thinking.endpoint import Endpoint
 from minimind.thinking.rejection_sampling import RejectionSampling, RejectionSamplingConfig
 from minimind.training.run import StageRun, start_run
+from stages._shared import write_rows
 
 app = stage_app("rejection_sampling")
 
@@ -37,9 +38,7 @@ def main(
         prompts_at_a_time = max(1, config.batch_size // config.num_samples)
         source = open_source(config, run)
         sampled = RejectionSampling()
-        for prompt, completions in zip(
-            asked, complete_all(source, asked, prompts_at_a_time, run), strict=True
-        ):
+        for prompt, completions in complete_all(source, asked, prompts_at_a_time, run):
             sampled.add(prompt, completions, config.max_kept_per_prompt)
         with run.saving(metrics):
             write_rows(output, sampled.kept)
@@ -52,14 +51,7 @@ def main(
 def open_source(config: RejectionSamplingConfig, run: StageRun) -> Source:
     """The endpoint if there is one, else the checkpoint."""
     if config.endpoint is not None and config.model is not None:
-        return Endpoint(
-            config.endpoint,
-            config.model,
-            config.instruction,
-            os.environ.get("MINIMIND_API_KEY", "").strip(),
-            config,
-            config.num_samples,
-        )
+        return Endpoint(config.endpoint, config, os.environ.get("MINIMIND_API_KEY", "").strip())
     model = load_model(config.init).to(run.device).eval()
     return Checkpoint(model, ChatTokenizer.load(config.init), config, config.num_samples)
 

@@ -1,11 +1,5 @@
 """A reward model: learn from preference pairs to score a conversation."""
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
-from minimind.datasets.encoded import EncodedDataset
 from minimind.metrics import write_history, write_metrics
 from minimind.model.checkpoint import load_model
 from minimind.model.reward import RewardModel, dense_part
@@ -13,13 +7,15 @@ from minimind.model.reward_checkpoint import save_reward_model
 from minimind.objectives.reward_model import PairwiseReward
 from minimind.params import UserPath, load_section
 from minimind.terminal.command import stage_app
-from minimind.training.fit import FitConfig, fit, summary
+from minimind.training.fit import fit, summary
 from minimind.training.run import start_training
+from stages._shared import PARAMS, EncodedPairs, File
+from stages._supervised import SupervisedConfig, open_dataset
 
 app = stage_app("reward")
 
 
-class RewardConfig(FitConfig):
+class RewardConfig(SupervisedConfig):
     """The `reward` section."""
 
     init: UserPath  # the path of the checkpoint to start from; of a mixture, its dense part
@@ -27,20 +23,14 @@ class RewardConfig(FitConfig):
 
 @app.command()
 def main(
-    preferences: Annotated[Path, typer.Option(help="encoded preference pairs")],
-    output: Annotated[Path, typer.Option()],
-    metrics: Annotated[Path, typer.Option()],
-    history: Annotated[Path, typer.Option()],
-    params: Annotated[Path, typer.Option()] = Path("params.yaml"),
+    preferences: EncodedPairs, output: File, metrics: File, history: File, params: File = PARAMS
 ) -> None:
     """Train a score that is higher for the chosen side of a pair."""
     config = load_section(params, "reward", RewardConfig)
     with start_training("reward", params, {"reward": config}, [config.init, preferences]) as run:
         base = load_model(config.init)
         model = RewardModel(dense_part(base, config.seed) if base.config.num_experts else base)
-        dataset = EncodedDataset.open(preferences)
-        dataset.check_format("preference")
-        dataset.check_tokenizer_of(config.init)
+        dataset = open_dataset(preferences, config.init, "preference")
         trained = fit(model, PairwiseReward(), dataset, config, run)
         results = summary(trained)
         if "val_accuracy" in results:

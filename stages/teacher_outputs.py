@@ -1,10 +1,5 @@
 """What a teacher says of every trained token, computed once for any number of students."""
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from minimind.datasets.encoded import EncodedDataset
 from minimind.distillation.outputs import (
     TeacherOutputsConfig,
@@ -17,17 +12,13 @@ from minimind.metrics import Number, write_metrics
 from minimind.params import load_path, load_section
 from minimind.terminal.command import stage_app
 from minimind.training.run import start_run
+from stages._shared import PARAMS, Encoded, File
 
 app = stage_app("teacher_outputs")
 
 
 @app.command()
-def main(
-    encoded: Annotated[Path, typer.Option(help="folder of encoded data sets")],
-    output: Annotated[Path, typer.Option()],
-    metrics: Annotated[Path, typer.Option()],
-    params: Annotated[Path, typer.Option()] = Path("params.yaml"),
-) -> None:
+def main(encoded: Encoded, output: File, metrics: File, params: File = PARAMS) -> None:
     """Keep the teacher's likeliest tokens; or, in online mode, only check that it fits."""
     config = load_section(params, "teacher_outputs", TeacherOutputsConfig)
     teacher = load_path(params, "distill.teacher")

@@ -12,10 +12,11 @@ from minimind.model.checkpoint import load_model
 from minimind.params import load_path, load_section
 from minimind.tasks.problem import read_problems
 from minimind.terminal.command import stage_app
-from minimind.thinking.completions import Checkpoint, complete_all, write_rows
+from minimind.thinking.completions import Checkpoint, complete_all
 from minimind.thinking.quality import ThinkingConfig, assess
 from minimind.thinking.quality import metrics as metrics_of
 from minimind.training.run import start_run
+from stages._shared import write_rows
 
 app = stage_app("thinking")
 
@@ -36,12 +37,10 @@ def main(
         source = Checkpoint(model, tokenizer, config, num_samples=1)
         assessed = [
             assess(prompt, completion, lambda text: len(tokenizer.encode_text(text)))
-            for prompt, (completion,) in zip(
-                asked, complete_all(source, asked, config.batch_size, run), strict=True
-            )
+            for prompt, (completion,) in complete_all(source, asked, config.batch_size, run)
         ]
         with run.saving(metrics):
-            write_rows(predictions, [asdict(row) for row in assessed])
+            write_rows(predictions, map(asdict, assessed))
             write_metrics(metrics, "thinking", metrics_of(assessed))
 
 

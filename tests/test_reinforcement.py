@@ -63,7 +63,7 @@ def policy_batches(num_rows: int, rows_at_a_time: int, spread: float) -> list[Pa
 
 def loss_and_gradient(objective, batches) -> tuple[float, torch.Tensor]:
     model = tiny_model()
-    totals = sum((batch.counts for batch in batches), Counts(0, 0, 0))
+    totals = Counts(*map(sum, zip(*(batch.counts for batch in batches), strict=True)))
     loss = torch.zeros(())
     for batch in batches:
         for term in objective(model, batch, 0.0).terms.values():

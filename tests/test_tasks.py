@@ -42,7 +42,7 @@ def test_its_own_gold_answers_score_full_marks_everywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scoring: str, answer: str
 ) -> None:
     asked = problem(tmp_path, scoring, answer)
-    gold = task_of(scoring).gold(asked.expected)
+    gold = asked.expected
     for output in (gold, thought_through(gold)):
         rewards = Rewards(RewardsConfig(format=0, answer=1), Given(max_new_tokens=64))
         parts = rewards.parts([Sample(asked, output, [], True)])

@@ -33,8 +33,7 @@ def find_answer(output: str) -> Answer | None:
     """
     tagged = _tagged_answer(output)
     start, end = tagged.span(1) if tagged else (0, len(output))
-    numbers = list(_NUMBER.finditer(output, start, end))
-    if numbers:
+    if numbers := list(_NUMBER.finditer(output, start, end)):
         return Answer(normalise(numbers[-1].group()), *numbers[-1].span())
     if tagged and tagged.group(1).strip():
         return Answer(normalise(tagged.group(1)), start, end)
@@ -42,16 +41,11 @@ def find_answer(output: str) -> Answer | None:
 
 
 def answer_like(expected: str, output: str) -> str | None:
-    """What an output answers, to be compared with the normalised expected answer.
-
-    Where a number is expected, this is the last one in what `stated_answer` gives. Where it is
-    not, a number may be a part of the answer, which then is all of that.
-    """
-    stated = stated_answer(output)
-    if stated is None or not is_number(expected):
-        return None if stated is None else normalise(stated)
-    numbers = _NUMBER.findall(stated)
-    return normalise(numbers[-1]) if numbers else None
+    """What an output answers, normalised: what is stated or, if a number is expected, its last."""
+    said = stated_answer(output)
+    if said is not None and is_number(expected):
+        said = next(reversed(_NUMBER.findall(said)), None)
+    return None if said is None else normalise(said)
 
 
 def first_thought(output: str) -> str | None:
@@ -112,9 +106,8 @@ def thought_of(output: str) -> str | None:
 def is_full_sentence(output: str, full: str | None) -> bool:
     """Whether an output answers in a whole sentence, be it right or wrong.
 
-    With the expected sentence `full`: the output is that sentence, whatever number stands in
-    the answer's place. Without: what the output says outside of tags has words, not a number
-    alone, and ends as a sentence does.
+    That is the expected sentence `full` with whatever number in the answer's place; without one,
+    words outside of tags that end as a sentence does.
     """
     if full is not None:
         return _around_answer(output.strip()) == _around_answer(full.strip())

@@ -29,7 +29,6 @@ class Turn(NamedTuple):
 
     role: str  # in its header
     text: str  # between header and end token
-    speaks: bool  # whether the assistant wrote it
     position: int  # of its last message
 
 
@@ -54,7 +53,7 @@ def turns(messages: Sequence[Message]) -> list[Turn]:
         elif role == "system" and position == 0 and (tools := _parsed(message.get("tools"))):
             listed = "".join(f"{_json(tool)}\n" for tool in tools)
             text = (text and f"{text}\n\n") + _BEFORE_TOOLS + listed + _AFTER_TOOLS
-        found.append(Turn(role, text, role == "assistant", position))
+        found.append(Turn(role, text, position))
     return found
 
 

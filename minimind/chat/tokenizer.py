@@ -42,11 +42,10 @@ class EncodedRow(NamedTuple):
 class ChatTokenizer:
     """Encodes documents and chats with any tokenizer that has the three control tokens.
 
-    Header and text of a turn are encoded apart, so white space at the beginning of a content never
-    merges with the header, and control tokens written inside a content stay text. So are tags and
-    the text between them: a tag's tokens are exactly the tag, also with a tokenizer that has no
-    single token for it. With a tokenizer trained here all of this changes nothing: the ids are
-    those of the rendered template encoded as a whole.
+    Header and text of a turn are encoded apart, so that white space never merges with the header,
+    and control tokens written inside a content stay text. So are tags and the text between them: a
+    tag's tokens are exactly the tag, also with a tokenizer that has no single token for it. With a
+    tokenizer trained here the ids are those of the rendered template encoded as a whole.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
@@ -109,10 +108,7 @@ class ChatTokenizer:
         return row.ids, list(row.loss_mask)
 
     def encode_chat(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """Ids and loss mask of a chat.
-
-        Assistant turns are trained: thought, content, calls of tools and ``<|im_end|>``.
-        """
+        """Ids and loss mask of a chat; its assistant turns are trained, ``<|im_end|>`` included."""
         (row,) = self.encode_chats([messages])
         return row.ids, list(row.loss_mask)
 
@@ -123,11 +119,12 @@ class ChatTokenizer:
 
     def encode_documents(self, texts: Sequence[str]) -> list[EncodedRow]:
         """:meth:`encode_document` of many, on all cores."""
-        rows = []
-        for ids in self._encode_batch(texts):
-            row = [self.start_id, *ids, self.end_id]
-            rows.append(EncodedRow(row, bytes([CONTEXT]) + bytes([TRAINED]) * (len(row) - 1)))
-        return rows
+        return [
+            EncodedRow(
+                [self.start_id, *ids, self.end_id], bytes([CONTEXT, *[TRAINED] * (len(ids) + 1)])
+            )
+            for ids in self._encode_batch(texts)
+        ]
 
     def encode_chats(
         self, chats: Sequence[Sequence[Message]], num_context: Sequence[int] | None = None
@@ -166,7 +163,8 @@ class ChatTokenizer:
     ) -> Iterator[tuple[str | list[int], int]]:
         """A chat as text still to encode, or ids, each with the class of its tokens."""
         for turn in turns(messages):
-            trained = TRAINED if turn.speaks and turn.position >= num_context else CONTEXT
+            is_trained = turn.role == "assistant" and turn.position >= num_context
+            trained = TRAINED if is_trained else CONTEXT
             yield self._header(turn.role), CONTEXT
             for text in _TAG_PATTERN.split(turn.text):
                 if text in self._tag_ids:

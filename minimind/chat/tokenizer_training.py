@@ -24,12 +24,8 @@ from minimind.params import Section
 
 # Of a directory that is taken over: a checkpoint's holds weights too.
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt"),
 )
 
 SMALLEST_VOCAB = 256 + len(CONTROL_TOKENS) + len(TAGS + TOOL_TAGS)
@@ -80,15 +76,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
 
 
 def save_tokenizer(tokenizer: tokenizers.Tokenizer, directory: Path | str) -> None:
-    """Write a directory that transformers opens as ``PreTrainedTokenizerFast``.
-
-    Written by hand: transformers 5 writes a class name that transformers 4 refuses.
-    """
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "bos_token": START,
-    }
+    """Write a directory that transformers opens as ``PreTrainedTokenizerFast``."""
+    config = {"clean_up_tokenization_spaces": False, "bos_token": START}
     with replacing(Path(directory)) as partial:
         partial.mkdir()
         tokenizer.save(str(partial / "tokenizer.json"))
@@ -105,17 +94,12 @@ def adopt_tokenizer(source: Path, directory: Path) -> None:
     """
     ChatTokenizer.load(source)
     config_file = source / "tokenizer_config.json"
-    config: Any = {}
-    if config_file.exists():
-        try:
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{config_file} is not JSON: {error}.") from None
-        if not isinstance(config, dict):
-            raise UserError(f"{config_file} must hold a JSON object.")
-    # transformers 5 writes TokenizersBackend, which transformers 4 refuses.
-    if config.get("tokenizer_class") in (None, "TokenizersBackend"):
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{config_file} is not JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{config_file} must hold a JSON object.")
     with replacing(directory) as partial:
         partial.mkdir()
         for name in TOKENIZER_FILES:
@@ -138,13 +122,15 @@ def measure_tokenizer(tokenizer: ChatTokenizer, texts: Iterable[str]) -> dict[st
     measured: dict[str, int | float] = {"vocab_size": tokenizer.vocab_size}
     if num_tokens:
         measured["tokens_per_character"] = num_tokens.total() / num_characters.total()
-    for language in sorted(num_tokens):
-        per_character = num_tokens[language] / num_characters[language]
-        measured[f"tokens_per_character_{language}"] = per_character
+    for name in sorted(num_tokens):
+        measured[f"tokens_per_character_{name}"] = num_tokens[name] / num_characters[name]
     return measured
 
 
 def _write_config(directory: Path, config: dict[str, Any]) -> None:
+    # transformers 5 writes TokenizersBackend, which transformers 4 refuses.
+    if config.get("tokenizer_class") in (None, "TokenizersBackend"):
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config |= {"pad_token": PAD, "eos_token": END, "chat_template": CHAT_TEMPLATE}
     content = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
     (directory / "tokenizer_config.json").write_text(content, encoding="utf-8")

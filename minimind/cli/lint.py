@@ -13,8 +13,6 @@ from minimind.datasets.lint import lint as lint_rows
 from minimind.errors import UserError
 from minimind.report.tables import table
 
-Row = list[str]
-
 
 def lint(
     files: Annotated[list[Path], typer.Argument(help="JSONL files, or folders of *.jsonl shards")],
@@ -42,12 +40,11 @@ def lint(
         raise UserError("--max-length counts tokens; give --tokenizer, too.")
     loaded = ChatTokenizer.load(tokenizer) if tokenizer else None
     evaluation = Against.read(against or [], similarity)
-    rows: list[Row] = []
-    num_errors = num_warnings = 0
+    rows: list[list[str]] = []
+    levels = Counter[str]()
     for file in files:
-        counts: Counter[tuple[str, str]] = Counter()
-        num_rows = 0
-        found_format = "?"
+        counts = Counter[tuple[str, str]]()
+        num_rows, found_format = 0, "?"
         try:
             found_format = detect_format(file) if data_format == "auto" else data_format
             linted = lint_rows(file, found_format, evaluation, loaded, max_length)
@@ -60,32 +57,14 @@ def lint(
         except UserError as error:
             typer.echo(f"{file}: error: unreadable: {error}")
             counts["error", "unreadable"] += 1
-        for (level, kind), count in sorted(counts.items()):
+        for (level, kind), count in sorted(counts.items()):  # errors first
             if count > show:
                 typer.echo(f"{file}: {level}: {kind}: {count - show} more (--show)")
-        rows += _summary(file, found_format, num_rows, counts, show)
-        num_errors += sum(count for (level, _), count in counts.items() if level == "error")
-        num_warnings += sum(count for (level, _), count in counts.items() if level == "warning")
+            levels[level] += count
+            share = f"{count / num_rows:.2%}" if num_rows else ""
+            rows.append([str(file), found_format, level, kind, str(count), str(num_rows), share])
+        if not counts:
+            rows.append([str(file), found_format, "-", "nothing found", "0", str(num_rows), ""])
     typer.echo(table(["file", "format", "level", "kind", "found", "rows", "share"], rows, 4))
-    if num_errors or (strict and num_warnings):
+    if levels["error"] or (strict and levels["warning"]):
         raise typer.Exit(1)
-
-
-def _summary(
-    file: Path, data_format: str, num_rows: int, counts: Counter[tuple[str, str]], show: int
-) -> list[Row]:
-    """A line for each kind of finding; errors first, then by name."""
-    if not counts:
-        return [[str(file), data_format, "-", "nothing found", "0", str(num_rows), ""]]
-    return [
-        [
-            str(file),
-            data_format,
-            level,
-            kind,
-            str(count),
-            str(num_rows),
-            f"{count / num_rows:.2%}" if num_rows else "",
-        ]
-        for (level, kind), count in sorted(counts.items())
-    ]

@@ -55,7 +55,7 @@ def apply_preset(params: Path, preset: Values) -> list[str]:
         raise UserError(f"{params} is missing; run from the project's root folder.") from None
     except (YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{params} is not valid YAML: {error}; correct it.") from None
-    changes = list(_update(document, preset, ""))
+    changes = _update(document, preset, "")
     with replacing(params) as partial, partial.open("w", encoding="utf-8") as file:
         parser.dump(document, file)
     return changes

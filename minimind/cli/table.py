@@ -1,8 +1,7 @@
 """Print the report's table of checkpoints, and how long the stages took.
 
 Times are no part of the report, which must be the same for the same results; they stand in
-runs/, which only a machine that has run the stages has. With --record it prints the README's
-table instead, which is over recorded runs.
+runs/, which only a machine that has run the stages has.
 """
 
 import json
@@ -70,20 +69,17 @@ def time_table(runs: Path) -> str:
     if not records:
         return ""
     records.sort(key=lambda record: str(record.get("finished", "")))
-    rows = [
-        [str(r["stage"]), _minutes(r["seconds"]), _count(r.get("tokens_per_second"))]
-        for r in records
-    ]
+    rows = []
+    for r in records:
+        speed = r.get("tokens_per_second")
+        shown = "" if speed is None else f"{speed:,.0f}"
+        rows.append([str(r["stage"]), _minutes(r["seconds"]), shown])
     rows.append(["all", _minutes(sum(record["seconds"] for record in records)), ""])
     return table(["stage", "time", "tokens/s"], rows)
 
 
 def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def _count(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}"
 
 
 if __name__ == "__main__":

@@ -64,10 +64,10 @@ class Augmentation:
 
     def copies(self, chat: Sequence[Message], row: int) -> list[list[Message]]:
         """The variations of the chat that is row number `row` of its source."""
-        return [self._vary(chat, row, copy) for copy in range(self.config.augment_copies)]
+        seeds = [f"{self.config.seed} {row} {copy}" for copy in range(self.config.augment_copies)]
+        return [self._vary(chat, random.Random(seed)) for seed in seeds]
 
-    def _vary(self, chat: Sequence[Message], row: int, copy: int) -> list[Message]:
-        rng = random.Random(f"{self.config.seed} {row} {copy}")
+    def _vary(self, chat: Sequence[Message], rng: random.Random) -> list[Message]:
         return [
             {**turn, "content": self._vary_text(turn["content"], rng)}
             if turn["role"] == "user"
@@ -104,8 +104,7 @@ def load_synonyms(file: Path) -> list[list[str]]:
     """Read a JSON list of groups, each a list of words that can stand for one another.
 
     Raises:
-        UserError: the file is missing or not such a list, a word has a digit or a bracket of
-            tags in it, or stands in the table twice.
+        UserError: it is none, or a word has a digit or tag bracket in it, or stands there twice.
     """
     try:
         groups = json.loads(file.read_text(encoding="utf-8"))

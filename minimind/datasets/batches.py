@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from minimind.chat.tokenizer import TAG
 from minimind.datasets.encoded import EncodedDataset
 from minimind.datasets.epochs import exact, num_steps, steps_per_epoch
 from minimind.model.transformer import PackedTokens
@@ -24,7 +26,6 @@ Rows = NDArray[np.int64]
 # What a loss term is divided by: trained tokens, rows, or samples (a preference pair is one
 # sample of two rows).
 Unit = Literal["tokens", "rows", "samples"]
-TAG = 2  # the class of a trained token that is part of a think or answer tag
 
 
 class Counts(NamedTuple):
@@ -33,9 +34,6 @@ class Counts(NamedTuple):
     tokens: int
     rows: int
     samples: int
-
-    def __add__(self, other: Counts) -> Counts:  # type: ignore[override]
-        return Counts(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class PackedBatch:
     tokens: PackedTokens
     predict_at: Tensor  # int64 [M], the position in T before each trained token
     targets: Tensor  # int64 [M], the trained tokens
-    is_tag: Tensor  # bool [M]
+    is_tag: Tensor  # bool [M], whether it is part of a think or answer tag
     row_of_target: Tensor  # int64 [M], 0..N-1
     counts: Counts
     rows: Rows  # [N], numbers of the rows in the data set, for messages
@@ -58,20 +56,14 @@ class PackedBatch:
     def to(self, device: torch.device) -> PackedBatch:
         if device.type == "cpu":
             return self
-        ids, positions, boundaries, longest = self.tokens
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+        def move(value: Any) -> Any:
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
-        return replace(
-            self,
-            tokens=PackedTokens(move(ids), move(positions), move(boundaries), longest),
-            predict_at=move(self.predict_at),
-            targets=move(self.targets),
-            is_tag=move(self.is_tag),
-            row_of_target=move(self.row_of_target),
-            extras={name: move(tensor) for name, tensor in self.extras.items()},
-        )
+        moved = {name: move(value) for name, value in vars(self).items()}
+        moved["tokens"] = PackedTokens(*map(move, self.tokens))
+        moved["extras"] = {name: move(tensor) for name, tensor in self.extras.items()}
+        return PackedBatch(**moved)
 
 
 @dataclass(frozen=True)
@@ -87,13 +79,11 @@ def split_samples(
 ) -> tuple[Rows, Rows]:
     """Numbers of the samples to train on and to validate on, each in ascending order.
 
-    Drawn are rows of the source, before they were cut or varied: with one of them all its pieces
-    are held out, and all its variations. Variations are not validated on.
+    Drawn is a share of the source's rows, rounded down: with one of them all its pieces are held
+    out, and all its variations, which are not validated on.
 
-    Args:
-        sources: int64 [source rows + 1], the first sample of each source row.
-        validation_share: of the source rows, rounded down.
-        copies: variations that follow each original among the samples of a source row.
+    sources: int64 [source rows + 1], the first sample of each source row.
+    copies: variations that follow each original among the samples of a source row.
     """
     num_sources = len(sources) - 1
     num_held_out = math.floor(exact(validation_share) * num_sources)
@@ -192,11 +182,8 @@ class Batches:
 
     def step(self, step: int, rank: int, world: int) -> Step:
         samples = self.samples_of(step)
-        micro_batches = [
-            pack(self.dataset, share, self.extras, weight)
-            for share, weight in divide(samples, self.batch_size, rank, world)
-        ]
-        return Step(micro_batches, count(self.dataset, samples))
+        shares = in_order(self.dataset, samples, self.batch_size, self.extras, rank, world)
+        return Step(list(shares), count(self.dataset, samples))
 
 
 def divide(samples: Rows, batch_size: int, rank: int, world: int) -> Iterator[tuple[Rows, float]]:
@@ -212,16 +199,9 @@ def divide(samples: Rows, batch_size: int, rank: int, world: int) -> Iterator[tu
         yield (share, 1.0) if len(share) else (samples[:1], 0.0)
 
 
-_last_order: dict[tuple[int, int, int], Rows] = {}
-
-
+@lru_cache(maxsize=1)  # every step of an epoch asks for the same
 def _epoch_order(num_samples: int, seed: int, epoch: int) -> Rows:
-    """The epoch's permutation; the last one is kept, since every step of an epoch asks for it."""
-    key = (num_samples, seed, epoch)
-    if key not in _last_order:
-        _last_order.clear()
-        _last_order[key] = np.random.default_rng([seed, 1, epoch]).permutation(num_samples)
-    return _last_order[key]
+    return np.random.default_rng([seed, 1, epoch]).permutation(num_samples)
 
 
 def count(dataset: EncodedDataset, samples: Rows) -> Counts:

@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -83,16 +83,20 @@ class EncodingCounts(NamedTuple):
 
 
 class EncodedSample(NamedTuple):
-    """What one row of the source became.
-
-    Texts may become several rows, as chats with variations do; pairs are two.
-    """
+    """What one row of the source became: several rows if it was split or varied, two of a pair."""
 
     rows: list[EncodedRow]
     is_truncated: bool
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether each row has something to train on."""
+        return all(row.num_trained for row in self.rows)
 
-class _Encoding(NamedTuple):
+
+class Encoding(NamedTuple):
+    """How the rows of a format are read and encoded."""
+
     parse: Callable[[Record], Any]
     encode: Callable[[ChatTokenizer, list[Any], int], list[EncodedSample]]
     format: str  # as training sees it: reasoning is chats
@@ -109,36 +113,46 @@ def encode_dataset(
     augmentation: Augmentation | None = None,
     evaluation: Sequence[Path] = (),
 ) -> EncodingCounts:
-    """Encode a JSONL file, or a folder of shards, into the directory ``output``.
+    """Encode a JSONL file, or a folder of shards, into the directory ``output``, or nothing at all.
 
     The layout is that of :class:`minimind.datasets.encoded.EncodedDataset`. Skipped rows are
-    listed in ``skipped.jsonl`` beside the arrays. The directory appears whole or not at all.
-    With ``augmentation`` every chat is followed by its variations. ``evaluation`` are sources to
-    count overlaps with.
+    listed in ``skipped.jsonl`` beside the arrays. ``evaluation`` are sources to count overlaps
+    with.
 
     Raises:
         UserError: the source is missing or empty, a row cannot be used and ``on_bad_row`` is
             "error", or no row at all can be used.
     """
-    encoding = _ENCODINGS[data_format]
+    encoding = ENCODINGS[data_format]
     assert augmentation is None or encoding.format == "chat", "only chats have variations"
     num_rows = num_truncated = num_skipped = 0
     checks = RowChecks(tokenizer, EvaluationQuestions(evaluation))
     doubts: Counter[Doubt] = Counter()
-    source_rows = _watched(read_rows_and_bad_rows(source, encoding.parse), checks, doubts)
+
+    def checked_rows() -> Iterator[Row[Any] | BadRowError]:
+        for row in read_rows_and_bad_rows(source, encoding.parse):
+            if isinstance(row, Row):
+                doubts.update(warned.doubt for warned in checks.warnings(row.place, row.value))
+            yield row
+
+    rows = checked_rows()
     with replacing(output) as partial:
         partial.mkdir()
         with _ArrayWriter(partial, tokenizer.vocab_size, encoding.rows_per_sample) as arrays:
-            for row in _encoded_rows(source_rows, tokenizer, encoding, max_length, augmentation):
+            for sample in _encoded_ahead(rows, tokenizer, data_format, max_length, augmentation):
                 num_rows += 1
-                if isinstance(row, EncodedSample):
-                    arrays.write(row.rows)
-                    num_truncated += row.is_truncated
+                if isinstance(sample, EncodedSample):
+                    arrays.write(sample.rows)
+                    num_truncated += sample.is_truncated
                 elif on_bad_row == "skip":
-                    _list_skipped(partial / "skipped.jsonl", row)
                     num_skipped += 1
+                    file, line = sample.place
+                    entry = {"file": str(file), "line": line}
+                    entry |= {"fault": sample.fault, "reason": sample.reason}
+                    with (partial / "skipped.jsonl").open("a", encoding="utf-8") as skipped:
+                        skipped.write(json.dumps(entry, ensure_ascii=False) + "\n")
                 else:
-                    raise UserError(f"{row} (data.on_bad_row: skip leaves such rows out).")
+                    raise UserError(f"{sample} (data.on_bad_row: skip leaves such rows out).")
         if num_skipped == num_rows:
             raise UserError(f"{source}: none of its {num_rows} rows can be used.")
         meta = {
@@ -169,11 +183,39 @@ def encode_dataset(
 
 
 def encode_rows(
-    rows: Sequence[Row[Any]], tokenizer: ChatTokenizer, data_format: Format, max_length: int
+    rows: Sequence[Row[Any] | BadRowError],
+    tokenizer: ChatTokenizer,
+    data_format: Format,
+    max_length: int,
+    augmentation: Augmentation | None = None,
+    first_row: int = 0,
 ) -> list[EncodedSample | BadRowError]:
-    """What each row of that format becomes, or why nothing is left of it within the length."""
-    samples = _ENCODINGS[data_format].encode(tokenizer, [row.value for row in rows], max_length)
-    return [_checked(row, sample, max_length) for row, sample in zip(rows, samples, strict=True)]
+    """What each row becomes, with its variations; a bad row, also if nothing is left to train on.
+
+    A variation of which nothing is left to train on gives way to the original.
+    """
+    values: list[Any] = []
+    for number, row in enumerate(rows, first_row):
+        if isinstance(row, Row):
+            values.append(row.value)
+            values += augmentation.copies(row.value, number) if augmentation else []
+    samples = iter(ENCODINGS[data_format].encode(tokenizer, values, max_length))
+    num_copies = augmentation.config.augment_copies if augmentation else 0
+    encoded: list[EncodedSample | BadRowError] = []
+    for row in rows:
+        if isinstance(row, BadRowError):
+            encoded.append(row)
+            continue
+        original, *copies = islice(samples, 1 + num_copies)
+        if not original.is_usable:
+            reason = f"nothing to train on is left of it within {max_length} tokens"
+            advice = "shorten what comes before, or raise max_length"
+            encoded.append(BadRowError(row.place, f"{reason}; {advice}", "length"))
+            continue
+        variants = [original, *(copy if copy.is_usable else original for copy in copies)]
+        varied = [one for variant in variants for one in variant.rows]
+        encoded.append(EncodedSample(varied, any(variant.is_truncated for variant in variants)))
+    return encoded
 
 
 def split_document(document: EncodedRow, max_length: int) -> list[EncodedRow]:
@@ -194,84 +236,29 @@ def split_document(document: EncodedRow, max_length: int) -> list[EncodedRow]:
     ]
 
 
-def _watched(
-    rows: Iterable[Row[Any] | BadRowError], checks: RowChecks, doubts: Counter[Doubt]
-) -> Iterator[Row[Any] | BadRowError]:
-    """The same rows; what is doubtful about them is counted."""
-    for row in rows:
-        if isinstance(row, Row):
-            for warned in checks.warnings(row.place, row.value):
-                doubts[warned.doubt] += 1
-        yield row
-
-
-def _encoded_rows(
+def _encoded_ahead(
     rows: Iterable[Row[Any] | BadRowError],
     tokenizer: ChatTokenizer,
-    encoding: _Encoding,
+    data_format: Format,
     max_length: int,
     augmentation: Augmentation | None,
 ) -> Iterator[EncodedSample | BadRowError]:
-    """What every row of the source becomes, in their order.
+    """What every row becomes, in their order; some batches are encoded ahead by threads.
 
-    Some batches are encoded ahead by threads: the tokenizer leaves Python's lock and uses all
-    cores, while this thread reads what comes next and writes what is done.
+    The tokenizer leaves Python's lock and uses all cores, while this thread reads and writes.
     """
     num_copies = augmentation.config.augment_copies if augmentation else 0
-
-    def encode(
-        first_row: int, batch: list[Row[Any] | BadRowError]
-    ) -> list[EncodedSample | BadRowError]:
-        values = []
-        for number, row in enumerate(batch, first_row):
-            if isinstance(row, Row):
-                values.append(row.value)
-                values += augmentation.copies(row.value, number) if augmentation else []
-        samples = iter(encoding.encode(tokenizer, values, max_length))
-        encoded: list[EncodedSample | BadRowError] = []
-        for row in batch:
-            if isinstance(row, Row):
-                sample = _checked(row, next(samples), max_length)
-                encoded.append(_with_copies(sample, [next(samples) for _ in range(num_copies)]))
-            else:
-                encoded.append(row)
-        return encoded
-
     with ThreadPoolExecutor(BATCHES_AHEAD) as threads:
         ahead: deque[Future[list[EncodedSample | BadRowError]]] = deque()
         num_rows = 0
         for batch in row_batches(rows, 1 + num_copies):
-            ahead.append(threads.submit(encode, num_rows, batch))
+            how = (tokenizer, data_format, max_length, augmentation, num_rows)
+            ahead.append(threads.submit(encode_rows, batch, *how))
             num_rows += len(batch)
             if len(ahead) > BATCHES_AHEAD:
                 yield from ahead.popleft().result()
         while ahead:
             yield from ahead.popleft().result()
-
-
-def _checked(row: Row[Any], sample: EncodedSample, max_length: int) -> EncodedSample | BadRowError:
-    if all(encoded.num_trained for encoded in sample.rows):
-        return sample
-    reason = f"nothing to train on is left of it within {max_length} tokens"
-    advice = "shorten what comes before, or raise max_length"
-    return BadRowError(row.place, f"{reason}; {advice}", "length")
-
-
-def _with_copies(
-    original: EncodedSample | BadRowError, copies: Sequence[EncodedSample]
-) -> EncodedSample | BadRowError:
-    """The original's rows and those of its variations.
-
-    A variation that became too long to leave anything to train on gives way to the original.
-    """
-    if isinstance(original, BadRowError) or not copies:
-        return original
-    usable = [copy if all(row.num_trained for row in copy.rows) else original for copy in copies]
-    samples = [original, *usable]
-    return EncodedSample(
-        [row for sample in samples for row in sample.rows],
-        is_truncated=any(sample.is_truncated for sample in samples),
-    )
 
 
 def row_batches(
@@ -308,8 +295,7 @@ def _encode_preferences(
     tokenizer: ChatTokenizer, pairs: list[Preference], max_length: int
 ) -> list[EncodedSample]:
     chats = [pair.prompt + side for pair in pairs for side in (pair.chosen, pair.rejected)]
-    # Assistant turns of the prompt are not compared.
-    num_context = [len(pair.prompt) for pair in pairs for _ in range(2)]
+    num_context = [len(pair.prompt) for pair in pairs for _ in range(2)]  # is not compared
     rows = tokenizer.encode_chats(chats, num_context)
     return [_cut(rows[i : i + 2], max_length) for i in range(0, len(rows), 2)]
 
@@ -319,11 +305,11 @@ def _cut(rows: list[EncodedRow], max_length: int) -> EncodedSample:
     return EncodedSample(cut, is_truncated=any(len(row.ids) > max_length for row in rows))
 
 
-_ENCODINGS: dict[Format, _Encoding] = {
-    "text": _Encoding(parse_text, _encode_texts, "text", 1),
-    "chat": _Encoding(parse_chat, _encode_chats, "chat", 1),
-    "reason": _Encoding(parse_reasoning, _encode_chats, "chat", 1),
-    "preference": _Encoding(parse_preference, _encode_preferences, "preference", 2),
+ENCODINGS: dict[Format, Encoding] = {
+    "text": Encoding(parse_text, _encode_texts, "text", 1),
+    "chat": Encoding(parse_chat, _encode_chats, "chat", 1),
+    "reason": Encoding(parse_reasoning, _encode_chats, "chat", 1),
+    "preference": Encoding(parse_preference, _encode_preferences, "preference", 2),
 }
 
 
@@ -332,16 +318,17 @@ class _ArrayWriter(ExitStack):
 
     def __init__(self, directory: Path, vocab_size: int, rows_per_sample: int) -> None:
         super().__init__()
-        self.token_dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-        self._typecode = "H" if vocab_size <= 2**16 else "I"
+        self.token_dtype, self._typecode = (
+            ("uint16", "H") if vocab_size <= 2**16 else ("uint32", "I")
+        )
         self._rows_per_sample = rows_per_sample
         self.num_rows = self.num_tokens = self.num_trained = self.num_sources = 0
         self._tokens, self._loss_mask, self._offsets, self._trained_offsets, self._sources = (
             self.enter_context((directory / f"{name}.bin").open("wb"))
             for name in ("tokens", "loss_mask", "offsets", "trained_offsets", "sources")
         )
-        self._write_offsets()
-        self._write_source()
+        for index in (self._offsets, self._trained_offsets, self._sources):
+            index.write(array("q", [0]))
 
     def write(self, rows: Iterable[EncodedRow]) -> None:
         """Append what one row of the source became."""
@@ -351,24 +338,7 @@ class _ArrayWriter(ExitStack):
             self.num_rows += 1
             self.num_tokens += len(row.ids)
             self.num_trained += row.num_trained
-            self._write_offsets()
+            self._offsets.write(array("q", [self.num_tokens]))
+            self._trained_offsets.write(array("q", [self.num_trained]))
         self.num_sources += 1
-        self._write_source()
-
-    def _write_offsets(self) -> None:
-        self._offsets.write(array("q", [self.num_tokens]))
-        self._trained_offsets.write(array("q", [self.num_trained]))
-
-    def _write_source(self) -> None:
         self._sources.write(array("q", [self.num_rows // self._rows_per_sample]))
-
-
-def _list_skipped(file: Path, row: BadRowError) -> None:
-    entry = {
-        "file": str(row.place.file),
-        "line": row.place.line,
-        "fault": row.fault,
-        "reason": row.reason,
-    }
-    with file.open("a", encoding="utf-8") as skipped:
-        skipped.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -10,7 +10,6 @@ sources.bin          int64 [sources + 1], samples before each row of the source,
 meta.json            the sizes of these, the row format and the tokenizer's fingerprint
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,27 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from minimind.chat.tokenizer import ChatTokenizer, EncodedRow
+from minimind.chat.tokenizer import TAG, ChatTokenizer, EncodedRow
 from minimind.errors import UserError
 
-LARGEST_CLASS = 2
 ROWS_AT_A_TIME = 2**16  # of a check: bounds its memory
+
+
+class _Meta(BaseModel, strict=True):
+    """meta.json."""
+
+    format: str
+    rows: PositiveInt
+    sources: PositiveInt
+    tokens: int
+    trained_tokens: int
+    token_dtype: Literal["uint16", "uint32"]
+    rows_per_sample: int = Field(ge=1, le=2)
+    tokenizer: str
+    max_length: int
+    copies: NonNegativeInt = 0
 
 
 @dataclass(frozen=True)
@@ -49,28 +63,26 @@ class EncodedDataset:
         """Map the arrays of a data set.
 
         Raises:
-            UserError: a file is missing, its size is not what meta.json says, or the arrays
-                contradict one another.
+            UserError: a file is missing or of another size than meta.json says, or they disagree.
         """
         meta = _read_meta(directory / "meta.json")
-        rows, num_tokens, num_sources = meta["rows"], meta["tokens"], meta["sources"]
         dataset = cls(
             directory=directory,
-            format=meta["format"],
-            rows=rows,
-            num_sources=num_sources,
-            rows_per_sample=meta["rows_per_sample"],
-            max_length=meta["max_length"],
-            copies=meta.get("copies", 0),
-            tokenizer=meta["tokenizer"],
-            tokens=_map(directory / "tokens.bin", np.dtype(meta["token_dtype"]), num_tokens),
-            loss_mask=_map(directory / "loss_mask.bin", np.dtype(np.uint8), num_tokens),
-            offsets=_map(directory / "offsets.bin", np.dtype(np.int64), rows + 1),
-            trained_offsets=_map(directory / "trained_offsets.bin", np.dtype(np.int64), rows + 1),
-            sources=_map(directory / "sources.bin", np.dtype(np.int64), num_sources + 1),
+            format=meta.format,
+            rows=meta.rows,
+            num_sources=meta.sources,
+            rows_per_sample=meta.rows_per_sample,
+            max_length=meta.max_length,
+            copies=meta.copies,
+            tokenizer=meta.tokenizer,
+            tokens=_map(directory / "tokens.bin", meta.token_dtype, meta.tokens),
+            loss_mask=_map(directory / "loss_mask.bin", "uint8", meta.tokens),
+            offsets=_map(directory / "offsets.bin", "int64", meta.rows + 1),
+            trained_offsets=_map(directory / "trained_offsets.bin", "int64", meta.rows + 1),
+            sources=_map(directory / "sources.bin", "int64", meta.sources + 1),
         )
         ends = [int(dataset.offsets[-1]), int(dataset.trained_offsets[-1])]
-        if ends != [num_tokens, meta["trained_tokens"]]:
+        if ends != [meta.tokens, meta.trained_tokens]:
             raise UserError(f"{directory} does not agree with its meta.json; encode it again.")
         dataset._check_rows()
         return dataset
@@ -105,7 +117,6 @@ class EncodedDataset:
         lengths, trained = [len(row.ids) for row in cut], [row.num_trained for row in cut]
         num_samples = len(cut) // rows_per_sample
         ids = np.concatenate([np.asarray(row.ids) for row in cut])
-        small = tokenizer.vocab_size <= 2**16
         return cls(
             directory=Path("rows in memory"),
             format=row_format,
@@ -115,7 +126,7 @@ class EncodedDataset:
             max_length=max_length or max(lengths),
             copies=0,
             tokenizer=tokenizer.fingerprint,
-            tokens=ids.astype(np.uint16) if small else ids.astype(np.uint32),
+            tokens=ids.astype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32"),
             loss_mask=np.frombuffer(b"".join(row.loss_mask for row in cut), dtype=np.uint8),
             offsets=np.cumsum([0, *lengths], dtype=np.int64),
             trained_offsets=np.cumsum([0, *trained], dtype=np.int64),
@@ -155,24 +166,19 @@ class EncodedDataset:
             )
 
     def _check_rows(self) -> None:
-        """Each source row has a sample or more, each row a token or more, and as many trained ones
-        as the index says.
-        """
+        """Each source row has a sample, each row a token, and as many trained as indexed."""
         damaged = UserError(f"{self.directory} contradicts itself; encode it again.")
         if (
             self.offsets[0]
             or self.trained_offsets[0]
+            or self.sources[0]
             or (self.offsets[1:] <= self.offsets[:-1]).any()
-        ):
-            raise damaged
-        if (
-            self.sources[0]
-            or self.sources[-1] != self.num_samples
             or (self.sources[1:] <= self.sources[:-1]).any()
             or (np.diff(self.sources) % (1 + self.copies)).any()
+            or self.sources[-1] != self.num_samples
+            or self.rows % self.rows_per_sample
+            or self.loss_mask.max() > TAG
         ):
-            raise damaged
-        if self.rows % self.rows_per_sample or self.loss_mask.max() > LARGEST_CLASS:
             raise damaged
         for start in range(0, self.rows, ROWS_AT_A_TIME):
             bounds = self.offsets[start : start + ROWS_AT_A_TIME + 1]
@@ -184,39 +190,22 @@ class EncodedDataset:
                 raise damaged  # a row's first token has nothing to be predicted from
 
 
-def _read_meta(file: Path) -> dict[str, Any]:
+def _read_meta(file: Path) -> _Meta:
     if not file.is_file():
         raise UserError(f"{file} is missing; {file.parent} must be written by the encode stage.")
-    types = {
-        "format": str,
-        "rows": int,
-        "sources": int,
-        "tokens": int,
-        "trained_tokens": int,
-        "token_dtype": str,
-        "rows_per_sample": int,
-        "tokenizer": str,
-        "max_length": int,
-    }
     try:
-        meta: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        valid = all(type(meta[key]) is expected for key, expected in types.items())
-        valid = valid and meta["token_dtype"] in ("uint16", "uint32")
-        valid = valid and meta["rows_per_sample"] in (1, 2) and 0 < meta["rows"] <= meta["tokens"]
-        valid = valid and 0 < meta["sources"] <= meta["rows"]
-        copies = meta.get("copies", 0)
-        valid = valid and type(copies) is int and copies >= 0
-    except (ValueError, KeyError, TypeError, RecursionError):
-        valid = False
-    if not valid:
+        meta = _Meta.model_validate_json(file.read_bytes())
+    except ValidationError:
+        meta = None
+    if meta is None or not meta.sources <= meta.rows <= meta.tokens:
         raise UserError(f"{file} is damaged; encode the data set again.")
     return meta
 
 
-def _map(file: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
+def _map(file: Path, dtype: str, length: int) -> NDArray[Any]:
     if not file.is_file():
         raise UserError(f"{file} is missing; encode the data set again.")
-    expected, found = length * dtype.itemsize, file.stat().st_size
+    expected, found = length * np.dtype(dtype).itemsize, file.stat().st_size
     if found != expected:
         raise UserError(
             f"{file} has {found} bytes, but meta.json calls for {expected}; "

@@ -2,13 +2,15 @@
 
 A source is a file or a folder of ``*.jsonl`` shards, taken in the order of their names. Files are
 UTF-8, one JSON object a line. Byte order marks, Windows line ends and blank lines are accepted;
-blank lines count in line numbers. Keys that a format does not name are ignored.
+keys that a format does not name are ignored.
 """
 
 import codecs
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -29,7 +31,7 @@ Fault = Literal[
 ]
 """Why a row cannot be used, in a word; docs/data.md has their meaning."""
 
-_TAG_PATTERN = re.compile("|".join(TAGS))
+TAG_PATTERN = re.compile("|".join(TAGS))
 _REASONING_PATTERN = re.compile(
     r"\s*<think>(?P<thought>.*)</think>\s*<answer>(?P<answer>.*)</answer>\s*", re.DOTALL
 )
@@ -48,7 +50,7 @@ class Place(NamedTuple):
 class FaultError(UserError):
     """What is wrong with a row, wherever it stands."""
 
-    def __init__(self, fault: Fault, reason: str) -> None:
+    def __init__(self, reason: str, fault: Fault = "schema") -> None:
         super().__init__(reason)
         self.fault = fault
 
@@ -104,13 +106,25 @@ def read_rows_and_bad_rows(
     for place, line in _read_lines(source):
         try:
             yield Row(place, parse(_parse_json(line)), len(line))
-        except FaultError as error:
-            yield BadRowError(place, str(error), error.fault)
         except UserError as error:
-            yield BadRowError(place, str(error))
+            yield BadRowError(place, str(error), getattr(error, "fault", "schema"))
 
 
-def source_files(source: Path) -> list[Path]:
+def read_texts(source: Path) -> Iterator[str]:
+    """Texts of ``{"text"}`` rows, and each content of chats; raises as :func:`read_rows` does."""
+
+    def parse(record: Record) -> list[str]:
+        if "text" in record:
+            return [parse_text(record)]
+        if "conversations" in record:
+            return [message["content"] for message in parse_chat(record)]
+        raise UserError('it has neither "text" nor "conversations"; a row must have one of them')
+
+    for row in read_rows(source, parse):
+        yield from row.value
+
+
+def _source_files(source: Path) -> list[Path]:
     """The file itself, or a folder's shards by name."""
     if source.is_dir():
         shards = sorted(f for f in source.glob("*.jsonl") if not f.name.startswith("."))
@@ -133,14 +147,25 @@ def parse_chat(record: Record) -> list[Message]:
 
 
 def parse_reasoning(record: Record) -> list[Message]:
-    """A chat whose every assistant turn is ``<think>T</think> <answer>A</answer>``.
-
-    White space between and around the two is accepted, and any text but tags inside them.
-    """
+    """A chat whose every assistant turn is ``<think>T</think> <answer>A</answer>``."""
     messages = parse_chat(record)
     for number, message in enumerate(messages, 1):
-        if message["role"] == "assistant":
-            _check_reasoning(message["content"], f"turn {number}")
+        if message["role"] != "assistant":
+            continue
+        tags = TAG_PATTERN.findall(message["content"])
+        if tags != list(TAGS):
+            found, needed = " ".join(tags) or "none", " ".join(TAGS)
+            reason = f"turn {number} has the tags {found}; it must have {needed}, each once"
+            raise FaultError(reason, "tags")
+        match = _REASONING_PATTERN.fullmatch(message["content"])
+        if not match:
+            form = "<think>...</think> <answer>...</answer>"
+            reason = f"turn {number} has text outside its tags; it must be {form}"
+            raise FaultError(reason, "tags")
+        for name, text in match.groupdict().items():
+            if not text.strip():
+                reason = f"turn {number} has an empty {name}; write one between its tags"
+                raise FaultError(reason, "empty")
     return messages
 
 
@@ -149,45 +174,34 @@ def parse_preference(record: Record) -> Preference:
 
     The prompt of two lists is their shared beginning; they may differ before their last turn.
     """
-    chosen_form = _get(record, "chosen")
-    if not isinstance(chosen_form, str | list):
-        raise FaultError(
-            "schema", f"chosen is {_kind(chosen_form)}; it must be a string or list of messages"
+    form = _get(record, "chosen")
+    if isinstance(form, str):
+        prompt: Message = {"role": "user", "content": _text(record, "prompt")}
+        chosen, rejected = (
+            [prompt, {"role": "assistant", "content": _text(record, side)}]
+            for side in ("chosen", "rejected")
         )
-    if isinstance(chosen_form, str):
-        prompt: list[Message] = [{"role": "user", "content": _text(record, "prompt")}]
-        chosen: list[Message] = [{"role": "assistant", "content": _text(record, "chosen")}]
-        rejected: list[Message] = [{"role": "assistant", "content": _text(record, "rejected")}]
-        if chosen == rejected:
-            raise FaultError("identical", "chosen and rejected are identical; a pair must differ")
-        return Preference(prompt, chosen, rejected)
-
-    if isinstance(record.get("prompt"), list):
-        raise FaultError(
-            "schema",
-            "prompt is a list; put its messages at the beginning of both chosen and rejected",
-        )
-    chosen, rejected = _messages(record, "chosen"), _messages(record, "rejected")
+    elif not isinstance(form, list):
+        raise FaultError(f"chosen is {_kind(form)}; it must be a string or list of messages")
+    elif isinstance(record.get("prompt"), list):
+        advice = "put its messages at the beginning of both chosen and rejected"
+        raise FaultError(f"prompt is a list; {advice}")
+    else:
+        chosen, rejected = _messages(record, "chosen"), _messages(record, "rejected")
     if chosen == rejected:
-        raise FaultError("identical", "chosen and rejected are identical; a pair must differ")
-    num_shared = 0
-    for one, other in zip(chosen, rejected, strict=False):
-        if one != other:
-            break
-        num_shared += 1
+        raise FaultError("chosen and rejected are identical; a pair must differ", "identical")
+    pairs = zip(chosen, rejected, strict=False)
+    num_shared = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
     if num_shared == 0:
-        raise FaultError(
-            "schema", "chosen and rejected share no beginning; both must begin with the prompt"
-        )
-    prompt = chosen[:num_shared]
+        raise FaultError("chosen and rejected share no beginning; both must begin with the prompt")
     for side, messages in (("chosen", chosen), ("rejected", rejected)):
         if not any(message["role"] == "assistant" for message in messages[num_shared:]):
             raise FaultError(
-                "order",
                 f"{side} has no assistant turn after the {num_shared} turns that both sides share; "
                 "there must be one to compare",
+                "order",
             )
-    return Preference(prompt, chosen[num_shared:], rejected[num_shared:])
+    return Preference(chosen[:num_shared], chosen[num_shared:], rejected[num_shared:])
 
 
 def parse_prompt(record: Record) -> Prompt:
@@ -197,12 +211,11 @@ def parse_prompt(record: Record) -> Prompt:
 
 
 def _read_lines(source: Path) -> Iterator[tuple[Place, bytes]]:
-    for path in source_files(source):
+    for path in _source_files(source):
         has_rows = False
         with path.open("rb") as file:
-            number = 0
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
+            lines = iter(partial(file.readline, MAX_LINE_BYTES + 1), b"")
+            for number, line in enumerate(lines, 1):
                 place = Place(path, number)
                 if len(line) > MAX_LINE_BYTES:
                     limit = f"{MAX_LINE_BYTES // 2**20} MiB"
@@ -220,87 +233,60 @@ def _parse_json(line: bytes) -> Record:
         record = json.loads(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         byte = f"0x{line[error.start]:02x} at byte {error.start + 1}"
-        raise FaultError("encoding", f"not UTF-8 ({byte}); save the file as UTF-8") from None
+        raise FaultError(f"not UTF-8 ({byte}); save the file as UTF-8", "encoding") from None
     except json.JSONDecodeError as error:
-        raise FaultError(
-            "json",
-            f"broken JSON at column {error.colno}: {error.msg}; write one whole object a line",
-        ) from None
+        reason = f"broken JSON at column {error.colno}: {error.msg}; write one whole object a line"
+        raise FaultError(reason, "json") from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
-        raise FaultError(
-            "json", f"JSON that cannot be read: {error}; write one object a line"
-        ) from None
+        reason = f"JSON that cannot be read: {error}; write one object a line"
+        raise FaultError(reason, "json") from None
     if not isinstance(record, dict):
-        raise FaultError("schema", f"the row is {_kind(record)}; it must be a JSON object")
+        raise FaultError(f"the row is {_kind(record)}; it must be a JSON object")
     return record
 
 
 def _messages(record: Record, key: str) -> list[Message]:
     found = _get(record, key)
     if not isinstance(found, list):
-        raise FaultError("schema", f"{key} is {_kind(found)}; it must be a list of messages")
+        raise FaultError(f"{key} is {_kind(found)}; it must be a list of messages")
     messages: list[Message] = []
     for number, message in enumerate(found, 1):
         turn = f"{key}, turn {number}"
         if not isinstance(message, dict):
-            raise FaultError(
-                "schema", f'{turn} is {_kind(message)}; it must be {{"role", "content"}}'
-            )
-        role = _get(message, "role", turn)
+            raise FaultError(f'{turn} is {_kind(message)}; it must be {{"role", "content"}}')
+        role = _get(message, "role", f"{turn}: ")
         if role not in ROLES:
-            raise FaultError(
-                "role", f"{turn}: role is {_shown(role)}; allowed are {', '.join(ROLES)}"
-            )
+            allowed = ", ".join(ROLES)
+            raise FaultError(f"{turn}: role is {_shown(role)}; allowed are {allowed}", "role")
         if role == "system" and number > 1:
-            raise FaultError("order", f"{turn}: role is 'system'; only the first turn may be")
+            raise FaultError(f"{turn}: role is 'system'; only the first turn may be", "order")
         if role == "tool" and number == 1:
-            raise FaultError("order", f"{turn}: role is 'tool'; a chat begins with system or user")
-        messages.append({"role": role, "content": _text(message, "content", turn)})
+            raise FaultError(f"{turn}: role is 'tool'; a chat begins with system or user", "order")
+        messages.append({"role": role, "content": _text(message, "content", f"{turn}: ")})
     if not any(message["role"] == "assistant" for message in messages):
-        raise FaultError("order", f"{key} has no assistant turn; there must be one to learn from")
+        raise FaultError(f"{key} has no assistant turn; there must be one to learn from", "order")
     return messages
-
-
-def _check_reasoning(content: str, turn: str) -> None:
-    tags = _TAG_PATTERN.findall(content)
-    if tags != list(TAGS):
-        found = " ".join(tags) or "none"
-        raise FaultError(
-            "tags", f"{turn} has the tags {found}; it must have {' '.join(TAGS)}, each once"
-        )
-    match = _REASONING_PATTERN.fullmatch(content)
-    if not match:
-        raise FaultError(
-            "tags",
-            f"{turn} has text outside its tags; it must be <think>...</think> <answer>...</answer>",
-        )
-    for name, text in match.groupdict().items():
-        if not text.strip():
-            raise FaultError("empty", f"{turn} has an empty {name}; write one between its tags")
 
 
 def _text(record: Record, key: str, where: str = "") -> str:
     value = _get(record, key, where)
-    name = f"{where}: {key}" if where else key
     if not isinstance(value, str):
-        raise FaultError("schema", f"{name} is {_kind(value)}; it must be a string")
+        raise FaultError(f"{where}{key} is {_kind(value)}; it must be a string")
     if not value or value.isspace():
-        raise FaultError("empty", f"{name} is empty; it must hold text")
+        raise FaultError(f"{where}{key} is empty; it must hold text", "empty")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         half = f"\\u{ord(value[error.start]):04x}"
-        raise FaultError(
-            "encoding", f"{name} has half a character ({half}); write both halves"
-        ) from None
+        reason = f"{where}{key} has half a character ({half}); write both halves"
+        raise FaultError(reason, "encoding") from None
     return value
 
 
 def _get(record: Record, key: str, where: str = "") -> Any:
     if key not in record:
         found = ", ".join(_shown(found) for found in list(record)[:8]) or "none"
-        name = f"{where}: {key}" if where else key
-        raise FaultError("schema", f"{name} is missing; the keys found are {found}")
+        raise FaultError(f"{where}{key} is missing; the keys found are {found}")
     return record[key]
 
 
@@ -324,21 +310,3 @@ def _shown(value: Any) -> str:
     """A value in at most 40 printable characters."""
     shown = repr(value)
     return shown if len(shown) <= 40 else shown[:37] + "..."
-
-
-def read_texts(source: Path) -> Iterator[str]:
-    """Texts of a JSONL file or folder of them: ``{"text"}`` rows, or each content of a chat.
-
-    Raises:
-        UserError: a row is neither; the message names file and line.
-    """
-
-    def parse(record: dict[str, Any]) -> list[str]:
-        if "text" in record:
-            return [parse_text(record)]
-        if "conversations" in record:
-            return [message["content"] for message in parse_chat(record)]
-        raise UserError('it has neither "text" nor "conversations"; a row must have one of them')
-
-    for row in read_rows(source, parse):
-        yield from row.value

@@ -5,7 +5,7 @@ Errors are what stage encode refuses. Warnings are what it accepts and counts
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,19 +13,15 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from minimind.chat.template import Message
 from minimind.chat.tokenizer import CONTROL_TOKENS, TAGS, ChatTokenizer
-from minimind.datasets.encode import Format, encode_rows, row_batches
+from minimind.datasets.encode import ENCODINGS, EncodedSample, encode_rows, row_batches
 from minimind.datasets.formats import (
+    TAG_PATTERN,
     BadRowError,
     Fault,
     Place,
     Preference,
-    Record,
     Row,
-    parse_chat,
-    parse_preference,
     parse_prompt,
-    parse_reasoning,
-    parse_text,
     read_rows_and_bad_rows,
 )
 from minimind.datasets.near_duplicates import NearDuplicates
@@ -51,7 +47,6 @@ _MAY_FOLLOW: Mapping[str | None, Sequence[str]] = {
     "tool": ("assistant", "tool"),
 }
 _MAY_BE_TAGS: Sequence[Sequence[str]] = ([], list(TAGS), list(TAGS[:2]), list(TAGS[2:]))
-_TAG_PATTERN = re.compile("|".join(TAGS))
 _CONTROL_PATTERN = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
 # What text shows that was once decoded as something it is not: the sign for undecodable bytes,
 # control characters, and UTF-8 read as Latin-1 or Windows-1252 ("Ã©" for "é").
@@ -85,16 +80,12 @@ class Against:
 
 
 def detect_format(source: Path) -> LintFormat:
-    """The format whose keys the first rows have.
-
-    Raises:
-        UserError: none of the first rows has the keys of a format.
-    """
+    """The format whose keys the first rows have; raises UserError if they have those of none."""
     rows = list(islice(read_rows_and_bad_rows(source, lambda r: r), _ROWS_TO_DETECT))
     for row in rows:
         match row.value if isinstance(row, Row) else {}:
             case {"conversations": messages}:
-                return "reason" if _TAG_PATTERN.search(str(messages)) else "chat"
+                return "reason" if TAG_PATTERN.search(str(messages)) else "chat"
             case {"chosen": _} | {"rejected": _}:
                 return "preference"
             case {"text": _}:
@@ -117,56 +108,34 @@ def lint(
 ) -> Iterator[list[Finding]]:
     """What is found in each row of a source, as a stream; for most rows nothing.
 
-    Args:
-        tokenizer: to look for characters it does not give back; None looks for none.
-        max_length: tokens a row may have, as in ``encode.<name>.max_length``; None is any number.
+    tokenizer: to look for characters it does not give back; None looks for none.
+    max_length: tokens a row may have, as in ``encode.<name>.max_length``; None is any number.
 
     Raises:
         UserError: the source is missing, has no rows, or a line without end.
     """
     assert max_length is None or tokenizer, "lengths are counted in tokens"
     checks = RowChecks(tokenizer, against.exact)
-    for batch in row_batches(read_rows_and_bad_rows(source, _PARSERS[data_format]), 1):
-        too_long: dict[Place, Finding] = {}
+    parse = parse_prompt if data_format == "prompts" else ENCODINGS[data_format].parse
+    for batch in row_batches(read_rows_and_bad_rows(source, parse), 1):
+        encoded: Sequence[Row[Any] | EncodedSample | BadRowError] = batch
         if tokenizer and max_length and data_format != "prompts":
-            good = [row for row in batch if isinstance(row, Row)]
-            too_long = _too_long(good, tokenizer, data_format, max_length)
-        for row in batch:
-            if isinstance(row, BadRowError):
-                yield [_error(row)]
-                continue
-            place, value, _ = row
-            warned = [*checks.warnings(place, value), *_doubts(value, data_format)]
-            if not any(one.doubt == "overlap" for one in warned):
-                warned += _near_overlap(value, against)
-            findings = [Finding(place, "warning", *one) for one in warned]
-            yield [too_long[place], *findings] if place in too_long else findings
-
-
-def _too_long(
-    rows: Sequence[Row[Any]], tokenizer: ChatTokenizer, data_format: Format, max_length: int
-) -> dict[Place, Finding]:
-    found = {}
-    encoded = encode_rows(rows, tokenizer, data_format, max_length)
-    for row, sample in zip(rows, encoded, strict=True):
-        if isinstance(sample, BadRowError):
-            found[row.place] = _error(sample)
-        elif sample.is_truncated:
-            message = f"longer than {max_length} tokens; its end will be cut off"
-            found[row.place] = Finding(row.place, "warning", "truncated", message)
-    return found
-
-
-def _near_overlap(value: Any, against: Against) -> list[Warned]:
-    near = against.near and against.near.find(value)
-    if not near:
-        return []
-    message = f"asks nearly what {near.place} asks ({near.similarity:.0%} the same)"
-    return [Warned("near_overlap", f"{message}, which is for evaluation")]
-
-
-def _error(row: BadRowError) -> Finding:
-    return Finding(row.place, "error", row.fault, row.reason)
+            encoded = encode_rows(batch, tokenizer, data_format, max_length)
+        for row, sample in zip(batch, encoded, strict=True):
+            findings = []
+            if isinstance(sample, BadRowError):
+                findings.append(Finding(sample.place, "error", sample.fault, sample.reason))
+            elif isinstance(sample, EncodedSample) and sample.is_truncated:
+                message = f"longer than {max_length} tokens; its end will be cut off"
+                findings.append(Finding(row.place, "warning", "truncated", message))
+            if isinstance(row, Row):
+                warned = [*checks.warnings(row.place, row.value), *_doubts(row.value, data_format)]
+                is_overlap = any(one.doubt == "overlap" for one in warned)
+                if against.near and not is_overlap and (near := against.near.find(row.value)):
+                    message = f"asks nearly what {near[0]} asks ({near[1]:.0%} the same)"
+                    warned.append(Warned("near_overlap", f"{message}, which is for evaluation"))
+                findings += [Finding(row.place, "warning", *one) for one in warned]
+            yield findings
 
 
 def _doubts(value: Any, data_format: LintFormat) -> Iterator[Warned]:
@@ -192,7 +161,7 @@ def _turn_doubts(messages: Sequence[Message], side: str) -> Iterator[Warned]:
     yield from _order_doubts(messages, side)
     for number, message in enumerate(messages, 1):
         if message["role"] == "assistant":
-            tags = _TAG_PATTERN.findall(message["content"])
+            tags = TAG_PATTERN.findall(message["content"])
             if tags not in _MAY_BE_TAGS:
                 yield Warned(
                     "tags", f"{side}turn {number} has the tags {' '.join(tags)}; some lack a pair"
@@ -211,12 +180,3 @@ def _order_doubts(messages: Sequence[Message], side: str) -> Iterator[Warned]:
         before = role
     if before != "assistant":
         yield Warned("order", f"{side}the last turn is {before}; it is not trained on")
-
-
-_PARSERS: dict[LintFormat, Callable[[Record], Any]] = {
-    "text": parse_text,
-    "chat": parse_chat,
-    "reason": parse_reasoning,
-    "preference": parse_preference,
-    "prompts": parse_prompt,
-}

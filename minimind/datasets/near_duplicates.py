@@ -8,9 +8,10 @@ questions are kept.
 """
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from zlib import crc32
 
 from minimind.datasets.formats import Place, read_rows
@@ -20,17 +21,10 @@ SHINGLE = 5  # characters
 _NUM_PERM = 128
 # Of false candidates and missed ones: the former cost a comparison each, the latter are lost.
 _WEIGHTS = (0.1, 0.9)
-_STEP = 4096
+_STEP = 4096  # shingles; each makes a table of all permutations of them
 
 _NOT_IN_WORDS = re.compile(r"[\W_]+")
 _NUMBER = re.compile(r"\d+")
-
-
-class Near(NamedTuple):
-    """An evaluation question, and how similar something is to it."""
-
-    place: Place
-    similarity: float
 
 
 class NearDuplicates:
@@ -52,9 +46,9 @@ class NearDuplicates:
                     self._questions.append((place, question))
                     self._most_shingles = max(self._most_shingles, len(found))
 
-    def find(self, value: Any) -> Near | None:
-        """The evaluation question most similar to one of the row's, if similar enough."""
-        nearest = None
+    def find(self, value: Any) -> tuple[Place, float] | None:
+        """The evaluation question most similar to one of the row's, if similar enough, and how."""
+        nearest: tuple[Place, float] | None = None
         for question in questions(value):
             # No set with more is similar enough to any of those in the index.
             found = shingles(question, int(self._most_shingles / self._similarity))
@@ -64,35 +58,30 @@ class NearDuplicates:
                 place, other = self._questions[index]
                 if numbers(other) != numbers(question):
                     continue
-                similarity = jaccard(found, shingles(other) or set())
-                if similarity >= max(self._similarity, nearest.similarity if nearest else 0):
-                    nearest = Near(place, similarity)
+                similarity = jaccard(found, shingles(other))
+                if similarity >= (nearest[1] if nearest else self._similarity):
+                    nearest = (place, similarity)
         return nearest
 
     def _minhash(self, found: set[str]) -> Any:
         minhash = self._hasher.copy()
         ordered = [shingle.encode() for shingle in found]
-        # Each step makes a table of all permutations of so many shingles.
         for start in range(0, len(ordered), _STEP):
             minhash.update_batch(ordered[start : start + _STEP])
         return minhash
 
 
-def shingles(text: str, most: int | None = None) -> set[str] | None:
+def shingles(text: str, most: int = sys.maxsize) -> set[str]:
     """All runs of five characters of a text, or a shorter text as a whole.
 
-    None if there are more than ``most``, which is noticed without making them all.
+    None of a text that has more than ``most``, which is noticed without making them all.
     """
     text = words(text)
-    if len(text) <= SHINGLE:
-        return {text} if text else set()
     found: set[str] = set()
-    num_shingles = len(text) - SHINGLE + 1
-    for start in range(0, num_shingles, _STEP):
-        end = min(start + _STEP, num_shingles)
-        found.update(text[i : i + SHINGLE] for i in range(start, end))
-        if most is not None and len(found) > most:
-            return None
+    for start in range(max(1, len(text) - SHINGLE + 1)) if text else ():
+        found.add(text[start : start + SHINGLE])
+        if len(found) > most:
+            return set()
     return found
 
 

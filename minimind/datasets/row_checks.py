@@ -7,6 +7,7 @@ is a hash and a place, 16 bytes of a table that is up to two thirds full.
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -75,13 +76,13 @@ class FirstSeen:
     def __init__(self) -> None:
         self._files: list[Path] = []
         self._num_values = 0
-        self._make_slots(2**12)
+        self._keys, self._places = _slots(2**12), _slots(2**12)
 
     def place_of(self, value: Any, place: Place) -> Place | None:
         """Where an equal value stood; None, and ``place`` is remembered, if there was none."""
         if not self._files or self._files[-1] is not place.file:
             self._files.append(place.file)
-        key = hash64(repr(value)) or 1  # 0 marks an empty slot
+        key = _hash64(repr(value)) or 1  # 0 marks an empty slot
         slot = self._slot_of(key)
         if self._keys[slot]:
             file, line = divmod(self._places[slot], 2**_LINE_BITS)
@@ -103,14 +104,15 @@ class FirstSeen:
 
     def _grow(self) -> None:
         keys, places = self._keys, self._places
-        self._make_slots(2 * len(keys))
+        self._keys, self._places = _slots(2 * len(keys)), _slots(2 * len(keys))
         for key, place in zip(keys, places, strict=True):
             if key:
                 slot = self._slot_of(key)
                 self._keys[slot], self._places[slot] = key, place
 
-    def _make_slots(self, num_slots: int) -> None:
-        self._keys, self._places = (array("Q", bytes(8 * num_slots)) for _ in range(2))
+
+def _slots(number: int) -> "array[int]":
+    return array("Q", bytes(8 * number))
 
 
 class EvaluationQuestions:
@@ -124,10 +126,8 @@ class EvaluationQuestions:
 
     def place_of(self, value: Any) -> Place | None:
         """Where the first question of ``value`` that is for evaluation stands."""
-        if not self._places:
-            return None
-        hashes = map(_question_hash, questions(value))
-        return next((self._places[hash] for hash in hashes if hash in self._places), None)
+        places = map(self._places.get, map(_question_hash, questions(value)))
+        return next(filter(None, places), None) if self._places else None
 
 
 class LostCharacters:
@@ -135,18 +135,17 @@ class LostCharacters:
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._kept: set[str] = set()
-        self._lost: set[str] = set()
+        self._is_kept: dict[str, bool] = {}
 
     def of(self, texts: Iterable[str]) -> list[str]:
         """Characters of ``texts`` that are lost, sorted; each is tried out once only."""
         found = set().union(*texts)
-        for character in found - self._kept - self._lost:
+        for character in found - self._is_kept.keys():
             # Between letters: tokenizers may join accents to them, or strip space at an end.
             text = f"a{character}a"
-            is_kept = self._tokenizer.decode(self._tokenizer.encode_text(text)) == text
-            (self._kept if is_kept else self._lost).add(character)
-        return sorted(found & self._lost)
+            back = self._tokenizer.decode(self._tokenizer.encode_text(text))
+            self._is_kept[character] = back == text
+        return sorted(character for character in found if not self._is_kept[character])
 
 
 def parse_question(record: Record) -> str:
@@ -157,34 +156,26 @@ def parse_question(record: Record) -> str:
         return parse_prompt({"prompt": record["prompt"]}).prompt
     if "text" in record:
         return parse_text(record)
-    raise FaultError("schema", "there must be one of the keys prompt, text, conversations")
+    raise FaultError("there must be one of the keys prompt, text, conversations")
 
 
 def questions(value: Any) -> list[str]:
     """What a row asks: a text as a whole; a user's turns, each and all together."""
-    match value:
-        case str():
-            return [value]
-        case Prompt():
-            return [value.prompt]
-        case Preference():
-            turns = _user_turns(value.prompt)
-        case _:
-            turns = _user_turns(value)
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Prompt):
+        return [value.prompt]
+    turns = _user_turns(value.prompt if isinstance(value, Preference) else value)
     return turns if len(turns) < 2 else [*turns, "\n".join(turns)]
 
 
 def texts(value: Any) -> list[str]:
     """All text of a row."""
-    match value:
-        case str():
-            return [value]
-        case Prompt():
-            return [value.prompt, value.answer or ""]
-        case Preference():
-            messages = [*value.prompt, *value.chosen, *value.rejected]
-        case _:
-            messages = value
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Prompt):
+        return [value.prompt, value.answer or ""]
+    messages = chain(*value) if isinstance(value, Preference) else value
     return [message["content"] for message in messages]
 
 
@@ -198,13 +189,13 @@ def shown_characters(characters: Sequence[str]) -> str:
     return ", ".join(named) + (f" and {num_others} others" if num_others else "")
 
 
-def hash64(text: str) -> int:
+def _hash64(text: str) -> int:
     """The same in every process, as Python's own hashes are not."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def _question_hash(question: str) -> int:
-    return hash64(" ".join(question.split()))
+    return _hash64(" ".join(question.split()))
 
 
 def _user_turns(messages: Sequence[Message]) -> list[str]:

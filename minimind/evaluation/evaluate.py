@@ -7,16 +7,11 @@ that goes on with the answer, and its first line counts. Some problems are asked
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from pydantic import Field, PositiveInt
 
-from minimind.chat.answers import (
-    before_tags,
-    find_answer,
-    is_full_sentence,
-    is_number,
-    thought_of,
-)
+from minimind.chat.answers import before_tags, find_answer, is_full_sentence, is_number, thought_of
 from minimind.chat.tokenizer import CONTEXT, ChatTokenizer
 from minimind.compute.precision import DType
 from minimind.errors import UserError
@@ -55,8 +50,8 @@ class Prediction:
     in_form: bool  # whether the output is an answer and nothing else
     complete_think: bool
     thinking_tokens: int | None  # None without a complete thought
-    choice: str | None  # the likeliest of the problem's choices
-    choice_correct: bool | None
+    choice: str | None = None  # the likeliest of the problem's choices
+    choice_correct: bool | None = None
 
 
 def evaluate(
@@ -85,31 +80,32 @@ def evaluate(
     Raises:
         UserError: a problem is too long for the model, or the model's weights are out of bounds.
     """
-    predictions = _answer(model, tokenizer, problems, config, as_text)
-    predictions = _choose(model, tokenizer, problems, predictions, config, as_text)
+    if as_text:
+        problems = [replace(problem, as_text=True) for problem in problems]
+    predictions = _answer(model, tokenizer, problems, config)
+    predictions = _choose(model, tokenizer, problems, predictions, config)
     metrics: dict[str, Number] = {}
     for name, group in _groups(predictions, by_level=True).items():
-        metrics[f"exact{name}"] = _share([p.correct for p in group])
+        metrics[f"exact{name}"] = fmean(p.correct for p in group)
     for name, group in _groups(predictions, by_level=False).items():
         if chosen := [p.choice_correct for p in group if p.choice_correct is not None]:
-            metrics[f"choice{name}"] = _share(chosen)
+            metrics[f"choice{name}"] = fmean(chosen)
     if texts and as_text:
         metrics["text_bits_per_byte"] = text_bits_per_byte(model, tokenizer, texts, config.dtype)
     if without_task := [p for p in predictions if p.task is None]:
-        metrics["in_form"] = _share([p.in_form for p in without_task])
-        metrics["complete_think"] = _share([p.complete_think for p in without_task])
-        metrics["full_sentence"] = _share([p.full_sentence for p in without_task])
-        metrics["unfinished"] = _share([not p.finished for p in without_task])
+        metrics["in_form"] = fmean(p.in_form for p in without_task)
+        metrics["complete_think"] = fmean(p.complete_think for p in without_task)
+        metrics["full_sentence"] = fmean(p.full_sentence for p in without_task)
+        metrics["unfinished"] = fmean(not p.finished for p in without_task)
         lengths = [p.thinking_tokens for p in without_task if p.thinking_tokens is not None]
-        metrics["thinking_tokens"] = sum(lengths) / len(lengths) if lengths else 0.0
+        metrics["thinking_tokens"] = fmean(lengths or [0])
     return metrics, predictions
 
 
 def _groups(predictions: Sequence[Prediction], by_level: bool) -> dict[str, list[Prediction]]:
-    """Predictions by what the names of their metrics end with.
+    """Predictions by what the names of their metrics end with: _<task>, or _l<level> without one.
 
-    This is _<task> for those of a task, whatever their level. For the others it is _l<level>
-    if they are told apart by their levels and have one, and nothing otherwise. They come first.
+    Nothing, without a level or where these are not told apart. Those without a task come first.
     """
     groups: dict[tuple[str, int], list[Prediction]] = {}
     for p in predictions:
@@ -145,67 +141,55 @@ def _answer(
     tokenizer: ChatTokenizer,
     problems: Sequence[Problem],
     config: EvaluateConfig,
-    as_text: bool,
 ) -> list[Prediction]:
     """The greedy answers."""
-    prompts = encode_prompts(problems, tokenizer, model.config.max_positions, as_text)
+    prompts = encode_prompts(problems, tokenizer, model.config.max_positions)
     # Only a matter of speed, since what follows a line is cut off anyway. With a tokenizer that
     # spells a line break in several tokens, each of them may stand elsewhere too.
     line_break = tokenizer.encode_text("\n")
     line_break = line_break if len(line_break) == 1 else []
-    outputs: list[tuple[str, bool]] = [("", False)] * len(problems)
-    for batch in _batches(problems, prompts, config.batch_size, as_text):
-        asked_as_text = as_text or problems[batch[0]].as_text
-        completions = generate(
-            model,
-            [prompts[index] for index in batch],
-            max_new_tokens=config.max_new_tokens,
-            end_id=tokenizer.end_id,
-            other_end_ids=line_break if asked_as_text else (),
-            dtype=config.dtype,
-        )
-        for index, ids, finished in zip(batch, completions.ids, completions.finished, strict=True):
-            outputs[index] = (tokenizer.decode(ids), finished)
-    return [
-        _prediction(tokenizer, problem, *output, as_text or problem.as_text)
-        for problem, output in zip(problems, outputs, strict=True)
-    ]
-
-
-def _batches(
-    problems: Sequence[Problem], prompts: Sequence[Sequence[int]], size: int, as_text: bool
-) -> Iterator[list[int]]:
-    """Numbers of problems that are asked alike, those with prompts of similar length together."""
-    for kind in (False, True):
-        asked = [i for i, problem in enumerate(problems) if (as_text or problem.as_text) == kind]
+    predictions: dict[int, Prediction] = {}
+    for as_text in (False, True):  # a batch is asked alike, its prompts of similar length
+        asked = [i for i, problem in enumerate(problems) if problem.as_text == as_text]
         asked.sort(key=lambda index: len(prompts[index]))
-        yield from (asked[start : start + size] for start in range(0, len(asked), size))
+        for start in range(0, len(asked), config.batch_size):
+            batch = asked[start : start + config.batch_size]
+            completions = generate(
+                model,
+                [prompts[index] for index in batch],
+                max_new_tokens=config.max_new_tokens,
+                end_id=tokenizer.end_id,
+                other_end_ids=line_break if as_text else (),
+                dtype=config.dtype,
+            )
+            for i, ids, finished in zip(batch, completions.ids, completions.finished, strict=True):
+                output = tokenizer.decode(ids)
+                predictions[i] = _prediction(tokenizer, problems[i], output, finished)
+    return [predictions[index] for index in range(len(problems))]
 
 
 def _prediction(
-    tokenizer: ChatTokenizer, problem: Problem, output: str, finished: bool, as_text: bool
+    tokenizer: ChatTokenizer, problem: Problem, output: str, finished: bool
 ) -> Prediction:
-    if as_text and "\n" in output:
+    if problem.as_text and "\n" in output:
         output, finished = output.split("\n", 1)[0], True
-    score = problem.score(before_tags(output) if as_text else output)
-    thought = thought_of(output)
+    score = problem.score(before_tags(output) if problem.as_text else output)
+    thought, is_sentence = thought_of(output), is_full_sentence(output, problem.full)
     return Prediction(
         id=problem.id,
         problem=problem.problem,
         level=problem.level,
         task=problem.task,
-        prompt=problem.text_prompt if as_text else problem.prompt,
+        prompt=problem.text_prompt if problem.as_text else problem.prompt,
         output=output,
         parsed=score.said,
         answer=problem.answer or "",
         correct=score.correct,
         finished=finished,
-        full_sentence=is_full_sentence(output, problem.full),
-        in_form=is_number(output.strip()) or is_full_sentence(output, problem.full),
+        full_sentence=is_sentence,
+        in_form=is_sentence or is_number(output.strip()),
         complete_think=thought is not None,
         thinking_tokens=None if thought is None else len(tokenizer.encode_text(thought)),
-        choice=None,
-        choice_correct=None,
     )
 
 
@@ -215,7 +199,6 @@ def _choose(
     problems: Sequence[Problem],
     predictions: Sequence[Prediction],
     config: EvaluateConfig,
-    as_text: bool,
 ) -> list[Prediction]:
     """The predictions with the likeliest of each problem's choices.
 
@@ -225,50 +208,37 @@ def _choose(
     """
     chosen = list(predictions)
     asked = [index for index, problem in enumerate(problems) if problem.choices]
-    rows = _encode_rows(
-        tokenizer,
-        [
-            (problems[index], _put(choice, predictions[index].output))
-            for index in asked
-            for choice in problems[index].choices
-        ],
-        as_text,
-    )
+    answered = []
+    for index in asked:
+        output = predictions[index].output
+        found = find_answer(output)
+        before, after = (output[: found.start], output[found.end :]) if found else ("", "")
+        for choice in problems[index].choices:
+            answered.append((problems[index], before + choice + after))
+    rows = _encode_rows(tokenizer, answered)
     forks = [Fork.of_rows([next(rows) for _ in problems[index].choices]) for index in asked]
     for index, logprobs in zip(asked, branch_logprobs(model, forks, config.dtype), strict=True):
-        best = max(range(len(logprobs)), key=lambda choice: logprobs[choice])
-        chosen[index] = replace(
-            chosen[index],
-            choice=problems[index].choices[best],
-            choice_correct=best == problems[index].label,
-        )
+        problem, best = problems[index], logprobs.index(max(logprobs))
+        right = best == problem.label
+        chosen[index] = replace(chosen[index], choice=problem.choices[best], choice_correct=right)
     return chosen
 
 
-def _put(choice: str, output: str) -> str:
-    found = find_answer(output)
-    return output[: found.start] + choice + output[found.end :] if found else choice
-
-
 def _encode_rows(
-    tokenizer: ChatTokenizer, answered: Sequence[tuple[Problem, str]], as_text: bool
+    tokenizer: ChatTokenizer, answered: Sequence[tuple[Problem, str]]
 ) -> Iterator[list[int]]:
     """Prompt and output, with what ends an output."""
     chats = [
         [*problem.messages, {"role": "assistant", "content": output}]
         for problem, output in answered
-        if not (as_text or problem.as_text)
+        if not problem.as_text
     ]
     encoded = iter(tokenizer.encode_chats(chats))  # all at once is many times faster
     for problem, output in answered:
-        if as_text or problem.as_text:
+        if problem.as_text:
             text = f"{problem.text_prompt}{output}\n"
             yield [tokenizer.start_id, *tokenizer.encode_text(text)]
         else:
             row = next(encoded)
             # After the end token a chat goes on with a line break, no part of the answer.
             yield row.ids[: len(row.loss_mask.rstrip(bytes([CONTEXT])))]
-
-
-def _share(flags: Sequence[bool | None]) -> float:
-    return sum(map(bool, flags)) / len(flags)

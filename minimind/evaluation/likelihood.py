@@ -6,6 +6,7 @@ Shapes: T tokens laid end to end, H query heads, K key/value heads, E head size.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +28,8 @@ class Fork:
     @classmethod
     def of_rows(cls, rows: Sequence[Sequence[int]]) -> "Fork":
         """Whole rows, split where the first two of them differ."""
-        num_shared = 0
-        for tokens in zip(*(row[:-1] for row in rows), strict=False):
-            if len(set(tokens)) > 1:
-                break
-            num_shared += 1
+        columns = zip(*(row[:-1] for row in rows), strict=False)
+        num_shared = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
         assert num_shared > 0, "rows start alike"
         return cls(rows[0][:num_shared], [row[num_shared:] for row in rows])
 
@@ -89,9 +87,7 @@ def _batch_logprobs(model: Transformer, forks: Sequence[Fork], dtype: DType) -> 
         views=[_view(fork, device) for fork in forks],
     )
 
-    def on_device(values: list[int]) -> Tensor:
-        return torch.tensor(values, device=device)
-
+    on_device = partial(torch.tensor, device=device)
     with torch.inference_mode(), autocast(device, dtype):
         hidden = model.model(on_device(ids), on_device(positions), attend)
         logits = model.logits(hidden[on_device(predict_at)])

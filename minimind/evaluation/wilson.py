@@ -27,10 +27,9 @@ def wilson_interval(share: float, num_trials: float) -> tuple[float, float]:
 def effective_trials(right: Sequence[bool], problems: Sequence[str]) -> float:
     """How many independent answers would tell as much as these, some of them to one problem.
 
-    What a model gets wrong, it may get wrong however it is asked. So the error of the share is
-    taken over problems (cluster-robust), and the trials are those that have the same error by
-    themselves (Dean and Pagano 2015). They lie between the numbers of problems and of answers:
-    beyond, and where all answers are alike, there is nothing to estimate them from.
+    Those whose share has the same error as this one has over problems (cluster-robust; Dean and
+    Pagano 2015). They lie between the numbers of problems and of answers: beyond, and where all
+    answers are alike, there is nothing to estimate them from.
     """
     share = sum(right) / len(right)
     deviations: dict[str, float] = defaultdict(float)

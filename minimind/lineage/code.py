@@ -16,6 +16,8 @@ import json
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.machinery import PathFinder
+from importlib.util import resolve_name
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +46,20 @@ def code_of(stage: str) -> dict[str, str]:
     """
     digests: dict[str, str] = {}
     for module, path in modules_of(stage).items():
-        digests[module] = _digest_of_file(path)
-        digests |= {_beside(module, file): _digest_of_bytes(file) for file in _named(path)}
+        digests[module] = digest_of(_parsed(path))
+        folder = module.rpartition(".")[0].replace(".", "/")
+        digests |= {f"{folder}/{file.name}": _hash(file.read_bytes()) for file in _named(path)}
     return dict(sorted(digests.items()))
 
 
 def modules_of(stage: str) -> dict[str, Path]:
     """The files of those modules that decide the result of ``stages/<stage>.py``, by name."""
-    names = [name for name in closure(f"stages.{stage}") if _is_digested(name)]
-    return {name: path for name in names if (path := _path_of(name))}
+    return {
+        name: path
+        for name in closure(f"stages.{stage}")
+        if name in VALUES or not (_decides_how(name) or name in ENTRANCES)
+        if (path := _path_of(name))
+    }
 
 
 def closure(module: str) -> list[str]:
@@ -83,35 +90,23 @@ def stage_names() -> list[str]:
 
 def source_files() -> list[Path]:
     """Every file that is part of the code: what DVC hashes of the two packages."""
-    folders = (_folder_of(name) for name in TOP_PACKAGES)
-    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
-    return sorted(path for path in files if path.suffix != ".pyc")
+    paths = (path for top in TOP_PACKAGES for path in _folder_of(top).rglob("*"))
+    return sorted(path for path in paths if path.is_file() and path.suffix != ".pyc")
 
 
-def digest_of(source: str) -> str:
-    """Of a module's code: the same for any comments, docstrings and layout.
-
-    Raises:
-        SyntaxError: it is no Python.
-    """
-    text = _written(ast.parse(source))
-    return hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
+@cache
+def digest_of(module: ast.Module) -> str:
+    """Of a module's code: the same for any comments, docstrings and layout."""
+    return _hash(_written(module).encode("ascii"))
 
 
 @cache
 def imports_of(module: str) -> list[str]:
-    """Modules of the project that a module imports itself, anywhere in its code.
-
-    Raises:
-        UserError: it imports what cannot be told from its code.
-    """
+    """Modules of the project that a module imports itself, anywhere in its code."""
     path = _path_of(module)
     assert path is not None, module
-    found: set[str] = set()
-    for node in ast.walk(_parsed(path)):
-        for name in _imported(node, module, path):
-            found |= _modules_on_the_way(name)
-    return sorted(found)
+    names = (name for node in ast.walk(_parsed(path)) for name in _imported(node, module, path))
+    return sorted({loaded for name in names for loaded in _loaded_by(name)})
 
 
 def _imported(node: ast.AST, module: str, path: Path) -> Iterator[str]:
@@ -119,11 +114,8 @@ def _imported(node: ast.AST, module: str, path: Path) -> Iterator[str]:
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
-        base = node.module or ""
-        if node.level:
-            is_package = path.name == "__init__.py"
-            parents = module.split(".")[: len(module.split(".")) - node.level + is_package]
-            base = ".".join([*parents, *([base] if base else [])])
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        base = resolve_name("." * node.level + (node.module or ""), package)
         for alias in node.names:
             name = f"{base}.{alias.name}"
             if base in ENTRANCES and _path_of(name) is None:
@@ -132,7 +124,7 @@ def _imported(node: ast.AST, module: str, path: Path) -> Iterator[str]:
                     "when it is asked for; import it from its own module."
                 )
             yield name
-    elif isinstance(node, ast.Call) and _called(node) in _DYNAMIC and node.args:
+    elif isinstance(node, ast.Call) and node.args and _name_of(node.func) in _DYNAMIC:
         start, is_whole = _constant_start(node.args[0])
         if is_whole:
             yield start
@@ -145,8 +137,7 @@ def _imported(node: ast.AST, module: str, path: Path) -> Iterator[str]:
             )
 
 
-def _called(call: ast.Call) -> str:
-    function = call.func
+def _name_of(function: ast.expr) -> str:
     return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
@@ -161,21 +152,19 @@ def _constant_start(node: ast.expr) -> tuple[str, bool]:
     return "", False
 
 
-def _modules_on_the_way(name: str) -> set[str]:
+def _loaded_by(name: str) -> list[str]:
     """The project's modules that importing a dotted name loads: packages on the way, too."""
-    parts = name.split(".")
-    names = (".".join(parts[: k + 1]) for k in range(len(parts)))
-    return {name for name in names if parts[0] in TOP_PACKAGES and _path_of(name)}
+    if name.partition(".")[0] not in TOP_PACKAGES:
+        return []
+    return [start for start in accumulate(name.split("."), "{}.{}".format) if _path_of(start)]
 
 
 @cache
 def _path_of(module: str) -> Path | None:
     top, *parts = module.split(".")
     place = _folder_of(top).joinpath(*parts)
-    for path in (place.with_suffix(".py"), place / "__init__.py") if parts else ():
-        if path.is_file():
-            return path
-    return place / "__init__.py" if not parts else None
+    paths = (place.with_suffix(".py"), place / "__init__.py")
+    return next((path for path in paths if path.is_file()), None) if parts else paths[1]
 
 
 @cache
@@ -188,21 +177,16 @@ def _folder_of(top_package: str) -> Path:
 
 @cache
 def _all_modules() -> list[str]:
-    modules = []
-    for top in TOP_PACKAGES:
-        folder = _folder_of(top)
-        for path in folder.rglob("*.py"):
-            parts = path.relative_to(folder).with_suffix("").parts
-            modules.append(".".join([top, *(part for part in parts if part != "__init__")]))
-    return sorted(modules)
-
-
-def _is_digested(module: str) -> bool:
-    return module in VALUES or not (_decides_how(module) or module in ENTRANCES)
+    folders = {top: _folder_of(top) for top in TOP_PACKAGES}
+    return sorted(
+        ".".join([top, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__")
+        for top, folder in folders.items()
+        for path in folder.rglob("*.py")
+    )
 
 
 def _decides_how(module: str) -> bool:
-    return any(module == package or module.startswith(f"{package}.") for package in HOW)
+    return any(f"{module}.".startswith(f"{package}.") for package in HOW)
 
 
 def _named(path: Path) -> list[Path]:
@@ -214,17 +198,8 @@ def _named(path: Path) -> list[Path]:
     return sorted(file for file in beside if file.name in texts)
 
 
-def _beside(module: str, file: Path) -> str:
-    return f"{module.rpartition('.')[0].replace('.', '/')}/{file.name}"
-
-
-def _digest_of_bytes(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-
-
-@cache
-def _digest_of_file(path: Path) -> str:
-    return hashlib.sha256(_written(_parsed(path)).encode("ascii")).hexdigest()[:16]
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @cache
@@ -245,7 +220,7 @@ def _written(value: Any) -> str:
         return f"{type(value).__name__}:{value!a}"
     fields = {name: getattr(value, name, None) for name in value._fields}
     if isinstance(body := fields.get("body"), list):
-        fields["body"] = [node for node in body if not _is_text_alone(node)]
+        fields["body"] = [node for node in body if not _is_docstring(node)]
     if isinstance(value, ast.JoinedStr):
         fields["values"] = [part for part in value.values if getattr(part, "value", None) != ""]
     written = [
@@ -257,10 +232,9 @@ def _written(value: Any) -> str:
     return f"{type(value).__name__}({','.join(written)})"
 
 
-def _is_text_alone(node: ast.AST) -> bool:
-    """A docstring, or one of a value: nothing happens there."""
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+def _is_docstring(node: ast.AST) -> bool:
+    """Of whatever stands before it: a text of which nothing is made."""
+    match node:
+        case ast.Expr(value=ast.Constant(value=str())):
+            return True
+    return False

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from io import BufferedReader
@@ -20,11 +19,7 @@ _Loader: Any = type(
 
 
 def read_as_written(file: Path) -> Any:
-    """YAML whose scalars are strings.
-
-    Raises:
-        OSError, ValueError, yaml.YAMLError: the file is missing, not UTF-8 or not YAML.
-    """
+    """YAML whose scalars are strings; raises OSError, ValueError (not UTF-8) or yaml.YAMLError."""
     return yaml.load(file.read_text(encoding="utf-8"), _Loader)
 
 
@@ -40,11 +35,10 @@ def stages_as_written(file: Path) -> dict[str, Any]:
 def variants(stages: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Name, definition and variant of each stage of dvc.yaml."""
     for name, stage in stages.items():
-        if "foreach" not in stage:
+        if "foreach" in stage:
+            yield from ((f"{name}@{key}", stage["do"], str(key)) for key in stage["foreach"])
+        else:
             yield name, stage, ""
-            continue
-        for variant in stage["foreach"]:
-            yield f"{name}@{variant}", stage["do"], str(variant)
 
 
 def output_paths(entries: list[str | dict[str, Any]] | None, variant: str) -> list[str]:
@@ -61,16 +55,16 @@ def value_at(tree: Any, key: str) -> Any:
 
 
 def first_difference(
-    key: str, before: Any, now: Any, alike: Callable[[Any, Any], bool] = operator.eq
+    key: str, before: Any, now: Any, meaning: Callable[[Any], Any] = lambda value: value
 ) -> tuple[str, Any, Any] | None:
-    """The first value, at a key or below it, that is not what it was: its key, and both."""
+    """The first value, at a key or below it, that does not mean what it did: its key, and both."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in sorted({*before, *now}):
             below = (f"{key}.{name}", before.get(name), now.get(name))
-            if found := first_difference(*below, alike):
+            if found := first_difference(*below, meaning):
                 return found
         return None
-    return None if alike(before, now) else (key, before, now)
+    return None if meaning(before) == meaning(now) else (key, before, now)
 
 
 def md5_of(path: Path) -> str | None:

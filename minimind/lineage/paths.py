@@ -1,7 +1,7 @@
 """Paths in params.yaml that lead nowhere.
 
-DVC only says `[Errno 2] No such file or directory`, after it has removed the outputs of the stage
-that it was about to run, and of which parameter that is it says nothing.
+DVC only says `[Errno 2] No such file or directory`, after it has removed the stage's outputs, and
+does not name the parameter.
 """
 
 import os
@@ -34,9 +34,7 @@ def keys_of(template: str) -> list[str]:
 
 def lost_paths(stages: Mapping[str, Any], params: Any) -> Iterator[str]:
     """What is to be said of each path that does not exist and that no stage makes."""
-    made: list[str] = []
-    for _, stage, variant in variants(stages):
-        made += output_paths(stage.get("outs"), variant)
+    made = [p for _, stage, key in variants(stages) for p in output_paths(stage.get("outs"), key)]
     for template in path_templates(stages):
         path = _PARAMETER.sub(lambda match: str(value_at(params, match[1])), template)
         if not _leads_somewhere(path, made):
@@ -51,12 +49,10 @@ def lost_paths(stages: Mapping[str, Any], params: Any) -> Iterator[str]:
 
 def _leads_somewhere(path: str, made: list[str]) -> bool:
     place = PurePosixPath(os.path.normpath(path))
-    if Path(place).exists():
-        return True
-    if any(Path(f"{p}.dvc").is_file() for p in (place, *place.parents)):  # `dvc pull` brings it
-        return True
-    return any(
-        place.is_relative_to(out) or PurePosixPath(out).is_relative_to(place) for out in made
+    return (
+        Path(place).exists()
+        or any(Path(f"{p}.dvc").is_file() for p in (place, *place.parents))  # for `dvc pull`
+        or any(place.is_relative_to(o) or PurePosixPath(o).is_relative_to(place) for o in made)
     )
 
 

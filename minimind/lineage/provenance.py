@@ -17,7 +17,7 @@ from typing import Any
 from minimind.errors import UserError
 from minimind.lineage.code import code_of, modules_of
 from minimind.lineage.dvc_files import md5_of_content, read_as_written, value_at
-from minimind.lineage.edits import was_edited
+from minimind.lineage.edits import marks, was_edited
 from minimind.lineage.records import Records
 from minimind.params import Section, load_section, shared_keys
 
@@ -26,23 +26,15 @@ CODE = Path("code")  # where stage `code` writes what the others depend on
 
 @dataclass(frozen=True)
 class Pinned:
-    """Content and change marks of one file."""
+    """What was in one file, and its change marks then."""
 
     md5: str  # which dvc.lock has, too
-    size: int
-    inode: int
-    modified_ns: int
-    changed_ns: int
-    links: int
+    stat: os.stat_result
 
     @classmethod
     def of(cls, path: Path) -> "Pinned":
         with path.open("rb") as file:
-            digest = md5_of_content(file)
-            stat = os.fstat(file.fileno())
-        return cls(
-            digest, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_nlink
-        )
+            return cls(md5_of_content(file), os.fstat(file.fileno()))
 
     def still_holds(self, path: Path) -> bool:
         """Whether the file was left alone: an edit that was undone counts as a change.
@@ -54,12 +46,11 @@ class Pinned:
             stat = path.stat()
         except FileNotFoundError:
             return False
-        marks = (stat.st_size, stat.st_ino, stat.st_mtime_ns)
-        if marks != (self.size, self.inode, self.modified_ns):
+        if marks(stat) != marks(self.stat):
             return False
-        if stat.st_ctime_ns == self.changed_ns:
+        if stat.st_ctime_ns == self.stat.st_ctime_ns:
             return True
-        linked = self.links > 1 or stat.st_nlink > 1
+        linked = self.stat.st_nlink > 1 or stat.st_nlink > 1
         return linked and Pinned.of(path).md5 == self.md5
 
 
@@ -82,29 +73,23 @@ class Provenance:
             UserError: code was edited while it was imported, or is not that which DVC records;
                 or an input is missing.
         """
-        self.code = loaded_code(code)
-        digests = [file for file in [CODE / f"{code}.json"] if by_dvc and file.exists()]
-        self.inputs = [_relative(path) for path in _files(inputs)]
+        self.code, self.params, self.sections = loaded_code(code), params, sections
+        self.inputs = sorted({*_files(inputs)})
+        recorded = CODE / f"{code}.json"
+        digests = [recorded] if by_dvc and recorded.exists() else []
         self.files = {path: Pinned.of(path) for path in sorted({*self.inputs, *digests})}
-        self.params = params
-        self.sections = sections
-        for file in digests:
-            if json.loads(file.read_text(encoding="utf-8")) != self.code:
-                raise UserError(
-                    f"{file} is not of the code that is here: it was edited since `dvc repro` "
-                    "began; run it again."
-                )
-
-    def digests(self) -> dict[str, str]:
-        """MD5 by path."""
-        return {str(path): pinned.md5 for path, pinned in self.files.items()}
+        if digests and json.loads(recorded.read_text(encoding="utf-8")) != self.code:
+            raise UserError(
+                f"{recorded} is not of the code that is here: it was edited since `dvc repro` "
+                "began; run it again."
+            )
 
     def identity(self) -> dict[str, Any]:
         """What runs of the same code on the same inputs have in common, under DVC or not."""
-        return {
-            "code": self.code,
-            "files": {str(path): self.files[path].md5 for path in sorted({*self.inputs})},
-        }
+        return {"code": self.code, "files": self._digests(self.inputs)}
+
+    def _digests(self, paths: Iterable[Path]) -> dict[str, str]:
+        return {str(path): self.files[path].md5 for path in paths}
 
     def check(self) -> None:
         """Raises UserError when a file or section is not what it was at the start."""
@@ -130,7 +115,7 @@ class Provenance:
         names = [*self.sections, *sorted(shared)]
         made_from = {
             "code": self.code,
-            "files": self.digests(),
+            "files": self._digests(self.files),
             "params": {str(self.params): {name: value_at(tree, name) for name in names}},
         }
         file = records.write(stage, {**contents, **made_from})
@@ -150,8 +135,8 @@ def unchanged(
     stage: its module in stages/.
 
     Raises:
-        UserError: inputs or sections of the params file were edited meanwhile, or those of
-            the stage before it when DVC recorded that.
+        UserError: inputs or sections were edited meanwhile, or those of an earlier stage before
+            DVC recorded it.
     """
     # Not by our settings, whose import takes longer than some of these stages.
     records = Records(Path(os.environ.get("DVC_ROOT", ".")), os.environ.get("DVC_STAGE", ""))
@@ -183,7 +168,7 @@ def loaded_code(stage: str) -> dict[str, str]:
     return digests
 
 
-def _files(inputs: Iterable[Path]) -> Iterable[Path]:
+def _files(inputs: Iterable[Path]) -> Iterator[Path]:
     for path in inputs:
         if path.is_dir():
             yield from (_relative(file) for file in sorted(path.rglob("*")) if file.is_file())

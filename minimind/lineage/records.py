@@ -8,10 +8,13 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from minimind.errors import UserError
 from minimind.files import replacing
@@ -40,61 +43,20 @@ class DvcRun:
     pid: int
     created: float
 
-    @classmethod
-    def ours(cls, stage: str) -> "DvcRun | None":
-        """None if no DVC process runs us."""
-        dvc = our_dvc() if stage else None
-        return None if dvc is None else cls(stage, dvc.pid, dvc.create_time())
-
     def has_same_dvc(self, other: "DvcRun") -> bool:
         apart = abs(self.created - other.created)
         return self.pid == other.pid and apart < CLOCK_TOLERANCE_SECONDS
 
 
 @dataclass(frozen=True)
-class Record:
-    """What is compared with a stage's entry of dvc.lock."""
+class MadeFrom:
+    """What a run was made from, to be compared with a stage's entry of dvc.lock."""
 
     files: dict[str, str]  # MD5 by path
     params: dict[str, dict[str, Any]]  # sections by name, by file, scalars as they are written
-    metrics_md5: str | None
-    dvc: DvcRun | None
-    false_entry: str | None = None  # digest of an entry that a stage has found to be false
-    earlier: tuple["Record", ...] = ()  # runs from other files or parameters, with these metrics
-
-    @classmethod
-    def read(cls, file: Path) -> "Record | None":
-        """None for a record that is broken, or of an earlier version."""
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            return cls(
-                files=dict(record["files"]),
-                params=dict(record["params"]),
-                metrics_md5=record["metrics_md5"],
-                dvc=record["dvc"] and DvcRun(**record["dvc"]),
-                false_entry=record.get("false_entry"),
-                earlier=tuple(
-                    cls(dict(run["files"]), dict(run["params"]), record["metrics_md5"], None)
-                    for run in record.get("earlier", [])
-                ),
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def is_of(self, entry: Mapping[str, Any]) -> bool:
-        """Whether a stage's entry of dvc.lock is of this run: its metrics tell."""
-        return self.metrics_md5 in [out.get("md5", ...) for out in entry.get("outs", [])]
-
-    def run_of(self, entry: Mapping[str, Any], root: Path = Path()) -> "Record":
-        """The run that an entry is of: an earlier one, if git or DVC brought that back."""
-        runs = (self, *self.earlier)
-        return next((run for run in runs if not run.first_difference(entry, root)), self)
 
     def first_difference(self, entry: Mapping[str, Any], root: Path = Path()) -> str | None:
         """The first file or parameter that is not in the entry what it was in the run."""
-        return next(self._differences(entry, root), None)
-
-    def _differences(self, entry: Mapping[str, Any], root: Path) -> Iterator[str]:
         pinned = {os.path.abspath(root / name): md5 for name, md5 in self.files.items()}
         for dep in entry.get("deps", []):
             place = os.path.abspath(root / dep["path"])
@@ -102,23 +64,55 @@ class Record:
                 continue
             if place in pinned:
                 if pinned[place] != dep["md5"]:
-                    yield dep["path"]
+                    return str(dep["path"])
                 continue
             below = f"{place}/"
             inside = {p.removeprefix(below): m for p, m in pinned.items() if p.startswith(below)}
             if inside and md5_of_listing(inside) != dep["md5"]:
                 # DVC leaves out files that .dvcignore names: so look which it was, if any.
                 now = listing_of(Path(place))
-                names = sorted({*inside, *now})
-                yield from (f"{dep['path']}/{n}" for n in names if inside.get(n) != now.get(n))
+                for name in sorted({*inside, *now}):
+                    if inside.get(name) != now.get(name):
+                        return f"{dep['path']}/{name}"
         for file, values in entry.get("params", {}).items():
             for key, value in values.items():
                 for section, tree in self.params.get(file, {}).items():
                     if f"{key}.".startswith(f"{section}."):
                         inner = key.removeprefix(section).removeprefix(".")
                         before = value_at(tree, inner) if inner else tree
-                        if found := first_difference(key, before, value, _say_the_same):
-                            yield f"{found[0]} in {file}"
+                        if found := first_difference(key, before, value, _meaning):
+                            return f"{found[0]} in {file}"
+        return None
+
+
+@dataclass(frozen=True)
+class Record(MadeFrom):
+    """What a record says of its run, and of those before it."""
+
+    metrics_md5: str | None
+    dvc: DvcRun | None
+    false_entry: str | None = None  # digest of an entry that a stage has found to be false
+    earlier: tuple[MadeFrom, ...] = ()  # others that gave these metrics
+
+    @classmethod
+    def read(cls, file: Path) -> "Record | None":
+        """None for a record that is broken, or of an earlier version."""
+        try:
+            return _RECORD.validate_json(file.read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    def is_of(self, entry: Mapping[str, Any]) -> bool:
+        """Whether a stage's entry of dvc.lock is of this run: its metrics tell."""
+        return self.metrics_md5 in [out.get("md5", ...) for out in entry.get("outs", [])]
+
+    def run_of(self, entry: Mapping[str, Any], root: Path = Path()) -> MadeFrom:
+        """The run that an entry is of: an earlier one, if git or DVC brought that back."""
+        runs = (self, *self.earlier)
+        return next((run for run in runs if not run.first_difference(entry, root)), self)
+
+
+_RECORD = TypeAdapter(Record)
 
 
 class Records:
@@ -128,7 +122,8 @@ class Records:
         """root: of the project; dvc_stage: how DVC calls the stage, empty outside DVC."""
         self.folder = root / "runs"
         self.stage = dvc_stage.rpartition(":")[2]  # without the graph's file
-        self.ours = DvcRun.ours(self.stage)
+        dvc = our_dvc() if self.stage else None
+        self.ours = DvcRun(self.stage, dvc.pid, dvc.create_time()) if dvc else None
 
     def refuse_false_lock(self) -> None:
         """Compare dvc.lock with the records that stages under the same DVC process have left.
@@ -167,14 +162,22 @@ class Records:
                 )
 
     def write(self, stage: str, contents: Mapping[str, Any]) -> Path:
-        """The file that a record was written to."""
+        """The file that a record was written to.
+
+        It remembers from what else earlier runs made the same metrics, the last one first.
+        """
         file = self.folder / record_name(stage)
+        before, now = Record.read(file), {name: contents[name] for name in ("files", "params")}
+        earlier: list[dict[str, Any]] = []
+        if before and before.metrics_md5 == contents["metrics_md5"]:
+            runs = (before, *before.earlier)
+            earlier = [{"files": run.files, "params": run.params} for run in runs]
         record = {
             "stage": file.stem,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **contents,
             "dvc": self.ours and vars(self.ours),
-            "earlier": _earlier(Record.read(file), contents),
+            "earlier": [run for run in earlier if run != now][:MOST_EARLIER],
         }
         _write(file, record)
         return file
@@ -182,10 +185,9 @@ class Records:
     def metrics_md5(self) -> str | None:
         """MD5 of our stage's metrics, of an output if it has none; None if dvc.yaml has no such."""
         for name, stage, variant in variants(stages_as_written(Path("dvc.yaml"))):
-            if name == self.stage:
-                written = [*stage.get("metrics", []), *stage.get("outs", [])]
-                for path in output_paths(written, variant):
-                    return md5_of(Path(path))
+            written = [*stage.get("metrics", []), *stage.get("outs", [])]
+            if name == self.stage and written:
+                return md5_of(Path(output_paths(written, variant)[0]))
         return None
 
 
@@ -200,22 +202,9 @@ def _write(file: Path, record: Mapping[str, Any]) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def _earlier(before: Record | None, contents: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What runs of the same metrics were made from, the last one first, but this one."""
-    if before is None or before.metrics_md5 != contents["metrics_md5"]:
-        return []
-    runs = [{"files": run.files, "params": run.params} for run in (before, *before.earlier)]
-    now = {"files": contents["files"], "params": contents["params"]}
-    return [run for run in runs if run != now][:MOST_EARLIER]
-
-
 def _digest(entry: Mapping[str, Any]) -> str:
     text = json.dumps(entry, sort_keys=True)
     return hashlib.md5(text.encode("utf-8"), usedforsecurity=False).hexdigest()
-
-
-def _say_the_same(before: Any, now: Any) -> bool:
-    return _meaning(before) == _meaning(now)
 
 
 def _meaning(value: Any) -> Any:
@@ -225,13 +214,7 @@ def _meaning(value: Any) -> Any:
     if isinstance(value, list):
         return [_meaning(inner) for inner in value]
     text = str(value).lower()
-    for number in (int, _prefixed, float):
-        try:
+    for number in (int, lambda text: int(text, 0), float):  # 010, 0x10, 1e-3
+        with suppress(ValueError):
             return number(text)
-        except ValueError:
-            continue
     return "" if text in ("none", "null", "~") else text
-
-
-def _prefixed(text: str) -> int:
-    return int(text, 0)  # 0x10 and the like

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,10 @@ class ResumeStore:
             shutil.rmtree(unfinished, ignore_errors=True)
 
     def save(self, checkpoint: ResumeCheckpoint) -> None:
-        """Add a checkpoint durably.
-
-        Raises:
-            UserError: it could not be written; the checkpoints before it are untouched.
-        """
+        """Add a checkpoint durably; a UserError if that fails leaves those before it untouched."""
         final = self.directory / f"checkpoint-{checkpoint.step:09d}"
-        if _is_whole(final):
+        with suppress(*CHECKPOINT_DAMAGE):
+            _read_checkpoint(final)
             return  # of the same run, so of the same content: there is nothing to add
         partial = self.directory / f"partial-{checkpoint.step:09d}"
         try:
@@ -90,10 +88,7 @@ class ResumeStore:
     def finish(self, record: dict[str, Any]) -> None:
         """Mark the run as finished; its last checkpoint stays until DVC knows the outputs."""
         partial = self.directory / "partial-finished.json"
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(record, file)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_synced(partial, json.dumps(record))
         partial.rename(self.directory / "finished.json")
         _sync_directory(self.directory)
 
@@ -108,18 +103,17 @@ class ResumeStore:
 
 
 def forget_recorded(resume_root: Path, wanted: Path) -> None:
-    """Remove the checkpoints of finished runs whose outputs DVC has recorded since.
+    """Remove the checkpoints of finished runs that nothing is to go on from any more.
 
-    It is what saves a run that is killed while DVC hashes and records its outputs. It has served
-    when dvc.lock names the metrics it led to, or when the temporary copy of the project that it
-    ran in is gone.
+    They save a run that is killed while DVC hashes its outputs, and have served when dvc.lock
+    names its metrics, or when the temporary copy of the project that it ran in is gone.
 
     wanted: the checkpoints of the run that is starting. That DVC starts it again tells that a copy
         which is gone was not recorded.
     """
     recorded = []
     for marker in resume_root.glob("*/*/finished.json"):
-        try:
+        with suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads(marker.read_text(encoding="utf-8"))
             lock = Path(record["folder"]) / "dvc.lock"
             if lock.parent.exists():
@@ -130,27 +124,23 @@ def forget_recorded(resume_root: Path, wanted: Path) -> None:
                 )
             else:
                 has_served = marker.parent != wanted
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if has_served:
-            recorded.append(marker.parent)
+            if has_served:
+                recorded.append(marker.parent)
     if recorded and hasattr(os, "sync"):
         os.sync()  # what DVC recorded, which it does not do itself: a power cut must find one
     for directory in recorded:
-        try:
+        with suppress(OSError, UserError):
             in_use = _lock(directory)
-        except (OSError, UserError):
-            continue
-        shutil.rmtree(directory, ignore_errors=True)
-        in_use.release()
+            shutil.rmtree(directory, ignore_errors=True)
+            in_use.release()
 
 
 def _write_checkpoint(directory: Path, checkpoint: ResumeCheckpoint) -> None:
     """All of a checkpoint, durably, but for the directory's own name."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
-    tensors = {name: tensor.detach().cpu() for name, tensor in checkpoint.tensors.items()}
-    save_file({n: t.contiguous() for n, t in tensors.items()}, directory / "tensors.safetensors")
+    tensors = {name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()}
+    save_file(tensors, directory / "tensors.safetensors")
     # Not sorted: a resumed history keeps the order of its columns.
     values = json.dumps({"step": checkpoint.step, **checkpoint.values})
     with (directory / "tensors.safetensors").open("rb") as file:
@@ -158,19 +148,15 @@ def _write_checkpoint(directory: Path, checkpoint: ResumeCheckpoint) -> None:
         os.fsync(file.fileno())
     # The first line vouches for the second and for the tensors.
     seal = hashlib.sha256((digest + values).encode()).hexdigest()
-    with (directory / "values.json").open("w", encoding="utf-8") as text:
-        text.write(f"{seal}\n{values}\n")
-        text.flush()
-        os.fsync(text.fileno())
+    _write_synced(directory / "values.json", f"{seal}\n{values}\n")
     _sync_directory(directory)
 
 
-def _is_whole(directory: Path) -> bool:
-    try:
-        _read_checkpoint(directory)
-    except CHECKPOINT_DAMAGE:
-        return False
-    return True
+def _write_synced(file: Path, text: str) -> None:
+    with file.open("w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
 
 
 def _read_checkpoint(directory: Path) -> ResumeCheckpoint:
@@ -189,11 +175,10 @@ def _lock(directory: Path) -> BaseFileLock:
     try:
         lock.acquire()
     except Timeout:
-        try:
+        who = "another process"
+        with suppress(OSError, ValueError, KeyError):  # it is about to be written
             of = json.loads(holder.read_text(encoding="utf-8"))
             who = f"process {of['pid']} on {of['host']} ({of['program']})"
-        except (OSError, ValueError, KeyError):  # it is about to be written
-            who = "another process"
         raise UserError(
             f"{directory} is in use by {who}; wait for it to end, or stop it."
         ) from None

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minimind.compute.processes import Processes, dtype_name, from_bytes, to_bytes
+from minimind.compute.processes import Processes, dtype_name
 from minimind.lineage.resume import ResumeCheckpoint, ResumeStore
 
 
@@ -27,7 +27,7 @@ class SharedStore(ResumeStore):
     def load(self) -> tuple[ResumeCheckpoint | None, list[str]]:
         """What the writer reads, sent to all: they need not have its disk."""
         checkpoint, damaged = super().load() if self.processes.is_main else (None, [])
-        return _send(checkpoint), damaged
+        return _send(checkpoint, self.processes), damaged
 
     def finish(self, record: dict[str, Any]) -> None:
         if self.processes.is_main:
@@ -42,15 +42,14 @@ class SharedStore(ResumeStore):
             super().close()
 
 
-def _send(checkpoint: ResumeCheckpoint | None) -> ResumeCheckpoint | None:
+def _send(checkpoint: ResumeCheckpoint | None, processes: Processes) -> ResumeCheckpoint | None:
     """The first process's checkpoint, on all of them."""
-    known = (checkpoint.step, checkpoint.values, _shapes(checkpoint)) if checkpoint else None
-    text = to_bytes(known)
-    length = torch.tensor(len(text))
-    dist.broadcast(length, src=0)
-    header = torch.frombuffer(bytearray(text.ljust(int(length))[: int(length)]), dtype=torch.uint8)
-    dist.broadcast(header, src=0)
-    if (found := from_bytes(header)) is None:
+    shapes = {
+        name: (list(tensor.shape), dtype_name(tensor.dtype))
+        for name, tensor in (checkpoint.tensors if checkpoint else {}).items()
+    }
+    known = (checkpoint.step, checkpoint.values, shapes) if checkpoint else None
+    if (found := processes.gather(known)[0]) is None:
         return None
     step, values, shapes = found
     tensors = {}
@@ -63,7 +62,3 @@ def _send(checkpoint: ResumeCheckpoint | None) -> ResumeCheckpoint | None:
             dist.broadcast(tensor, src=0)
         tensors[name] = tensor
     return ResumeCheckpoint(step, tensors, values)
-
-
-def _shapes(checkpoint: ResumeCheckpoint) -> dict[str, tuple[list[int], str]]:
-    return {name: (list(t.shape), dtype_name(t.dtype)) for name, t in checkpoint.tensors.items()}

@@ -7,6 +7,7 @@ which a flipped bit leaves as they are, and it does not follow a checkpoint to i
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,7 +23,7 @@ from minimind.lineage.dvc_files import (
     value_at,
     variants,
 )
-from minimind.lineage.records import Record, record_name
+from minimind.lineage.records import MadeFrom, Record, record_name
 
 CHECKPOINT_FOLDERS = ("models", "exports")
 UNKNOWN = "unknown"  # the hash of a file in a folder that is not here, nor DVC's list of it
@@ -49,14 +50,12 @@ class Project:
             self.metrics[name] = output_paths(stage.get("metrics"), variant)
             self.outputs[name] = output_paths(stage.get("outs"), variant) + self.metrics[name]
         self.maker = {path: name for name, paths in self.outputs.items() for path in paths}
-        self._digests: dict[str, str | None] = {}
-        self._params: dict[str, Any] = {}
+        # DVC's hash of a file or folder, None if it is not there; and what a params file holds.
+        self.digest = cache(lambda path: md5_of(root / path))
+        self._params = cache(lambda file: _read(root / file))
 
     def findings(self) -> Iterator[Finding]:
-        """One for each checkpoint in the graph, in its order, and one for the metrics.
-
-        And one for each other stage of which dvc.lock says what its record does not.
-        """
+        """Of each checkpoint in the graph, in its order, of the metrics, and of false entries."""
         others = list(self.lock)
         for path, stage in self.maker.items():
             if PurePosixPath(path).parts[0] in CHECKPOINT_FOLDERS:
@@ -67,13 +66,13 @@ class Project:
         text = breaks[0] if breaks else f"{len(checked)} files are as dvc.lock says"
         yield Finding("metrics", text, bool(breaks))
         for stage in others:
-            for found in self._breaks_of_entry(stage):
+            if found := self._break_of_entry(stage):
                 yield Finding(stage, found, broken=True)
 
     def _checkpoint(self, path: str, stage: str) -> Finding:
-        for ancestor in self.ancestors(stage):
-            for found in self.breaks(ancestor):
-                return Finding(path, found, broken=True)
+        breaks = (found for name in self.ancestors(stage) for found in self.breaks(name))
+        if first := next(breaks, None):
+            return Finding(path, first, broken=True)
         if self.digest(path) is None:
             text = f"not here: `dvc pull {path}` or `dvc repro {stage}` brings it; recorded"
         else:
@@ -117,22 +116,21 @@ class Project:
                 )
         for file, values in self.lock.get(stage, {}).get("params", {}).items():
             for key, expected in values.items():
-                if (found := self._param(file, key)) != expected:
+                found = value_at(self._params(file), key)
+                if found != expected:
+                    difference = first_difference(key, expected, found) or (key, expected, found)
+                    name, before, now = difference
                     yield (
-                        f"stage {stage} was run with {_difference(key, expected, found)} in "
+                        f"stage {stage} was run with {name} {before!r}, which now is {now!r} in "
                         f"{file}; {again}, or bring the former back"
                     )
-        for path in recorded:
-            if found := self._break_of_output(path):
-                yield found
+        yield from filter(None, map(self._break_of_output, recorded))
         yield from self._breaks_of_record(stage)
 
     def _break_of_output(self, path: str) -> str | None:
         """What is wrong with an output that is here."""
         stage, found = self.maker.get(path), self.digest(path)
-        if stage is None or found is None:
-            return None
-        if found == (expected := self._recorded(path, stage)):
+        if stage is None or found is None or found == (expected := self._recorded(path, stage)):
             return None
         tool = "git" if path in self.metrics[stage] else "dvc"  # who keeps it
         return (
@@ -145,36 +143,29 @@ class Project:
         if (record := self._record(stage)) is None:
             return
         for path, expected in record.files.items():
-            if (self.root / path).is_file():
-                found = md5_of_file(self.root / path)
-                if found != expected:
-                    yield (
-                        f"runs/{record_name(stage)} says that stage {stage} read {path} "
-                        f"{_short(expected)}, which now is {_short(found)}; {_anyway(stage)}"
-                    )
-        yield from self._breaks_of_entry(stage)
+            file = self.root / path
+            if file.is_file() and (found := md5_of_file(file)) != expected:
+                yield (
+                    f"runs/{record_name(stage)} says that stage {stage} read {path} "
+                    f"{_short(expected)}, which now is {_short(found)}; {_anyway(stage)}"
+                )
+        yield from filter(None, [self._break_of_entry(stage)])
 
-    def _breaks_of_entry(self, stage: str) -> Iterator[str]:
+    def _break_of_entry(self, stage: str) -> str | None:
         """Where dvc.lock is wrong: what was edited after a stage had ended, it has as edited."""
-        if (record := self._record(stage)) is None:
-            return
-        if changed := record.first_difference(self.lock[stage], self.root):
-            yield (
-                f"runs/{record_name(stage)} says that stage {stage} was run with another {changed} "
-                f"than dvc.lock says; {_anyway(stage)}"
-            )
+        record = self._record(stage)
+        if not record or not (changed := record.first_difference(self.lock[stage], self.root)):
+            return None
+        return (
+            f"runs/{record_name(stage)} says that stage {stage} was run with another {changed} "
+            f"than dvc.lock says; {_anyway(stage)}"
+        )
 
-    def _record(self, stage: str) -> Record | None:
+    def _record(self, stage: str) -> MadeFrom | None:
         """Of the run that dvc.lock is of, if it is here: not every machine has it."""
         record = Record.read(self.root / "runs" / record_name(stage))
         entry = self.lock.get(stage, {})
         return record.run_of(entry, self.root) if record and record.is_of(entry) else None
-
-    def digest(self, path: str) -> str | None:
-        """DVC's hash of a file or folder; None if it is not there."""
-        if path not in self._digests:
-            self._digests[path] = md5_of(self.root / path)
-        return self._digests[path]
 
     def _recorded(self, path: str, stage: str) -> str | None:
         """The hash of an output in its stage's entry; of a file in an output, in that output."""
@@ -203,26 +194,22 @@ class Project:
         return next((m for p in (place, *place.parents) if (m := self.maker.get(str(p)))), None)
 
     def _entries(self, stage: str, kind: str) -> list[dict[str, Any]]:
-        entries: list[dict[str, Any]] = self.lock.get(stage, {}).get(kind, [])
-        return entries
-
-    def _param(self, file: str, key: str) -> Any:
-        if file not in self._params:
-            self._params[file] = _read(self.root / file)
-        return value_at(self._params[file], key)
+        return self.lock.get(stage, {}).get(kind, [])
 
     def _generations(self, stage: str) -> list[str]:
         """What a stage's result comes of, nearest first: names of data and checkpoints, no code."""
         generations, seen, stages = [], {stage}, [stage]
         while stages:
-            paths = [dep["path"] for name in stages for dep in self._entries(name, "deps")]
-            paths = [path for path in dict.fromkeys(paths) if path not in seen]
-            paths = [path for path in paths if not path.startswith("code/")]
-            paths = [path for path in paths if not path.endswith(".py")]
+            deps = [dep["path"] for name in stages for dep in self._entries(name, "deps")]
+            paths = [
+                path
+                for path in dict.fromkeys(deps)
+                if path not in seen and not path.startswith("code/") and not path.endswith(".py")
+            ]
             if paths:
                 generations.append(", ".join(paths))
-            stages = list(dict.fromkeys(m for p in paths if (m := self._maker_of(p)) is not None))
-            stages = [name for name in stages if name not in seen]
+            makers = dict.fromkeys(map(self._maker_of, paths))
+            stages = [name for name in makers if name is not None and name not in seen]
             seen |= {*paths, *stages}
         return generations or ["code and parameters alone"]
 
@@ -242,12 +229,6 @@ def _read(file: Path) -> Any:
         raise UserError(f"{file} is missing; run from the project's root folder.") from None
     except (YAMLError, ValueError) as error:
         raise UserError(f"{file} is not valid YAML: {error}; bring it back with git.") from None
-
-
-def _difference(key: str, expected: Any, found: Any) -> str:
-    """The first parameter that differs, with the value that it had and the one that it has."""
-    name, before, now = first_difference(key, expected, found) or (key, expected, found)
-    return f"{name} {before!r}, which now is {now!r}"
 
 
 def _anyway(stage: str) -> str:

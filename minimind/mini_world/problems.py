@@ -14,6 +14,7 @@ import hashlib
 import random
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
 from typing import NamedTuple
 
 SMALLEST_VALUE = 2  # so that "1 apples" never has to be said
@@ -63,9 +64,9 @@ class ProblemSpace:
         """A held-out problem; from level 2 on, none of its single steps is held out."""
         while True:
             problem = self._draw(rng, level)
-            if not self.is_held_out(problem):
-                continue
-            if level == 1 or not any(self.is_held_out((step,)) for step in problem):
+            if self.is_held_out(problem) and (
+                level == 1 or not any(self.is_held_out((step,)) for step in problem)
+            ):
                 return problem
 
     def draw_comparison(self, rng: random.Random, held_out: bool) -> tuple[int, int]:
@@ -96,8 +97,7 @@ class ProblemSpace:
     def careless(self, rng: random.Random, problem: Problem, wrong_share: float) -> Problem:
         """The same events with about that share of results wrong; later steps go on from these.
 
-        Values stay in bounds, and no step becomes one that is held out: the problem is a training
-        problem still, and stays as it is where no such slips are found.
+        Still a training problem with values in bounds; unchanged where no such slips are found.
         """
         for _ in range(MAX_CARELESS_TRIES):
             slipped = self._with_slips(rng, problem, wrong_share)
@@ -109,8 +109,7 @@ class ProblemSpace:
         steps: list[Event] = []
         off = 0  # how far the value is from what it should be
         for number, right in enumerate(problem):
-            before = right.before + (off if number else 0)
-            step = Event(before, right.operator, right.amount, right.after + off)
+            step = right._replace(before=right.before + off, after=right.after + off)
             if rng.random() < wrong_share:
                 values = [later.after + off for later in problem[number:]]
                 slips = [
@@ -140,21 +139,15 @@ class ProblemSpace:
             gains = rng.random() < 0.5
             if (most_gained if gains else most_lost) < SMALLEST_AMOUNT:
                 gains = not gains
-            if gains:
-                amount = rng.randint(SMALLEST_AMOUNT, most_gained)
-                steps.append(Event(value, "+", amount, value + amount))
-            else:
-                amount = rng.randint(SMALLEST_AMOUNT, most_lost)
-                steps.append(Event(value, "-", amount, value - amount))
-            value = steps[-1].after
+            amount = rng.randint(SMALLEST_AMOUNT, most_gained if gains else most_lost)
+            after = value + amount if gains else value - amount
+            steps.append(Event(value, "+" if gains else "-", amount, after))
+            value = after
         return tuple(steps)
 
     def _has_held_out_part(self, problem: Problem) -> bool:
-        for start in range(len(problem)):
-            for end in range(start + 1, len(problem) + 1):
-                if self.is_held_out(problem[start:end]):
-                    return True
-        return False
+        parts = combinations(range(len(problem) + 1), 2)
+        return any(self.is_held_out(problem[start:end]) for start, end in parts)
 
 
 # Single steps come again and again; longer problems do not, and need not be remembered.

@@ -33,8 +33,7 @@ class Language:
 
     def think(self, problem: Problem) -> str:
         """The steps of a problem, one after the other."""
-        equations = self.thought_separator.join(step.equation for step in problem)
-        return self.thought_start + equations
+        return self.thought_start + self.thought_separator.join(s.equation for s in problem)
 
 
 CHINESE = Language(
@@ -116,17 +115,13 @@ class Story:
 
     problem: Problem
     language: Language
-    name: str
-    item: str
+    words: dict[str, str]  # name, item and unit
     statement: str  # what happened, without the question
     question_kind: int  # index of Language.questions
-    question: str
-    result_start: str  # the answering sentence up to its number
-    result_end: str
 
     @property
     def prompt(self) -> str:
-        return self.statement + self.language.sentence_separator + self.question
+        return self._after_statement(self.language.questions[self.question_kind])
 
     @property
     def with_outcome(self) -> str:
@@ -134,61 +129,48 @@ class Story:
         first = self.problem[0]
         start = first.after if first.operator == "*" else first.before
         outcome = self.language.outcomes[1 + (self.answer > start) - (self.answer < start)]
-        separator = self.language.sentence_separator
-        return self.statement + separator + outcome.format(name=self.name, item=self.item)
+        return self._after_statement(outcome)
 
     @property
     def answer(self) -> int:
         return answer_of(self.problem)
 
     @property
-    def thought(self) -> str:
-        return self.language.think(self.problem)
-
-    @property
     def extraction_prompt(self) -> str:
-        return self.statement + self.language.sentence_separator + self.language.extraction_request
+        return self._after_statement(self.language.extraction_request)
 
     @property
     def extraction(self) -> str:
         """Who the story is about, and which things: "Tom has apples."."""
-        return self.language.extraction.format(name=self.name, item=self.item)
+        return self.language.extraction.format(**self.words)
 
     def sentence(self, number: int) -> str:
         """The answering sentence, with this number in it."""
-        return f"{self.result_start}{number}{self.result_end}"
+        return self.language.result.format(n=number, **self.words)
+
+    def _after_statement(self, phrase: str) -> str:
+        return self.statement + self.language.sentence_separator + phrase.format(**self.words)
 
 
 def tell(
     rng: random.Random, problem: Problem, language: Language, thing: Thing | None = None
 ) -> Story:
     """Put a problem into words, about `thing` or any of the language's."""
-    name = rng.choice(language.names)
-    item, unit = thing or rng.choice(language.items)
-    words = {"name": name, "item": item, "unit": unit}
-    first = problem[0]
+    words = {"name": rng.choice(language.names)}
+    words["item"], words["unit"] = thing or rng.choice(language.items)
+    first, events = problem[0], problem
     if first.operator == "*":
         opening = language.has_boxes.format(boxes=first.before, each=first.amount, **words)
         events = problem[1:]
     else:
         opening = language.has.format(n=first.before, **words)
-        events = problem
     sentences = [opening]
     for event in events:
         phrases = language.gains if event.operator == "+" else language.losses
         sentences.append(rng.choice(phrases).format(n=event.amount, **words))
     question_kind = rng.randrange(len(language.questions))
-    before_number, after_number = language.result.split("{n}")
     return Story(
-        problem=problem,
-        language=language,
-        name=name,
-        item=item,
-        statement=language.sentence_separator.join(sentences),
-        question_kind=question_kind,
-        question=language.questions[question_kind].format(**words),
-        result_start=before_number.format(**words),
-        result_end=after_number.format(**words),
+        problem, language, words, language.sentence_separator.join(sentences), question_kind
     )
 
 
@@ -196,8 +178,7 @@ def tell_without_events(rng: random.Random, amount: int, language: Language, thi
     """A story in which nothing happens, and its result: what there was is there still."""
     item, unit = thing
     words = {"name": rng.choice(language.names), "item": item, "unit": unit, "n": amount}
-    sentences = (language.has.format(**words), language.result.format(**words))
-    return language.sentence_separator.join(sentences)
+    return language.sentence_separator.join((language.has, language.result)).format(**words)
 
 
 def ask_equation(step: Event, language: Language) -> tuple[str, str]:

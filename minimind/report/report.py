@@ -39,15 +39,13 @@ MAX_SHOWN = 400  # characters of an output in the examples
 Metrics = Mapping[str, Number]
 
 
-def checkpoint_section(
-    evaluations: Sequence[Evaluation], training: Mapping[str, Metrics] | None = None
-) -> str:
+def checkpoint_section(evaluations: Sequence[Evaluation], training: Mapping[str, Metrics]) -> str:
     """A column for each checkpoint: at most 120 wide with the nine of the graph as shipped."""
     names = [evaluation.name for evaluation in evaluations]
-    bits = [(training or {}).get(name, {}).get(BITS) for name in names]
     rows = []
     for title, metric in _measures([evaluation.metrics for evaluation in evaluations]):
         if metric == BITS:
+            bits = [training.get(name, {}).get(BITS) for name in names]
             cells = ["" if value is None else f"{value:.3f}" for value in bits]
         elif metric in OF_OUTPUTS.values():
             shares = [evaluation.metrics.get(metric) for evaluation in evaluations]
@@ -73,8 +71,7 @@ def record_table(runs: Sequence[RecordedRun], order: Sequence[str]) -> str:
     """
     same = alike(runs)
     recorded = dict.fromkeys(name for run in same for name in run.evaluation)
-    names = [name for name in order if name in recorded]
-    names += [name for name in recorded if name not in names]
+    names = list(dict.fromkeys([*(name for name in order if name in recorded), *recorded]))
     every = [metrics for run in same for metrics in run.evaluation.values()]
     rows = []
     for title, metric in _measures(every):
@@ -96,10 +93,10 @@ def alike(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
 
 def training_section(training: Mapping[str, Metrics]) -> str:
     """A row for each stage with all its metrics, whatever they are."""
-    rows = [
-        [stage, ", ".join(f"{name} {_exactly(value)}" for name, value in metrics.items())]
-        for stage, metrics in training.items()
-    ]
+    rows = []
+    for stage, metrics in training.items():
+        shown = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in metrics.items()}
+        rows.append([stage, ", ".join(f"{name} {value}" for name, value in shown.items())])
     return "\n\n".join(["## Training", table(["stage", "metrics"], rows, num_left=2)])
 
 
@@ -131,9 +128,8 @@ def _measures(metrics: Sequence[Metrics]) -> list[tuple[str, str]]:
     """Titles of rows, and which metric each one shows."""
     names = {name for values in metrics for name in values}
     levels = sorted(int(name[7:]) for name in names if re.fullmatch(r"exact_l\d+", name))
-    tasks = sorted(
-        {name.partition("_")[2] for name in names if re.fullmatch(r"(exact|choice)_[a-z_]+", name)}
-    )
+    of_tasks = (name for name in names if re.fullmatch(r"(exact|choice)_[a-z_]+", name))
+    tasks = sorted({name.partition("_")[2] for name in of_tasks})
     return [
         *([("exact", "exact")] if "exact" in names else []),
         *((f"level {level}", f"exact_l{level}") for level in levels),
@@ -189,10 +185,6 @@ def _percent(share: Number) -> str:
 def _num_seeds(runs: Sequence[RecordedRun]) -> str:
     num_seeds = len({run.seed for run in runs})
     return f"{num_seeds} seed{'s' * (num_seeds > 1)}"
-
-
-def _exactly(value: Number) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _shown(output: str) -> str:

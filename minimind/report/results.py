@@ -1,7 +1,7 @@
 """What the stages have written, as the report reads it. Starts fast: no torch."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -22,6 +22,7 @@ PREDICTION_TYPES: dict[str, tuple[type, ...]] = {
     "correct": (bool,),
     "choice_correct": (bool, NoneType),
 }
+RUN_TYPES = {"seed": (int,), "dtype": (str,), "isa": (str,), "metrics": (dict,)}
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,8 @@ def _read_predictions(path: Path) -> list[Record]:
     rows = []
     for number, line in enumerate(_read(path).rstrip("\n").split("\n"), 1):
         row = _parse(line, f"{path}:{number}")
-        for key, types in PREDICTION_TYPES.items():
-            if type(row.get(key, ...)) not in types:
-                found = repr(row[key]) if key in row else "missing"
-                raise UserError(
-                    f"{path}:{number}: {key} is {found}; it must be a prediction: run the "
-                    "evaluate stage."
-                )
+        todo = "it must be a prediction: run the evaluate stage"
+        _require_types(row, PREDICTION_TYPES, f"{path}:{number}", todo)
         rows.append(row)
     return rows
 
@@ -112,12 +108,8 @@ def read_record(path: Path) -> list[RecordedRun]:
 
 
 def _recorded_run(run: Any, where: str) -> RecordedRun:
-    types = {"seed": int, "dtype": str, "isa": str, "metrics": dict}
-    for key, expected in types.items():
-        found = run.get(key, ...) if isinstance(run, dict) else ...
-        if type(found) is not expected:
-            shown = "missing" if found is ... else repr(found)
-            raise UserError(f"{where}: {key} is {shown}; record the run again.")
+    run = run if isinstance(run, dict) else {}
+    _require_types(run, RUN_TYPES, where, "record the run again")
     parts: dict[str, dict[str, dict[str, Number]]] = {}
     for part in ("training", "evaluation"):
         metrics = run["metrics"].get(part)
@@ -127,6 +119,15 @@ def _recorded_run(run: Any, where: str) -> RecordedRun:
         for name, values in parts[part].items():
             _require_numbers(f"{where}: {name}", values)
     return RecordedRun(run["seed"], run["dtype"], run["isa"], **parts)
+
+
+def _require_types(
+    row: Record, types: Mapping[str, tuple[type, ...]], where: str, todo: str
+) -> None:
+    for key, allowed in types.items():
+        if type(row.get(key, ...)) not in allowed:
+            found = repr(row[key]) if key in row else "missing"
+            raise UserError(f"{where}: {key} is {found}; {todo}.")
 
 
 def _require_numbers(where: Path | str, values: dict[str, Any]) -> None:

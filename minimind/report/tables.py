@@ -11,15 +11,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 
     widths = [max(3, *(_width(row[i]) for row in lines)) for i in range(len(header))]
     rule = ["-" * (width - (i >= num_left)) for i, width in enumerate(widths)]
     lines.insert(1, [dashes + ":" * (i >= num_left) for i, dashes in enumerate(rule)])
-    return "\n".join(f"| {' | '.join(_align(line, widths, num_left))} |" for line in lines)
-
-
-def _align(line: Sequence[str], widths: Sequence[int], num_left: int) -> list[str]:
-    aligned = []
-    for i, (cell, width) in enumerate(zip(line, widths, strict=True)):
-        space = " " * (width - _width(cell))
-        aligned.append(cell + space if i < num_left else space + cell)
-    return aligned
+    for line in lines:
+        for i, (cell, width) in enumerate(zip(line, widths, strict=True)):
+            space = " " * (width - _width(cell))
+            line[i] = cell + space if i < num_left else space + cell
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _escape(cell: str) -> str:

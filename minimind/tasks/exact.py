@@ -12,9 +12,6 @@ class Exact:
         said = answer_like(expected, output)
         return Score(said, said == expected)
 
-    def gold(self, expected: str) -> str:
-        return expected
-
     def fault(self, expected: str) -> str | None:
         return None
 

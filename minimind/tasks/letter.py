@@ -25,9 +25,6 @@ class Letter:
         said = letters.pop() if len(letters) == 1 else None
         return Score(said, said == expected)
 
-    def gold(self, expected: str) -> str:
-        return expected
-
     def fault(self, expected: str) -> str | None:
         return None if re.fullmatch("[A-Z]", expected) else "it must be one capital letter"
 

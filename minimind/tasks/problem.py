@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from minimind.chat.answers import find_answer, normalise
 from minimind.chat.template import Message
 from minimind.chat.tokenizer import ChatTokenizer
-from minimind.datasets.formats import BadRowError, Place, parse_chat, read_rows
+from minimind.datasets.formats import Place, parse_chat, read_rows
 from minimind.errors import UserError, complaint
 from minimind.tasks.task import Score, task_names, task_of
 
@@ -41,7 +41,7 @@ class Problem:
     id: str
     problem: str  # rows that ask the same in other words have the same
     messages: Sequence[Message]
-    answer: str | None
+    answer: str | None = None
     scoring: str = "exact"
     level: int | None = None
     task: str | None = None
@@ -117,23 +117,23 @@ def read_problems(
         UserError: the source is missing or empty.
         BadRowError: a row cannot be used; it says where and why.
     """
+
+    def parse(record: dict[str, Any]) -> dict[str, Any]:
+        fields = _fields(record)
+        if needs_answers and "answer" not in fields:
+            raise UserError("answer is missing; add it, outputs are compared with it")
+        return fields
+
     problems = []
-    rows = islice(read_rows(Path(source), _in_whole_characters), limit)
-    for number, (place, record, _) in enumerate(rows):
-        try:
-            problem = _parse(number, place, record)
-            if problem.answer is None and needs_answers:
-                raise UserError("answer is missing; add it, outputs are compared with it")
-            problems.append(problem)
-        except BadRowError:
-            raise
-        except UserError as error:
-            raise BadRowError(place, str(error)) from None
+    for number, row in enumerate(islice(read_rows(Path(source), parse), limit)):
+        name = row.value.get("id", str(number + 1))
+        fields = {"id": name, "problem": name} | row.value
+        problems.append(Problem(number=number, place=row.place, **fields))
     return problems
 
 
 def encode_prompts(
-    problems: Sequence[Problem], tokenizer: ChatTokenizer, max_positions: int, as_text: bool = False
+    problems: Sequence[Problem], tokenizer: ChatTokenizer, max_positions: int
 ) -> list[list[int]]:
     """Ids of each prompt with the header of the assistant's turn, or of raw text.
 
@@ -142,7 +142,7 @@ def encode_prompts(
     """
     prompts = []
     for problem in problems:
-        if as_text or problem.as_text:
+        if problem.as_text:
             ids = [tokenizer.start_id, *tokenizer.encode_text(problem.text_prompt)]
         else:
             ids = tokenizer.encode_prompt(problem.messages)
@@ -155,22 +155,18 @@ def encode_prompts(
     return prompts
 
 
-def _in_whole_characters(record: dict[str, Any]) -> dict[str, Any]:
+def _fields(record: dict[str, Any]) -> dict[str, Any]:
+    """What a row says of its problem, by the names of fields."""
     try:
         json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise UserError("it has half a character (as \\ud800); write both halves") from None
-    return record
-
-
-def _parse(number: int, place: Place, record: dict[str, Any]) -> Problem:
-    name = str(number + 1)
     if "conversations" in record:
         *messages, last = parse_chat(record)
         expected = find_answer(last["content"])
         if last["role"] != "assistant" or not messages or expected is None:
             raise UserError("a chat must end with an assistant turn that gives the answer")
-        return Problem(number, place, name, name, messages, expected.value)
+        return {"messages": messages, "answer": expected.value}
     try:
         row = _Row.model_validate(record)
     except ValidationError as error:
@@ -181,20 +177,5 @@ def _parse(number: int, place: Place, record: dict[str, Any]) -> Problem:
         raise UserError(f"scoring is {row.scoring!r}; allowed are {', '.join(task_names())}")
     if row.answer is not None and (fault := task_of(row.scoring).fault(normalise(row.answer))):
         raise UserError(f"answer is {row.answer!r}; scored as {row.scoring}, {fault}")
-    name = name if row.id is None else row.id
-    return Problem(
-        number=number,
-        place=place,
-        id=name,
-        problem=name if row.problem is None else row.problem,
-        messages=[{"role": "user", "content": row.prompt}],
-        answer=row.answer,
-        scoring=row.scoring,
-        level=row.level,
-        task=row.task,
-        as_text=row.as_text,
-        full=row.full,
-        choices=row.choices,
-        label=row.label,
-        completion_prompt=row.completion_prompt,
-    )
+    said = row.model_dump(exclude={"prompt"}, exclude_none=True)
+    return said | {"messages": [{"role": "user", "content": row.prompt}]}

@@ -22,9 +22,6 @@ class Task(Protocol):
     def score(self, expected: str, output: str) -> Score:
         """Compare an output with the expected answer, in the spelling of `normalise`."""
 
-    def gold(self, expected: str) -> str:
-        """An output that is right."""
-
     def fault(self, expected: str) -> str | None:
         """Why no output could be right, and what the answer must be; None if all is well."""
 

@@ -19,13 +19,8 @@ from minimind.errors import Stopped, UserError
 OUTPUTS = ("output", "metrics", "history", "predictions", "rejected")  # options that are written to
 
 
-def stage_app(name: str) -> StageApp:
-    """A Typer app for the stage ``name``; errors a person can mend are one line and exit code 1."""
-    return StageApp(name)
-
-
 class StageApp(typer.Typer):
-    """Typer whose commands turn :class:`UserError` and :class:`OSError` into one line."""
+    """The commands of a stage: errors that a person can mend are one line and exit code 1."""
 
     def __init__(self, name: str) -> None:
         super().__init__(
@@ -38,10 +33,10 @@ class StageApp(typer.Typer):
 
         def decorate(function: Callable[..., None]) -> Callable[..., None]:
             @functools.wraps(function)
-            def guarded(*call_args: Any, **call_kwargs: Any) -> None:
+            def guarded(**options: Any) -> None:
                 try:
-                    _require_room(call_kwargs)
-                    function(*call_args, **call_kwargs)
+                    _require_room(options)
+                    function(**options)
                 except UserError as error:
                     self._complain(str(error))
                     raise typer.Exit(1) from None
@@ -76,6 +71,9 @@ class StageApp(typer.Typer):
         """What concerns all processes alike is said by one."""
         if os.environ.get("RANK", "0") == "0" or not is_worker():
             self._complain(message)
+
+
+stage_app = StageApp
 
 
 def _require_room(options: Mapping[str, Any]) -> None:

@@ -10,12 +10,7 @@ class Progress:
     """Steps done of a known number, with loss, tokens per second and time left."""
 
     def __init__(
-        self,
-        stage: str,
-        num_steps: int,
-        first_step: int,
-        log_seconds: float,
-        silent: bool = False,
+        self, stage: str, num_steps: int, first_step: int, log_seconds: float, silent: bool
     ) -> None:
         self.stage, self.num_steps, self.first_step = stage, num_steps, first_step
         self.log_seconds, self.silent = log_seconds, silent
@@ -46,13 +41,11 @@ class Progress:
 
     def say(self, message: str) -> None:
         """A line above the bar."""
-        if self.silent:
-            return
         line = f"{self.stage}: {message}"
-        if self.bar is None:
-            print(line, file=sys.stderr, flush=True)
-        else:
+        if self.bar is not None:
             self.bar.write(line, file=sys.stderr)
+        elif not self.silent:
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from itertools import takewhile
 from types import FrameType
 
 import psutil
@@ -62,13 +63,13 @@ def watch_parents(interval_seconds: float = 0.5) -> None:
     is no shell is watched, and every shell on the way.
     """
     ancestors = psutil.Process().parents()
-    if _has_dvc_gone({ancestor.pid for ancestor in ancestors}):
+    pids = writers()
+    # If DVC died before we could look, and left us to some other process, then its list of who
+    # writes what names others than our ancestors alone.
+    if pids and pids.isdisjoint(ancestor.pid for ancestor in ancestors):
         os.kill(os.getpid(), signal.SIGTERM)
-    watched = []
-    for ancestor in ancestors:
-        watched.append(ancestor)
-        if ancestor.name() not in SHELLS:
-            break
+    num_shells = len(list(takewhile(lambda ancestor: ancestor.name() in SHELLS, ancestors)))
+    watched = ancestors[: num_shells + 1]
 
     def watch() -> None:
         # is_running compares creation times too, so a reused process number does not fool it.
@@ -77,12 +78,3 @@ def watch_parents(interval_seconds: float = 0.5) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="watch-parents", daemon=True).start()
-
-
-def _has_dvc_gone(ancestors: set[int]) -> bool:
-    """Whether DVC died before we could look, and left us to some other process.
-
-    Then its list of who writes what names others than our ancestors alone.
-    """
-    pids = writers()
-    return bool(pids) and not pids & ancestors

@@ -1,18 +1,15 @@
 """Sampled completions of prompts, in a loop that a kill does not send back to its beginning."""
 
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 from pydantic import Field, PositiveInt
 
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.compute.precision import DType
 from minimind.errors import UserError
-from minimind.files import replacing
 from minimind.lineage.resume import ResumeCheckpoint
 from minimind.model.generate import Sampling, generate
 from minimind.model.transformer import Transformer
@@ -40,10 +37,8 @@ class Completion(NamedTuple):
     finished: bool  # whether it came to an end by itself
 
 
-class Source(Protocol):
-    """Completes prompts; every prompt equally often."""
-
-    def __call__(self, prompts: Sequence[Problem]) -> list[list[Completion]]: ...
+Source = Callable[[Sequence[Problem]], list[list[Completion]]]
+"""Completes prompts; every prompt equally often."""
 
 
 @dataclass(frozen=True)
@@ -60,46 +55,26 @@ class Checkpoint:
 
     def __call__(self, prompts: Sequence[Problem]) -> list[list[Completion]]:
         """Raises UserError where a prompt fills the model's positions."""
-        sampling = Sampling(
-            self.config.temperature,
-            self.config.top_p,
-            self.config.seed,
-            keys=[
-                prompt.number * self.num_samples + sample
-                for prompt in prompts
-                for sample in range(self.num_samples)
-            ],
-        )
+        size, config = self.num_samples, self.config
+        keys = [prompt.number * size + sample for prompt in prompts for sample in range(size)]
         sampled = generate(
             self.model,
             encode_prompts(prompts, self.tokenizer, self.model.config.max_positions),
-            max_new_tokens=self.config.max_new_tokens,
+            max_new_tokens=config.max_new_tokens,
             end_id=self.tokenizer.end_id,
-            dtype=self.config.dtype,
-            sampling=sampling,
-            num_samples_per_prompt=self.num_samples,
+            dtype=config.dtype,
+            sampling=Sampling(config.temperature, config.top_p, config.seed, keys),
+            num_samples_per_prompt=size,
         )
-        completions = [
-            Completion(self.tokenizer.decode(ids), finished)
-            for ids, finished in zip(sampled.ids, sampled.finished, strict=True)
-        ]
-        return _grouped(completions, self.num_samples)
-
-
-def _grouped(completions: Sequence[Completion], size: int) -> list[list[Completion]]:
-    return [list(completions[i : i + size]) for i in range(0, len(completions), size)]
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write JSONL."""
-    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        texts = map(self.tokenizer.decode, sampled.ids)
+        completions = list(map(Completion, texts, sampled.finished))
+        return [completions[i : i + size] for i in range(0, len(completions), size)]
 
 
 def complete_all(
     source: Source, prompts: Sequence[Problem], prompts_at_a_time: int, run: StageRun
-) -> list[list[Completion]]:
-    """The completions of every prompt, in their order.
+) -> list[tuple[Problem, list[Completion]]]:
+    """Every prompt with its completions, in their order.
 
     Picks up what a run of the same kind had completed before it was killed.
 
@@ -107,7 +82,11 @@ def complete_all(
         Stopped: a signal came; what there is is saved.
         UserError: the source cannot go on; what there is is saved too.
     """
-    completions = _restore(run)
+    state, damaged = run.store.load()
+    for line in damaged:
+        run.say(line)
+    saved = state.values["completions"] if state else []
+    completions = [[Completion(*completion) for completion in row] for row in saved]
     if completions:
         run.say(f"going on after {len(completions)} of {len(prompts)} prompts")
     last_save = last_line = time.monotonic()
@@ -131,12 +110,4 @@ def complete_all(
             save()
             run.raise_if_stopped(f"after {len(completions)} of {len(prompts)} prompts")
     save()
-    return completions
-
-
-def _restore(run: StageRun) -> list[list[Completion]]:
-    state, damaged = run.store.load()
-    for line in damaged:
-        run.say(line)
-    rows = state.values["completions"] if state else []
-    return [[Completion(*completion) for completion in row] for row in rows]
+    return list(zip(prompts, completions, strict=True))

@@ -10,14 +10,14 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from email.message import Message as Headers
 from http.client import HTTPException
-from typing import IO, Any
+from typing import Any
 from urllib.error import HTTPError
 
 from minimind.errors import UserError
 from minimind.tasks.problem import Problem
-from minimind.thinking.completions import Completion, CompletionConfig
+from minimind.thinking.completions import Completion
+from minimind.thinking.rejection_sampling import RejectionSamplingConfig
 
 TIMEOUT_SECONDS = 300.0  # of one request
 ATTEMPTS = 6
@@ -30,10 +30,7 @@ MAX_RESPONSE_BYTES = 16 * 2**20
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """A redirect would carry the key to whatever host it names."""
 
-    def redirect_request(
-        self, req: Any, fp: IO[bytes], code: int, msg: str, headers: Headers, newurl: str
-    ) -> None:
-        return None
+    def redirect_request(self, *_: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,8 @@ class Endpoint:
     """A server as a source: one request a completion, `batch_size` of them at a time."""
 
     url: str  # such as http://localhost:8000/v1
-    model: str
-    instruction: str  # a system turn before the prompt; "" for none
+    config: RejectionSamplingConfig
     api_key: str = field(repr=False)  # "" for none
-    config: CompletionConfig
-    num_samples: int
 
     def __post_init__(self) -> None:
         if not self.api_key.isascii() or not self.api_key.isprintable() or " " in self.api_key:
@@ -55,42 +49,36 @@ class Endpoint:
         """Raises UserError where the server refuses, cannot be reached, or is not understood."""
         threads = ThreadPoolExecutor(self.config.batch_size)
         try:
-            rows = [
-                [threads.submit(self._complete, prompt, i) for i in range(self.num_samples)]
-                for prompt in prompts
-            ]
+            samples = range(self.config.num_samples)
+            rows = [[threads.submit(self._complete, p, i) for i in samples] for p in prompts]
             return [[future.result() for future in row] for row in rows]
         finally:
             threads.shutdown(cancel_futures=True)
 
     def _complete(self, prompt: Problem, sample: int) -> Completion:
-        system = [{"role": "system", "content": self.instruction}] if self.instruction else []
-        key = prompt.number * self.num_samples + sample
-        answer = self._post(
-            {
-                "model": self.model,
-                "messages": [*system, *prompt.messages],
-                "temperature": self.config.temperature,
-                "top_p": self.config.top_p,
-                "max_tokens": self.config.max_new_tokens,
-                # Not all servers heed it; without, some would give the same text every time.
-                "seed": random.Random(f"{self.config.seed} {key}").getrandbits(31),
-            }
-        )
-        return _parse(answer, self._target)
+        config = self.config
+        system = [{"role": "system", "content": config.instruction}] if config.instruction else []
+        key = prompt.number * config.num_samples + sample
+        body = {
+            "model": config.model,
+            "messages": [*system, *prompt.messages],
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "max_tokens": config.max_new_tokens,
+            # Not all servers heed it; without, some would give the same text every time.
+            "seed": random.Random(f"{config.seed} {key}").getrandbits(31),
+        }
+        target = f"{self.url.rstrip('/')}/chat/completions"
+        return _parse(self._post(target, body), target)
 
-    @property
-    def _target(self) -> str:
-        return f"{self.url.rstrip('/')}/chat/completions"
-
-    def _post(self, body: dict[str, Any]) -> bytes:
+    def _post(self, target: str, body: dict[str, Any]) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
         data = json.dumps(body).encode()
         opener = urllib.request.build_opener(_NoRedirects)
         for attempt in range(ATTEMPTS):
-            request = urllib.request.Request(self._target, data, headers, method="POST")
+            request = urllib.request.Request(target, data, headers, method="POST")
             wait = FIRST_WAIT_SECONDS * 2**attempt
             try:
                 with opener.open(request, timeout=TIMEOUT_SECONDS) as response:
@@ -101,12 +89,14 @@ class Endpoint:
                     problem += " (the key is read from MINIMIND_API_KEY)"
                 if error.code not in PASSING_STATUSES:
                     break
-                wait = max(wait, _retry_after(error.headers))
+                retry_after = error.headers.get("Retry-After", "")
+                if retry_after.isascii() and retry_after.isdigit():
+                    wait = max(wait, float(retry_after))
             except (OSError, HTTPException) as error:
                 problem = f"cannot be reached: {getattr(error, 'reason', error) or error!r}"
             if attempt + 1 < ATTEMPTS:
                 time.sleep(min(wait, LONGEST_WAIT_SECONDS))
-        raise UserError(f"{self._target} {problem}.")
+        raise UserError(f"{target} {problem}.")
 
     def _shown(self, error: HTTPError) -> str:
         """The beginning of what the server says, without our key if it repeats that."""
@@ -135,8 +125,3 @@ def _parse(answer: bytes, target: str) -> Completion:
     if thought and "<think>" not in text:
         text = f"<think>{thought}</think>\n{text}"
     return Completion(text, finished)
-
-
-def _retry_after(headers: Headers) -> float:
-    value = headers.get("Retry-After", "")
-    return float(value) if value.isascii() and value.isdigit() else 0.0

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from statistics import fmean
 
 from minimind.chat.answers import find_answer, first_thought, tagged_answer, thought_of
 from minimind.metrics import Number
@@ -17,9 +18,7 @@ from minimind.thinking.completions import Completion, CompletionConfig
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}+|[0-9]{1,30}+)(?![0-9])(?:\.[0-9]{1,30}+)?"
 _TERM = rf"-?{_NUMBER}"
 _SIDE = rf"{_TERM}(?:[-+*/]{_TERM})*+"
-_EQUATION = re.compile(
-    rf"(?<![0-9A-Za-z_.()=*/+-]){_SIDE}(?:={_SIDE})++(?![0-9A-Za-z_()*/+=])",
-)
+_EQUATION = re.compile(rf"(?<![0-9A-Za-z_.()=*/+-]){_SIDE}(?:={_SIDE})++(?![0-9A-Za-z_()*/+=])")
 _SIGNS = str.maketrans("×✕∙·÷−–＋＝", "****/--+=")
 _SPACED_SIGN = re.compile(r"(?<=[0-9)])[ \t]*([-+*/=])[ \t]*")
 
@@ -64,9 +63,9 @@ def find_equations(thought: str) -> list[Equation]:
     for match in _EQUATION.finditer(text):
         for left, right in pairwise(match.group().split("=")):
             if re.search(r"(?<=[0-9])[-+*/]", left):  # 7=7 computes nothing
-                values = _value(left), _value(right)
-                right_too = values[0] is not None and values[0] == values[1]
-                steps.append(Equation(f"{left}={right}", values[1], right_too))
+                result = _value(right)
+                is_right = result is not None and _value(left) == result
+                steps.append(Equation(f"{left}={right}", result, is_right))
     return steps
 
 
@@ -124,15 +123,11 @@ def metrics(assessed: Sequence[Thinking]) -> dict[str, Number]:
     num_steps = sum(a.steps for a in assessed)
     return {
         "prompts": len(assessed),
-        "has_thinking": _share([a.has_thinking for a in assessed]),
-        "has_answer": _share([a.has_answer for a in assessed]),
-        "complete": _share([a.complete for a in assessed]),
-        "thinking_tokens": sum(lengths) / len(lengths) if lengths else 0.0,
+        "has_thinking": fmean(a.has_thinking for a in assessed),
+        "has_answer": fmean(a.has_answer for a in assessed),
+        "complete": fmean(a.complete for a in assessed),
+        "thinking_tokens": fmean(lengths or [0]),
         "steps": num_steps / len(assessed),
         "steps_right": sum(a.right_steps for a in assessed) / num_steps if num_steps else 0.0,
-        "consistent": _share([a.consistent for a in assessed]),
+        "consistent": fmean(a.consistent for a in assessed),
     }
-
-
-def _share(flags: Sequence[bool]) -> float:
-    return sum(flags) / len(flags)

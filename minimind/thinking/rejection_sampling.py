@@ -8,7 +8,6 @@ from urllib.parse import urlsplit
 from pydantic import PositiveInt, ValidationInfo, field_validator
 
 from minimind.chat.answers import thought_of
-from minimind.chat.template import Message
 from minimind.metrics import Number
 from minimind.params import UserPath
 from minimind.tasks.problem import Problem
@@ -28,9 +27,7 @@ class RejectionSamplingConfig(CompletionConfig):
     max_kept_per_prompt: PositiveInt
     endpoint: str | None = None  # an OpenAI-compatible server instead of the checkpoint
     model: str | None = None  # its name there
-    instruction: str = (
-        INSTRUCTION  # a system turn for the endpoint's model; the data set goes without it
-    )
+    instruction: str = INSTRUCTION  # a system turn for the endpoint; not in the data set
 
     @field_validator("endpoint")
     @classmethod
@@ -58,7 +55,6 @@ class RejectionSampling:
     kept: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     num_prompts: int = 0
-    num_sampled: int = 0
     num_prompts_with_a_trace: int = 0
     num_distinct: int = 0  # verified thoughts that differ from the others of their prompt
 
@@ -86,30 +82,24 @@ class RejectionSampling:
                 reason = "surplus" if len(thoughts) >= max_kept else ""
                 thoughts.add(key)
             if reason or thought is None:
-                self.rejected.append(
-                    {"prompt": prompt.prompt, "answer": prompt.answer, "output": text}
-                    | {"reason": reason}
-                )
-            else:
-                self.kept.append(_row(prompt.messages, thought.strip(), prompt.answer.strip()))
+                row = {"prompt": prompt.prompt, "answer": prompt.answer, "output": text}
+                self.rejected.append(row | {"reason": reason})
+            else:  # a row of the reason format; the answer in the prompt's spelling
+                said = f"<think>{thought.strip()}</think>\n<answer>{prompt.answer.strip()}</answer>"
+                turn = {"role": "assistant", "content": said}
+                self.kept.append({"conversations": [*prompt.messages, turn]})
         self.num_prompts += 1
-        self.num_sampled += len(completions)
         self.num_prompts_with_a_trace += bool(thoughts)
         self.num_distinct += len(thoughts)
 
     def metrics(self) -> dict[str, Number]:
         """Counts; kept_share of what was sampled, distinct_traces a prompt."""
+        num_sampled = len(self.kept) + len(self.rejected)
         return {
             "prompts": self.num_prompts,
-            "sampled": self.num_sampled,
+            "sampled": num_sampled,
             "kept": len(self.kept),
-            "kept_share": len(self.kept) / self.num_sampled,
+            "kept_share": len(self.kept) / num_sampled,
             "prompts_with_a_trace": self.num_prompts_with_a_trace,
             "distinct_traces": self.num_distinct / self.num_prompts,
         }
-
-
-def _row(messages: Sequence[Message], thought: str, answer: str) -> dict[str, Any]:
-    """A row of the reason format; the answer in the prompt's spelling."""
-    said = f"<think>{thought}</think>\n<answer>{answer}</answer>"
-    return {"conversations": [*messages, {"role": "assistant", "content": said}]}
