@@ -1,18 +1,13 @@
 """What a model's output says: its answer, its thought, whether it is put in a sentence."""
 
 import re
-from decimal import Decimal
 from typing import NamedTuple
+from unicodedata import normalize
 
-# A minus belongs to the number unless something to subtract from stands before it.
-_NUMBER = re.compile(
-    r"(?:(?<![0-9A-Za-z)])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
-)
+from minimind.chat.numbers import find_numbers, number_of, written
+
 _TAGS = re.compile(r"</?(?:think|answer)>")
 _TAGGED_ANSWER = re.compile(r"<answer>(.*)</answer>", re.DOTALL)
-_THINK_THEN_ANSWER = re.compile(
-    r"\s*<think>(.*\S.*)</think>\s*<answer>(.*\S.*)</answer>\s*", re.DOTALL
-)
 _THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _TAGGED_PARTS = re.compile(r"<(think|answer)>.*?(</\1>|$)", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.!?。！？…][\"'”’」』)）]*\Z")
@@ -33,8 +28,9 @@ def find_answer(output: str) -> Answer | None:
     """
     tagged = _tagged_answer(output)
     start, end = tagged.span(1) if tagged else (0, len(output))
-    if numbers := list(_NUMBER.finditer(output, start, end)):
-        return Answer(normalise(numbers[-1].group()), *numbers[-1].span())
+    if numbers := find_numbers(output[start:end]):
+        value, first, last = numbers[-1]
+        return Answer(written(value), start + first, start + last)
     if tagged and tagged.group(1).strip():
         return Answer(normalise(tagged.group(1)), start, end)
     return None
@@ -43,9 +39,10 @@ def find_answer(output: str) -> Answer | None:
 def answer_like(expected: str, output: str) -> str | None:
     """What an output answers, normalised: what is stated or, if a number is expected, its last."""
     said = stated_answer(output)
-    if said is not None and is_number(expected):
-        said = next(reversed(_NUMBER.findall(said)), None)
-    return None if said is None else normalise(said)
+    if said is None or not is_number(expected):
+        return None if said is None else normalise(said)
+    numbers = find_numbers(said)
+    return written(numbers[-1].value) if numbers else None
 
 
 def first_thought(output: str) -> str | None:
@@ -84,23 +81,30 @@ def _tagged_answer(output: str) -> re.Match[str] | None:
 
 
 def normalise(answer: str) -> str:
-    """One spelling for equal answers: 1,000 and 1000.0 are 1000; text without outer space."""
-    answer = answer.strip()
-    if not _NUMBER.fullmatch(answer):
-        return answer
-    number = Decimal(answer.replace(",", ""))
-    return f"{number.to_integral_value() if number == int(number) else number.normalize():f}"
+    """One spelling for equal answers: 1,000, 1e3 and 1000 apples are 1000, 3/4 and 75% are 0.75.
+
+    Text is without outer space, full-width letters and the full stop at its end.
+    """
+    value = number_of(answer)
+    if value is not None:
+        return written(value)
+    return " ".join(normalize("NFKC", answer).split()).rstrip(".。")
 
 
 def is_number(text: str) -> bool:
     """Whether a text is a number and nothing else."""
-    return _NUMBER.fullmatch(text) is not None
+    numbers = find_numbers(text)
+    return len(numbers) == 1 and (numbers[0].start, numbers[0].end) == (0, len(text))
 
 
 def thought_of(output: str) -> str | None:
     """The thought of an output that is one complete <think> and, after it, one <answer>."""
-    match = _THINK_THEN_ANSWER.fullmatch(output)
-    return match.group(1) if match and len(_TAGS.findall(output)) == 4 else None
+    thought, closed, rest = output.strip().removeprefix("<think>").partition("</think>")
+    answer = rest.strip().removeprefix("<answer>").removesuffix("</answer>")
+    in_order = output.strip() == f"<think>{thought}</think>{rest.rstrip()}"
+    in_order = in_order and rest.strip() == f"<answer>{answer}</answer>"
+    said = thought.strip() and answer.strip()
+    return thought if closed and in_order and said and len(_TAGS.findall(output)) == 4 else None
 
 
 def is_full_sentence(output: str, full: str | None) -> bool:

@@ -1,20 +1,17 @@
 """The form of a completion: thought and answer inside their tags."""
 
-import re
 from collections.abc import Sequence
 
+from minimind.chat.answers import thought_of
 from minimind.chat.tokenizer import TAGS
 from minimind.rewards.reward import Given, Reward, Sample
 
 COMPLETE_REWARD, TAG_REWARD = 0.5, 0.25
-_COMPLETE = re.compile(
-    r"\s*<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL
-)
 
 
 class Format(Reward):
-    """0.5 for ``<think>..</think> <answer>..</answer>`` and nothing else, 0.25 for each tag that
-    stands exactly once; newlines inside and between the pairs are fine.
+    """0.5 for a complete thought and answer (as evaluation counts them), 0.25 for each tag that
+    stands exactly once.
     """
 
     default_weight = 0.2
@@ -27,7 +24,7 @@ class Format(Reward):
 
 
 def _form(completion: str) -> float:
-    complete = COMPLETE_REWARD if _COMPLETE.fullmatch(completion) else 0.0
+    complete = COMPLETE_REWARD if thought_of(completion) is not None else 0.0
     return complete + TAG_REWARD * sum(completion.count(tag) == 1 for tag in TAGS)
 
 

@@ -5,12 +5,12 @@ from minimind.tasks.task import Score
 
 
 class Exact:
-    """Right is what is equal to the expected answer: 1,000 and 1000.0 are 1000."""
+    """Right is what is equal to the expected answer: 1,000 and 1000.0 are 1000, Paris is paris."""
 
     def score(self, expected: str, output: str) -> Score:
         """See :func:`minimind.chat.answers.answer_like`."""
         said = answer_like(expected, output)
-        return Score(said, said == expected)
+        return Score(said, said is not None and said.casefold() == expected.casefold())
 
     def fault(self, expected: str) -> str | None:
         return None
