@@ -404,18 +404,18 @@ def test_compiled_code_multiplies_as_eager_code_does(
     changes = {"max_steps": 6, "log_interval": 1, "dtype": "bfloat16"}
     eager, _ = train(tmp_path, data, **changes)
     monkeypatch.setenv("MINIMIND_COMPILE", "1")
-    num_matmuls = 0
-    called_wide = matmuls._called_wide
+    num_operands = 0
+    wide = matmuls._wide
 
-    def counted(*args: Any) -> Any:
-        nonlocal num_matmuls
-        num_matmuls += 1
-        return called_wide(*args)
+    def counted(value: Any) -> Any:
+        nonlocal num_operands
+        num_operands += 1
+        return wide(value)
 
-    monkeypatch.setattr(matmuls, "_called_wide", counted)
+    monkeypatch.setattr(matmuls, "_wide", counted)
     compiled, _ = train(tmp_path, data, **changes)
-    # Of 14 linear layers and the head: forward, and each one's two gradients.
-    assert num_matmuls >= 6 * 2 * 3 * 15
+    # Of 14 linear layers and the head: forward, and each one's two gradients, of two operands.
+    assert num_operands >= 6 * 2 * 3 * 15 * 2
     losses = [row["loss"] for row in eager.rows if "loss" in row]
     assert [row["loss"] for row in compiled.rows if "loss" in row] == pytest.approx(
         losses, rel=0.02

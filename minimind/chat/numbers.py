@@ -1,7 +1,7 @@
 """Numbers in what people and models write: 1,000, 3.5, -5, 1e3, 3/4, 1 1/2, 10%, \\frac{1}{2}.
 
-They are exact (fractions.Fraction) and compared as such. math-verify was tried instead: it takes 12:30
-for 12, 1,5 for 1.5, knows neither +7 nor 1e3 nor full-width digits, and needs up to .2 s an answer.
+They are exact (fractions.Fraction) and compared as such. math-verify was tried instead: it takes
+12:30 for 12 and 1,5 for 1.5, knows neither +7 nor 1e3 nor full-width digits, and needs up to .2 s.
 """
 
 import re
@@ -11,7 +11,10 @@ from typing import NamedTuple
 # Digits of any script; how many is limited, so that nothing long is computed with.
 _WHOLE = r"(?:\d{1,3}(?:,\d{3}){1,12}(?!\d)|\d{1,3}(?:，\d{3}){1,12}(?!\d)|\d{1,40})"
 _DECIMAL = rf"(?:{_WHOLE}(?:[.．]\d{{1,40}})?|[.．]\d{{1,40}})(?:[eE][-+]?\d{{1,3}}(?![A-Za-z]))?"
-_LATEX = rf"(?:(?P<before>{_WHOLE}) ?)?\\[dt]?frac *\{{ ?(?P<over>{_DECIMAL}) ?\}} *\{{ ?(?P<under>{_DECIMAL}) ?\}}"
+_LATEX = (
+    rf"(?:(?P<before>{_WHOLE}) ?)?\\[dt]?frac *"
+    rf"\{{ ?(?P<over>{_DECIMAL}) ?\}} *\{{ ?(?P<under>{_DECIMAL}) ?\}}"
+)
 _PLAIN = (
     rf"(?:(?P<whole>{_WHOLE}) (?={_WHOLE}[/／]))?(?P<value>{_DECIMAL})"
     rf"(?: ?[/／] ?(?P<divisor>{_DECIMAL}))?"
@@ -46,7 +49,7 @@ def find_numbers(text: str) -> list[Number]:
 
 
 def number_of(text: str) -> Fraction | None:
-    """The number that a text is, with at most a currency before it and a unit behind it: 5 apples."""
+    """The number that a text is, with at most a currency before and a unit behind: 5 apples."""
     numbers = find_numbers(text)
     if len(numbers) != 1:
         return None

@@ -27,8 +27,11 @@ def prepare_device(settings: RuntimeSettings) -> torch.device:
     if not available[name]:
         there = ", ".join(known for known, is_there in available.items() if is_there)
         raise UserError(f"MINIMIND_DEVICE is {name!r}; this machine has: {there}.")
+    # Equal runs, equal bytes: eager CPU code is so by itself, compiled code and CUDA are not.
     if name == "cuda" or settings.compile:
-        _be_deterministic()
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow
     if name == "cuda" and is_worker():
         return _own_gpu(int(os.environ["LOCAL_RANK"]))
     return torch.device(name)
@@ -50,10 +53,3 @@ def _own_gpu(local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def _be_deterministic() -> None:
-    """Equal runs, equal bytes: eager CPU code is so by itself, compiled code and CUDA are not."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow

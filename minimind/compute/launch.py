@@ -55,7 +55,7 @@ def launch(stage: str, num_processes: int) -> int:
     Raises:
         UserError: torchrun's variables are wrong, or the other machines cannot be found.
     """
-    # Imported here: a stage of one process never needs it.
+    # Imported here: only a stage of many processes needs it.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
@@ -64,13 +64,15 @@ def launch(stage: str, num_processes: int) -> int:
     logging.disable(logging.CRITICAL)  # torchrun tells at length what we tell in a line
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of what we want of it
-    threads = max(1, (os.cpu_count() or 1) // num_processes)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     with tempfile.TemporaryDirectory(prefix="minimind-") as last_words:
         os.environ[_LAST_WORDS] = last_words
+        code = 0
         try:
-            command = ["--nproc-per-node", str(num_processes), "--log-dir", last_words]
-            run(get_args_parser().parse_args([*command, *_own_command()]))
+            spec = sys.modules["__main__"].__spec__
+            command = ["-m", spec.name, *sys.argv[1:]] if spec else sys.argv
+            options = ["--nproc-per-node", str(num_processes), "--log-dir", last_words]
+            run(get_args_parser().parse_args([*options, *command]))
         except SignalException as stopped:
             code = 128 + int(stopped.sigval)
         except ChildFailedError as error:
@@ -79,10 +81,10 @@ def launch(stage: str, num_processes: int) -> int:
         except (RendezvousError, ValueError, AssertionError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"torchrun cannot start (see its variables PET_*): {reason}") from None
-        else:
-            code = 0
-        if words := _first_words(Path(last_words)):
-            print(words, file=sys.stderr)
+        said = [json.loads(f.read_text(encoding="utf-8")) for f in Path(last_words).glob("*.json")]
+        if said:
+            first = min(said, key=lambda words: (words["kind"], words["time"]))
+            print(first["words"].rstrip(), file=sys.stderr)
         elif code:
             print(f"{stage}: a process ended with exit code {code}", file=sys.stderr)
     return code
@@ -90,17 +92,11 @@ def launch(stage: str, num_processes: int) -> int:
 
 def say_last_words(words: str, kind: Kind = Kind.MESSAGE) -> bool:
     """Leave a message for the launcher; False if there is none, and one has to print oneself."""
-    directory = Path(os.environ.get(_LAST_WORDS, ""))
-    if not is_worker() or _LAST_WORDS not in os.environ or not directory.is_dir():
+    directory = os.environ.get(_LAST_WORDS)
+    if not is_worker() or not directory or not Path(directory).is_dir():
         return False
-    _write_words(directory, int(os.environ["RANK"]), words, kind, time.time())
+    _write_words(Path(directory), int(os.environ["RANK"]), words, kind, time.time())
     return True
-
-
-def _own_command() -> list[str]:
-    """What this process was started with, for torchrun: -m module or file, and its arguments."""
-    spec = sys.modules["__main__"].__spec__
-    return ["-m", spec.name, *sys.argv[1:]] if spec else sys.argv
 
 
 def _note_deaths(error: ChildFailedError, directory: Path) -> None:
@@ -116,9 +112,3 @@ def _note_deaths(error: ChildFailedError, directory: Path) -> None:
 def _write_words(directory: Path, rank: int, words: str, kind: Kind, when: float = 0.0) -> None:
     contents = json.dumps({"kind": kind, "time": when, "rank": rank, "words": words})
     (directory / f"{rank}-{kind}.json").write_text(contents, encoding="utf-8")
-
-
-def _first_words(directory: Path) -> str | None:
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in directory.glob("*.json")]
-    first = min(found, key=lambda said: (said["kind"], said["time"]), default=None)
-    return first and first["words"].rstrip()

@@ -1,13 +1,12 @@
 """Products of 16-bit values on processors that have no instructions for them.
 
-There PyTorch multiplies bfloat16 and float16 one number at a time, which takes 10 to 100 times as
-long as float32. But float32 can do it: a product of two such values is exact in it, sums are kept
-in it anyway, and the result is rounded to the type. Only the order of the sums is another
+There PyTorch takes 10 to 100 times as long for bfloat16 and float16 as for float32, which can do
+the same: a product of two such values is exact in it, sums are kept in it anyway, and the result is
+rounded to the type. Only the order of the sums is another
 (docs/decisions/0014-half-precision-without-its-instructions.md).
 
 What is replaced are PyTorch's kernels of a few operators, on CPU and for these types alone. All
-matmuls end in them: those of layers, of autograd's gradients, of optimizers, of peft, of
-transformers and of compiled code. So no place has to ask for it, and none can forget to.
+matmuls end in them, also those of autograd, peft, transformers and compiled code.
 """
 
 import warnings
@@ -20,16 +19,8 @@ from torch import Tensor
 # The operators of matmuls that have kernels of their own on CPU. Linear layers, matmul,
 # einsum and the gradients of all of these call them. `.out` is what compiled code calls.
 OPERATORS = (
-    "mm",
-    "mm.out",
-    "bmm",
-    "bmm.out",
-    "addmm",
-    "addmm.out",
-    "addmv",
-    "addmv.out",
-    "baddbmm",
-    "baddbmm.out",
+    *("mm", "mm.out", "bmm", "bmm.out", "addmm", "addmm.out"),
+    *("addmv", "addmv.out", "baddbmm", "baddbmm.out"),
     "_scaled_dot_product_flash_attention_for_cpu",  # of models of transformers
 )
 
@@ -55,8 +46,7 @@ def choose_matmuls(setting: str) -> None:
 def prepare_matmuls(dtype: torch.dtype) -> None:
     """Replace the kernels if this type needs it; to be called before any matmul of float16.
 
-    Not sooner: a call of ours takes 10 us longer, which is a fifth of the smallest models' steps,
-    and most processors that have instructions for bfloat16 have none for float16.
+    Not sooner: a call of ours takes 10 us longer, and many processors lack float16 alone.
     """
     if dtype in _in_float32 and _library is None:
         _replace_kernels()
@@ -70,9 +60,8 @@ def matmuls_in_float32() -> list[str]:
 def _has(type_name: str) -> bool:
     """Whether oneDNN multiplies a type by instructions of this processor.
 
-    It says so of bfloat16 on x86 with any AVX-512, where without AVX512-BF16 it takes twice as
-    long as float32, with AVX-NE-CONVERT, and on ARM with its bfloat16 extension; of float16 with
-    AVX512-FP16 or AVX-NE-CONVERT. A build without oneDNN has nothing to ask, and no fast matmuls.
+    It says so of bfloat16 with any AVX-512, but without AVX512-BF16 takes twice as long as float32.
+    A build without oneDNN has nothing to ask, and no fast matmuls.
     """
     ask = getattr(torch.ops.mkldnn, f"_is_mkldnn_{type_name}_supported", None)
     if type_name == "bf16" and torch.cpu._is_avx512_supported():
@@ -83,57 +72,39 @@ def _has(type_name: str) -> bool:
 def _replace_kernels() -> None:
     global _library
     _library = torch.library.Library("aten", "IMPL")
-    kernels = {  # all of them before the first is replaced: each keeps the native one
-        name: _writing(name.removesuffix(".out")) if name.endswith(".out") else _returning(name)
-        for name in OPERATORS
-    }
+    kernels = {name: _kernel(name) for name in OPERATORS}  # each keeps the native ones: all first
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that kernels are replaced
         for name, kernel in kernels.items():
             _library.impl(name, kernel, "CPU", with_keyset=True)
 
 
-def _returning(operator: str) -> Callable[..., Any]:
-    """The kernel of an operator that returns its results."""
-    native = torch.library.get_kernel(f"aten::{operator}", "CPU").call_boxed
+def _kernel(operator: str) -> Callable[..., Any]:
+    """The native kernel, but for the types in question: on float32, and its result rounded."""
+    native = _native(operator)
+    returning = _native(operator.removesuffix(".out"))
 
     def kernel(keys: torch._C.DispatchKeySet, *args: Any, **options: Any) -> Any:
         dtype = args[0].dtype
         if dtype not in _in_float32:
             return native(keys, *args, **options)
-        return _rounded(_called_wide(native, keys, args, options), dtype)
+        out = options.pop("out", None)
+        wide_options = {name: _wide(value) for name, value in options.items()}
+        results = returning(keys, *map(_wide, args), **wide_options)
+        if out is not None:
+            return out.resize_(results.shape).copy_(results)
+        if isinstance(results, Tensor):
+            return results.to(dtype)
+        first, *others = results  # attention's second, sums of exponentials, stays in float32
+        return first.to(dtype), *others
 
     return kernel
 
 
-def _writing(operator: str) -> Callable[..., Tensor]:
-    """The kernel of an operator that writes its result to a tensor it is given."""
-    native_out = torch.library.get_kernel(f"aten::{operator}.out", "CPU").call_boxed
-    native = torch.library.get_kernel(f"aten::{operator}", "CPU").call_boxed
-
-    def kernel(keys: torch._C.DispatchKeySet, *args: Any, out: Tensor, **options: Any) -> Any:
-        if args[0].dtype not in _in_float32:
-            return native_out(keys, *args, out=out, **options)
-        result = _called_wide(native, keys, args, options)
-        return out.resize_(result.shape).copy_(result)
-
-    return kernel
-
-
-def _called_wide(native: Callable[..., Any], keys: Any, args: Any, options: Any) -> Any:
-    """The native kernel's results for the same values in float32."""
-    wide_options = {name: _wide(value) for name, value in options.items()}
-    return native(keys, *map(_wide, args), **wide_options)
+def _native(operator: str) -> Callable[..., Any]:
+    return torch.library.get_kernel(f"aten::{operator}", "CPU").call_boxed
 
 
 def _wide(value: Any) -> Any:
     """An attention mask may be of bools, and stays so; other arguments are numbers."""
     return value.float() if isinstance(value, Tensor) and value.dtype in _in_float32 else value
-
-
-def _rounded(results: Any, dtype: torch.dtype) -> Any:
-    """The result in its type. Attention's second one, sums of exponentials, stays in float32."""
-    if isinstance(results, Tensor):
-        return results.to(dtype)
-    first, *others = results
-    return first.to(dtype), *others

@@ -73,7 +73,7 @@ class Processes:
 
 
 def join_processes(device: torch.device) -> Processes:
-    """Meet the processes that torchrun has started beside this one, if it has."""
+    """Meet the processes that torchrun has started beside this one, if any."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
     # What is not on a GPU goes through gloo there too: flags, texts, states.

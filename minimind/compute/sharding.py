@@ -8,7 +8,7 @@ processes' gradients; losses here are sums, so they are multiplied by the number
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -67,12 +67,8 @@ def _sharded(
 
 
 def without_sync(forward: nn.Module) -> AbstractContextManager[None]:
-    """Around a micro-batch that is not a step's last: its gradients are exchanged with those of
-    the last. (In parts, they are exchanged at once: only so does no process hold all of them.)
-    """
-    if isinstance(forward, DistributedDataParallel):
-        return forward.no_sync()
-    return nullcontext()
+    """Around a step's micro-batches but the last, with which copies exchange all gradients."""
+    return forward.no_sync() if isinstance(forward, DistributedDataParallel) else nullcontext()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -102,18 +98,9 @@ def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 @torch.no_grad()
-def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Set those parameters of `model` that are among the whole `tensors`, by name."""
-    for name, parameter in model.named_parameters():
-        if name in tensors:
-            parameter.copy_(part_like(tensors[name], parameter))
-
-
-@torch.no_grad()
 def gather(trained: nn.Module, model: nn.Module) -> None:
     """Bring the weights of what `shard` made of `model` back into `model`."""
     if trained is not model:
-        for (_, source), (_, target) in zip(
-            trained_parameters(trained), trained_parameters(model), strict=True
-        ):
+        pairs = zip(trained_parameters(trained), trained_parameters(model), strict=True)
+        for (_, source), (_, target) in pairs:
             target.copy_(full_tensor(source))

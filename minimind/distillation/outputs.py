@@ -14,8 +14,9 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,10 +34,9 @@ from minimind.metrics import Number
 from minimind.objectives.distill import TEACHER_IDS, TEACHER_LOGPROBS, bucket_logprobs
 from minimind.objectives.loss import token_logprobs
 from minimind.params import Section
-from minimind.training.run import StageRun
+from minimind.training.run import StageRun, newest_checkpoint
 
-# 16 bits are enough: what they change is far below what the K tokens leave out
-# (docs/deviations.md has the figures), and float32 would take half as much space again.
+# What 16 bits change is far below what the K tokens leave out: see docs/deviations.md.
 LOGPROB_DTYPE = np.dtype(np.float16)
 ROWS_AT_A_TIME = 2**16  # of a check: bounds its memory
 IDS, LOGPROBS, META = "ids.bin", "logprobs.bin", "meta.json"
@@ -98,19 +98,15 @@ class TeacherOutputs:
             )
         if meta.mode == "online":
             return cls(meta, {})
-        arrays = {
-            TEACHER_IDS: _map(directory / IDS, np.dtype(meta.id_dtype), meta.tokens, meta.num_ids),
-            TEACHER_LOGPROBS: _map(
-                directory / LOGPROBS, LOGPROB_DTYPE, meta.tokens, meta.num_buckets
-            ),
-        }
+        ids = _map(directory / IDS, np.dtype(meta.id_dtype), meta.tokens, meta.num_ids)
+        logprobs = _map(directory / LOGPROBS, LOGPROB_DTYPE, meta.tokens, meta.num_buckets)
         for start in range(0, meta.tokens, ROWS_AT_A_TIME):
             rows = slice(start, start + ROWS_AT_A_TIME)
-            largest = arrays[TEACHER_IDS][rows].max()
-            if largest >= vocab_size or not np.isfinite(arrays[TEACHER_LOGPROBS][rows]).all():
+            if ids[rows].max() >= vocab_size or not np.isfinite(logprobs[rows]).all():
                 raise UserError(
                     f"{directory} holds tokens or values that cannot be; run teacher_outputs again."
                 )
+        arrays = {TEACHER_IDS: ids, TEACHER_LOGPROBS: logprobs}
         return cls(meta, {name: Extra(array, per="tokens") for name, array in arrays.items()})
 
 
@@ -119,22 +115,12 @@ def compute_teacher_outputs(
 ) -> tuple[TeacherMeta, dict[str, Number]]:
     """Ask the teacher about every trained token; returns meta.json's content and metrics.
 
-    The arrays grow in the run's resume folder, where a killed run finds them again;
-    :func:`save_teacher_outputs` copies them from there.
+    The arrays grow in the run's resume folder, from where :func:`save_teacher_outputs` copies them.
 
     Raises:
         Stopped: a signal came; a checkpoint to resume from is saved.
     """
-    num_ids = min(config.top_k, teacher.vocab_size)
-    meta = TeacherMeta(
-        mode="cached",
-        temperature=config.temperature,
-        dtype=config.dtype,
-        tokens=_num_trained(dataset),
-        num_ids=num_ids,
-        num_buckets=min(num_ids + 1, teacher.vocab_size),
-        id_dtype="uint16" if teacher.vocab_size <= 2**16 else "uint32",
-    )
+    meta = _meta(dataset, config, teacher.vocab_size)
     num_samples = dataset.num_samples
     num_batches = math.ceil(num_samples / config.batch_size)
     done, sums = _restore(meta, dataset, run)
@@ -155,7 +141,7 @@ def compute_teacher_outputs(
         for batch in in_order(dataset, samples, config.batch_size, extras={}):
             batch = batch.to(run.device)
             logits = teacher(batch.tokens, batch.predict_at).logits
-            ids = logits.topk(num_ids).indices
+            ids = logits.topk(meta.num_ids).indices
             logprobs = bucket_logprobs(logits, ids, config.temperature)
             if not torch.isfinite(logprobs).all():
                 shown = ", ".join(map(str, batch.rows[:16]))
@@ -167,7 +153,7 @@ def compute_teacher_outputs(
             logprobs_file.write(logprobs.cpu().numpy().astype(LOGPROB_DTYPE).tobytes())
             cross_entropy = -token_logprobs(logits, batch.targets)
             sums["ce"] += float(cross_entropy.cpu().double().sum())
-            sums["top_share"] += float(logprobs[:, :num_ids].cpu().double().exp().sum())
+            sums["top_share"] += float(logprobs[:, : meta.num_ids].cpu().double().exp().sum())
             done += batch.counts.samples
             mean = float(cross_entropy.mean())
             progress.update(math.ceil(done / config.batch_size) - 1, mean, len(batch.tokens.ids))
@@ -181,22 +167,23 @@ def compute_teacher_outputs(
 
 def online_meta(dataset: EncodedDataset, config: TeacherOutputsConfig) -> TeacherMeta:
     """What stands in meta.json when the teacher is to run beside the student."""
+    return _meta(dataset, config, vocab_size=0)
+
+
+def _meta(dataset: EncodedDataset, config: TeacherOutputsConfig, vocab_size: int) -> TeacherMeta:
+    """vocab_size: of what is stored; 0 where nothing is."""
+    num_ids = min(config.top_k, vocab_size)
     return TeacherMeta(
-        mode="online",
-        temperature=config.temperature,
-        dtype=config.dtype,
+        **config.model_dump(include={"mode", "temperature", "dtype"}),
         tokens=_num_trained(dataset),
-        num_ids=0,
-        num_buckets=0,
-        id_dtype="uint16",
+        num_ids=num_ids,
+        num_buckets=min(num_ids + 1, vocab_size),
+        id_dtype="uint16" if vocab_size <= 2**16 else "uint32",
     )
 
 
 def save_teacher_outputs(directory: Path, meta: TeacherMeta, run: StageRun) -> None:
-    """Copy finished arrays from the resume folder to `directory`, which appears whole.
-
-    Those in the resume folder go with its state, once DVC has recorded the copies.
-    """
+    """Copy finished arrays from the resume folder to `directory`, which appears whole."""
     with replacing(directory) as partial:
         partial.mkdir()
         if meta.mode == "cached":
@@ -209,9 +196,7 @@ def _restore(
     meta: TeacherMeta, dataset: EncodedDataset, run: StageRun
 ) -> tuple[int, dict[str, float]]:
     """Samples done and sums over their tokens, of the newest checkpoint with all its arrays."""
-    state, damaged = run.store.load()
-    for line in damaged:
-        run.say(line)
+    state = newest_checkpoint(run)
     if state is not None:
         sizes = _bytes_of(meta, dataset, state.step)
         paths = [run.store.directory / name for name in (IDS, LOGPROBS)]
@@ -223,13 +208,11 @@ def _restore(
 
 def _grow(
     meta: TeacherMeta, dataset: EncodedDataset, samples_done: int, run: StageRun
-) -> list[BinaryIO]:
+) -> list[BufferedWriter]:
     """The two array files, to be appended to; what lies beyond the samples done is cut off."""
-    files: list[BinaryIO] = []
-    for name, size in zip((IDS, LOGPROBS), _bytes_of(meta, dataset, samples_done), strict=True):
-        file = (run.store.directory / name).open("ab")
+    files = [(run.store.directory / name).open("ab") for name in (IDS, LOGPROBS)]
+    for file, size in zip(files, _bytes_of(meta, dataset, samples_done), strict=True):
         file.truncate(size)
-        files.append(file)
     return files
 
 

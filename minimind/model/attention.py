@@ -4,17 +4,17 @@ Shapes: T tokens of all samples together, H query heads, K key/value heads (grou
 attention, arXiv:2305.13245), E values a head, N samples.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A call per sample and no padding: on CPU a flash call for each sample is several times faster
-# than one call with a block mask, and 16-bit flash backward is so slow there that q, k and v
-# are cast to float32 inside. The query heads that share a key/value head are the call's batch, so
-# that keys and values serve all of them without being repeated. The custom operator keeps the
-# loop out of torch.compile's sight.
+# On CPU a flash call for each sample is several times faster than one call with a block mask, and
+# 16-bit flash backward so slow that q, k and v are cast to float32. The query heads that share a
+# key/value head are the call's batch: keys and values serve all of them without being repeated. The
+# custom operator keeps the loop out of torch.compile's sight.
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -53,7 +53,6 @@ def packed_attention(
 
 def _attention_per_sample(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor) -> Tensor:
     """The same by PyTorch's public call alone: MPS, and float32 on CUDA."""
-    starts = boundaries.tolist()
     outs = [
         F.scaled_dot_product_attention(
             query[start:end].transpose(0, 1)[None],
@@ -62,15 +61,16 @@ def _attention_per_sample(query: Tensor, key: Tensor, value: Tensor, boundaries:
             is_causal=True,
             enable_gqa=True,
         )[0].transpose(0, 1)
-        for start, end in pairwise(starts)
+        for start, end in pairwise(boundaries.tolist())
         if end > start
     ]
     return torch.cat(outs)
 
 
-def _by_sample(tensor: Tensor, boundaries: Tensor) -> tuple[Tensor, ...]:
-    """Float32 [.., .., T, ..] cut into samples; the empty ones are left out."""
-    return tensor.float().split([length for length in boundaries.diff().tolist() if length], dim=2)
+def _by_sample(tensors: tuple[Tensor, ...], boundaries: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors [.., .., T, ..] in float32, cut into samples; the empty ones are left out."""
+    lengths = [length for length in boundaries.diff().tolist() if length]
+    return zip(*(tensor.float().split(lengths, dim=2) for tensor in tensors), strict=True)
 
 
 def _query_heads(tensor: Tensor, kv_heads: int) -> Tensor:
@@ -91,8 +91,8 @@ def _cpu_attention(
     kv_heads = key.shape[1]
     repeats = query.shape[1] // kv_heads
     inputs = (_query_heads(query, kv_heads), _kv_heads(key, repeats), _kv_heads(value, repeats))
-    samples = zip(*(_by_sample(tensor, boundaries) for tensor in inputs), strict=True)
-    outs, sums = zip(*(_flash_forward(*sample, 0.0, True) for sample in samples), strict=True)
+    results = (_flash_forward(*sample, 0.0, True) for sample in _by_sample(inputs, boundaries))
+    outs, sums = zip(*results, strict=True)
     out, logsumexp = (torch.cat(parts, 2).transpose(0, 2).flatten(1, 2) for parts in (outs, sums))
     return out.to(query.dtype).contiguous(), logsumexp.contiguous()
 
@@ -123,9 +123,8 @@ def _cpu_attention_backward(
         _query_heads(out, kv_heads),
         _query_heads(logsumexp, kv_heads),
     )
-    samples = zip(*(_by_sample(tensor, boundaries) for tensor in inputs), strict=True)
-    grads = zip(*(_flash_backward(*sample, 0.0, True) for sample in samples), strict=True)
-    grad_query, grad_key, grad_value = (torch.cat(parts, 2) for parts in grads)
+    results = (_flash_backward(*sample, 0.0, True) for sample in _by_sample(inputs, boundaries))
+    grad_query, grad_key, grad_value = (torch.cat(g, 2) for g in zip(*results, strict=True))
     return (
         grad_query.transpose(0, 2).flatten(1, 2).to(query.dtype).contiguous(),
         # A key/value head served several query heads: its gradient is their sum.
@@ -136,13 +135,7 @@ def _cpu_attention_backward(
 
 @_cpu_attention_backward.register_fake
 def _(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    boundaries: Tensor,
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_others: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 

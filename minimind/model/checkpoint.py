@@ -24,7 +24,25 @@ MODEL_FILES = ("config.json", "generation_config.json", WEIGHTS)
 # model_type in config.json, without and with experts.
 DENSE, MIXTURE = "llama", "ernie4_5_moe"
 EMBEDDING = "model.embed_tokens.weight"
+# A part of the Hugging Face mixture that ours does not have: it can choose experts by probability
+# plus a bias; we balance them by a loss instead.
 SELECTION_BIAS = "moe_statics.e_score_correction_bias"
+# What our configuration's fields are called in config.json.
+SHAPE = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "max_positions": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+EXPERTS = {
+    "num_experts": "moe_num_experts",
+    "num_experts_per_token": "moe_k",
+    "num_shared_experts": "moe_num_shared_experts",
+    "router_aux_loss_coef": "router_aux_loss_coef",
+}
 
 
 def save_checkpoint(
@@ -35,13 +53,19 @@ def save_checkpoint(
     The directory appears whole or not at all.
     """
     directory, tokenizer_directory = Path(directory), Path(tokenizer_directory)
-    control_ids = _control_ids(tokenizer_directory)
+    tokenizer = ChatTokenizer.load(tokenizer_directory)
+    control_ids = {
+        "bos_token_id": tokenizer.start_id,
+        "eos_token_id": tokenizer.end_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
     weights = {
         name: tensor.detach().to("cpu", torch.float32).contiguous()
         for name, tensor in model.state_dict().items()
     }
-    if model.config.num_experts:
-        weights |= _no_selection_biases(model.config)
+    if num_experts := model.config.num_experts:
+        for layer in range(model.config.num_layers):
+            weights[f"model.layers.{layer}.mlp.{SELECTION_BIAS}"] = torch.zeros(1, num_experts)
     with replacing(directory) as partial:
         partial.mkdir()
         for source in sorted(tokenizer_directory.iterdir()):
@@ -49,51 +73,64 @@ def save_checkpoint(
                 # copyfile, not copy: files that DVC links into the workspace are read-only,
                 # and their mode must not come along.
                 shutil.copyfile(source, partial / source.name)
-        _write_json(partial / "config.json", config_json(model.config) | control_ids)
-        _write_json(partial / "generation_config.json", control_ids)
+        write_json(partial / "config.json", config_json(model.config) | control_ids)
+        write_json(partial / "generation_config.json", control_ids)
         # More metadata than this would change the file's bytes from run to run.
         save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    text = json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def load_model(directory: Path | str) -> Transformer:
     """Load a checkpoint onto the CPU in float32.
 
     Raises:
-        UserError: a file is missing, cut short or of another architecture; weights are missing,
-            of other shapes or not finite; the tokenizer has more tokens than the model.
+        UserError: a file is missing, damaged or of another architecture, weights are not as
+            config.json says or not finite, or the tokenizer has more tokens than the model.
     """
     directory = Path(directory)
-    config = load_config(directory)
+    config, path = load_config(directory), directory / WEIGHTS
     try:
-        weights = load_file(directory / WEIGHTS)
+        weights = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{directory / WEIGHTS} cannot be read: {error}; run its stage again."
-        ) from None
+        raise UserError(f"{path} cannot be read: {error}; run its stage again.") from None
     with torch.device("meta"):
         model = Transformer(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     head = weights.pop("lm_head.weight", None)  # some writers store the tied head a second time
     if head is not None and not torch.equal(head, weights.get(EMBEDDING, head.new_empty(0))):
         raise UserError(
-            f"{directory / WEIGHTS}: lm_head.weight is not {EMBEDDING}; "
+            f"{path}: lm_head.weight is not {EMBEDDING}; "
             "a head with weights of its own is not supported."
         )
-    _drop_selection_biases(weights, directory / WEIGHTS)
+    for name in [name for name in weights if name.endswith(SELECTION_BIAS)]:
+        if weights.pop(name).any():
+            raise UserError(
+                f"{path}: {name} is not zero; experts chosen with a bias are not supported."
+            )
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
         name = sorted(expected.items() ^ found.items())[0][0]
         raise UserError(
-            f"{directory / WEIGHTS}: {name} is {found.get(name, 'missing')}, but config.json "
+            f"{path}: {name} is {found.get(name, 'missing')}, but config.json "
             f"calls for {expected.get(name, 'no such weight')}; these are not of one checkpoint."
         )
     for name, tensor in weights.items():
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
             raise UserError(
-                f"{directory / WEIGHTS}: {name} holds NaN, infinite or whole values; take a "
-                "checkpoint from before they came in."
+                f"{path}: {name} holds NaN, infinite or whole values; "
+                "take a checkpoint from before they came in."
             )
-    _require_room(directory, config)
+    if (directory / "tokenizer.json").is_file():
+        num_tokens = ChatTokenizer.load(directory).vocab_size
+        if num_tokens > config.vocab_size:
+            raise UserError(
+                f"{directory}: its tokenizer has {num_tokens} tokens, its model only "
+                f"{config.vocab_size}; they do not belong together."
+            )
     model = Transformer(config)
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return model
@@ -109,13 +146,11 @@ def start_model(init: Path, shape: ModelShape, seed: int, asked_by: str) -> Tran
     """
     if (init / "config.json").exists():
         model = load_model(init)
-        wanted = ModelConfig(vocab_size=model.config.vocab_size, **shape.model_dump()).model_dump()
-        found = model.config.model_dump()
-        for key in wanted:
-            if wanted[key] != found[key]:
+        wanted = ModelConfig(vocab_size=model.config.vocab_size, **shape.model_dump())
+        for key, value in wanted:
+            if value != (found := getattr(model.config, key)):
                 raise UserError(
-                    f"{asked_by}.{key} is {wanted[key]}, but {init} has {found[key]}; "
-                    "make them agree."
+                    f"{asked_by}.{key} is {value}, but {init} has {found}; make them agree."
                 )
         return model
     vocab_size = ChatTokenizer.load(init).vocab_size
@@ -143,18 +178,9 @@ def load_config(directory: Path) -> ModelConfig:
         _require_our_arithmetic(config, path)
         mixture = config["model_type"] == MIXTURE
         loaded = ModelConfig(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=config["num_attention_heads"],
-            num_kv_heads=config["num_key_value_heads"],
-            max_positions=config["max_position_embeddings"],
+            **{field: config[key] for field, key in SHAPE.items()},
             rope_theta=(config.get("rope_parameters") or config)["rope_theta"],
-            norm_eps=config["rms_norm_eps"],
-            num_experts=config["moe_num_experts"] if mixture else 0,
-            num_experts_per_token=config["moe_k"] if mixture else 0,
-            num_shared_experts=config["moe_num_shared_experts"] if mixture else 0,
-            router_aux_loss_coef=config["router_aux_loss_coef"] if mixture else 0.0,
+            **{field: config[key] if mixture else 0 for field, key in EXPERTS.items()},
         )
     except KeyError as error:
         raise UserError(f"{path}: the key {error} is missing.") from None
@@ -189,55 +215,20 @@ def _require_our_arithmetic(config: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path}: {key} is {value!r}; only {supported!r} is supported.")
 
 
-def _require_room(directory: Path, config: ModelConfig) -> None:
-    if (directory / "tokenizer.json").is_file():
-        num_tokens = ChatTokenizer.load(directory).vocab_size
-        if num_tokens > config.vocab_size:
-            raise UserError(
-                f"{directory}: its tokenizer has {num_tokens} tokens, its model only "
-                f"{config.vocab_size}; they do not belong together."
-            )
-
-
-def _no_selection_biases(config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Zeros for a part of the Hugging Face model that ours does not have.
-
-    It can choose experts by probability plus a bias; we balance them by a loss instead.
-    """
-    return {
-        f"model.layers.{layer}.mlp.{SELECTION_BIAS}": torch.zeros(1, config.num_experts)
-        for layer in range(config.num_layers)
-    }
-
-
-def _drop_selection_biases(weights: dict[str, torch.Tensor], path: Path) -> None:
-    for name in [name for name in weights if name.endswith(SELECTION_BIAS)]:
-        if weights.pop(name).any():
-            raise UserError(
-                f"{path}: {name} is not zero; experts chosen with a bias are not supported."
-            )
-
-
 def config_json(config: ModelConfig) -> dict[str, Any]:
     """What config.json says of a model's shape, for stock transformers."""
     shared = {
         "dtype": "float32",
         "head_dim": config.head_size,
         "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
         "initializer_range": 0.02,
         "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_positions,
-        "num_attention_heads": config.num_heads,
-        "num_hidden_layers": config.num_layers,
-        "num_key_value_heads": config.num_kv_heads,
-        "rms_norm_eps": config.norm_eps,
         # transformers 4 reads the first, 5 the second; with neither, theta is another one.
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
         "tie_word_embeddings": True,
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "vocab_size": config.vocab_size,
+        **{key: getattr(config, field) for field, key in SHAPE.items()},
     }
     if not config.num_experts:
         return shared | {
@@ -251,27 +242,10 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
         "architectures": ["Ernie4_5_MoeForCausalLM"],
         "model_type": MIXTURE,
         "moe_intermediate_size": config.intermediate_size,
-        "moe_k": config.num_experts_per_token,
         "moe_layer_end_index": config.num_layers - 1,
         "moe_layer_interval": 1,
         "moe_layer_start_index": 0,  # every layer has experts
         "moe_norm_min": 1e-12,
-        "moe_num_experts": config.num_experts,
-        "moe_num_shared_experts": config.num_shared_experts,
-        "router_aux_loss_coef": config.router_aux_loss_coef,
         "use_bias": False,
+        **{key: getattr(config, field) for field, key in EXPERTS.items()},
     }
-
-
-def _control_ids(tokenizer_directory: Path) -> dict[str, Any]:
-    tokenizer = ChatTokenizer.load(tokenizer_directory)
-    return {
-        "bos_token_id": tokenizer.start_id,
-        "eos_token_id": tokenizer.end_id,
-        "pad_token_id": tokenizer.pad_id,
-    }
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    text = json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True)
-    path.write_text(text + "\n", encoding="utf-8")

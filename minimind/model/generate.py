@@ -6,7 +6,7 @@ E head size, L columns of the cache, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -16,14 +16,13 @@ from torch import Tensor
 from minimind.compute.precision import DType, autocast
 from minimind.errors import UserError
 from minimind.model.attention import packed_attention
-from minimind.model.transformer import PackedTokens, Transformer
+from minimind.model.transformer import Transformer
 
 # The cache grows by so many columns at a time and is always used whole: a product with a part
 # of a larger one would copy that part first, which costs as much as the product.
 COLUMNS_AT_A_TIME = 16
 # Finished rows leave the batch once so many of its rows have finished: it costs a copy of the
-# other rows' cache. Some stay, to leave a multiple of FILL: matmuls of a size that was met before
-# need no preparation (see minimind/model/transformer.py).
+# others' cache. Some stay, to leave a multiple of FILL, as in minimind/model/transformer.py.
 FINISHED_SHARE = 0.2
 FILL = 16
 BLOCK = 64  # tokens of the vocabulary among which one is drawn at last
@@ -31,10 +30,9 @@ BLOCK = 64  # tokens of the vocabulary among which one is drawn at last
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """How tokens are drawn, whichever rows run together and in however many processes.
 
-    The noise depends on the seed, the row's key and the number of the token alone: which rows
-    run together, and in how many processes, does not change what is drawn.
+    The noise depends on the seed, the row's key and the number of the token alone.
     """
 
     temperature: float  # above 0
@@ -101,7 +99,10 @@ def generate(
     # One region around all tokens, because autocast remembers the weights it has cast until its
     # region ends. In inference mode it would not remember them.
     with torch.no_grad(), autocast(device, dtype):
-        hidden = _prefill(model, prompts, cache).repeat_interleave(num_samples_per_prompt, 0)
+        prompt_ids = torch.tensor([*chain.from_iterable(prompts)], device=device)
+        positions = cache.in_prompt.nonzero()[:, 1]
+        hidden = model.model(prompt_ids, positions, cache.attend_prompts)
+        hidden = hidden[cache.boundaries[1:] - 1].repeat_interleave(num_samples_per_prompt, 0)
         for step in range(int(limits.max())):
             logits = model.logits(hidden)
             if sampling is None or uniforms is None:
@@ -139,6 +140,7 @@ class _Cache:
         self.num_samples_per_prompt = num_samples_per_prompt
         self.num_columns = int(prompt_lengths.max())
         capacity = -(-self.num_columns // COLUMNS_AT_A_TIME) * COLUMNS_AT_A_TIME
+        self.boundaries = F.pad(prompt_lengths.cumsum(0), (1, 0)).int()  # of the prompts, [N+1]
         columns = torch.arange(capacity, device=prompt_lengths.device)
         self.in_prompt = columns < prompt_lengths[:, None]  # [N, L]
         mask = torch.zeros_like(self.in_prompt, dtype=torch.float32)
@@ -147,14 +149,12 @@ class _Cache:
         self.keys: list[Tensor] = []  # [B, K, L, E] a layer
         self.values: list[Tensor] = []
 
-    def attend_prompts(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, packed: PackedTokens
-    ) -> Tensor:
+    def attend_prompts(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention inside prompts laid end to end [T, .., E], whose keys and values are kept."""
         assert layer == len(self.keys)
         self.keys.append(self._rows(key))
         self.values.append(self._rows(value))
-        return packed_attention(query, key, value, packed.boundaries, packed.longest)
+        return packed_attention(query, key, value, self.boundaries, self.num_columns)
 
     def _rows(self, packed: Tensor) -> Tensor:
         """[T, K, E] -> [B, K, L, E], each prompt from the left."""
@@ -190,22 +190,6 @@ class _Cache:
         self.values = [value[rows] for value in self.values]
 
 
-def _prefill(model: Transformer, prompts: Sequence[Sequence[int]], cache: _Cache) -> Tensor:
-    """Run the prompts through the model and fill the cache; last hidden states [N, D]."""
-    device = cache.mask.device
-    lengths = np.array([len(prompt) for prompt in prompts])
-    ends = np.cumsum(lengths)
-    positions = np.concatenate([np.arange(length) for length in lengths])
-    packed = PackedTokens(
-        ids=torch.tensor([token for prompt in prompts for token in prompt], device=device),
-        positions=torch.from_numpy(positions).to(device),
-        boundaries=torch.from_numpy(np.append(0, ends).astype(np.int32)).to(device),
-        longest=int(lengths.max()),
-    )
-    attend = partial(cache.attend_prompts, packed=packed)
-    return model.model(packed.ids, packed.positions, attend)[torch.from_numpy(ends - 1).to(device)]
-
-
 def _require_in_bounds(values: Tensor) -> None:
     if not values.isfinite().all():
         raise UserError(
@@ -229,7 +213,7 @@ def _draw(probabilities: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
     if top_p < 1:
         threshold = _nucleus_threshold(probabilities, top_p)
         probabilities = probabilities.where(probabilities >= threshold, 0)
-    # Sums over the whole vocabulary in float64 take long: first the block, then the token in it.
+    # First the block, then the token in it: float64 sums over the whole vocabulary take long.
     blocks = F.pad(probabilities, (0, -probabilities.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     block_ends = blocks.sum(-1, dtype=uniforms.dtype).cumsum(-1)
     sought = uniforms[:, None] * block_ends[:, -1:]

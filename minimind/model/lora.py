@@ -5,17 +5,11 @@ Importing this module is slow: peft imports transformers.
 """
 
 import json
-from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from pydantic import Field
 from safetensors.torch import load_file, save_file
@@ -72,7 +66,12 @@ def save_adapter(directory: Path, model: PeftModel) -> None:
     The directory appears whole or not at all.
     """
     config = model.peft_config["default"].to_dict() | {"inference_mode": True}
-    text = json.dumps(config, default=_as_json, indent=2, sort_keys=True)
+
+    def as_json(value: Any) -> Any:
+        """Sets are sorted: their order differs from process to process. Enums are strings."""
+        return sorted(value) if isinstance(value, set) else value.value
+
+    text = json.dumps(config, default=as_json, indent=2, sort_keys=True)
     weights = {name: tensor.cpu().contiguous() for name, tensor in _adapter_weights(model).items()}
     with replacing(directory) as partial:
         partial.mkdir()
@@ -121,11 +120,3 @@ def merge_adapter(base: Transformer, directory: Path) -> Transformer:
 def _adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
     # Without "False" peft would ask the hub about the base model's vocabulary.
     return get_peft_model_state_dict(model, save_embedding_layers=False)
-
-
-def _as_json(value: Any) -> Any:
-    """Sets are sorted: their order differs from process to process."""
-    if isinstance(value, set):
-        return sorted(value)
-    assert isinstance(value, Enum)
-    return value.value

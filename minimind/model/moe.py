@@ -41,25 +41,14 @@ class MixtureOfExperts(nn.Module):
     """
 
     def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        num_experts: int,
-        num_experts_per_token: int,
-        num_shared_experts: int,
+        self, hidden_size: int, width: int, num_experts: int, per_token: int, num_shared: int
     ) -> None:
         super().__init__()
-        self.num_experts_per_token = num_experts_per_token
+        self.num_experts_per_token = per_token
         self.gate = nn.Linear(hidden_size, num_experts, bias=False)
-        self.experts = nn.ModuleList(
-            FeedForward(hidden_size, intermediate_size) for _ in range(num_experts)
-        )
+        self.experts = nn.ModuleList(FeedForward(hidden_size, width) for _ in range(num_experts))
         # Shared experts that see the same tokens are one, as wide as all of them together.
-        self.shared_experts = (
-            FeedForward(hidden_size, num_shared_experts * intermediate_size)
-            if num_shared_experts
-            else None
-        )
+        self.shared_experts = FeedForward(hidden_size, num_shared * width) if num_shared else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Output [.., D] of tokens [.., D], and how they were routed."""
@@ -88,12 +77,8 @@ class MixtureOfExperts(nn.Module):
         sizes = routing.chosen.flatten().bincount(minlength=len(self.experts))
         copies = tokens.repeat_interleave(self.num_experts_per_token, dim=0)[order]
         # An expert without tokens runs too: its gradients are then zero instead of missing.
-        outputs = torch.cat(
-            [
-                expert(own)
-                for expert, own in zip(self.experts, copies.split(sizes.tolist()), strict=True)
-            ]
-        )
+        own = copies.split(sizes.tolist())
+        outputs = torch.cat([run(x) for run, x in zip(self.experts, own, strict=True)])
         outputs = outputs[order.argsort()].unflatten(0, routing.chosen.shape)
         return (outputs * weights.unsqueeze(-1)).sum(-2)
 

@@ -29,8 +29,7 @@ def reply(
         UserError: the messages fill the model's positions.
     """
     ids = tokenizer.encode_prompt(messages)
-    room = model.config.max_positions - len(ids)
-    if room <= 0:
+    if len(ids) >= model.config.max_positions:
         raise UserError(
             f"the messages have {len(ids)} tokens; the model has {model.config.max_positions} "
             "positions for them and its answer: leave the oldest out."
@@ -41,7 +40,7 @@ def reply(
     completions = generate(
         model,
         [ids],
-        max_new_tokens=min(max_new_tokens, room),
+        max_new_tokens=max_new_tokens,
         end_id=tokenizer.end_id,
         dtype=dtype,
         sampling=sampling,

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minimind.files import replacing
-from minimind.model.checkpoint import WEIGHTS, save_checkpoint
+from minimind.model.checkpoint import WEIGHTS, save_checkpoint, write_json
 from minimind.model.reward import RewardModel
 
 
@@ -27,8 +27,7 @@ def save_reward_model(directory: Path, model: RewardModel, tokenizer_directory: 
             "label2id": {"reward": 0},
             "tie_word_embeddings": False,
         }
-        text = json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True)
-        (partial / "config.json").write_text(text + "\n", encoding="utf-8")
+        write_json(partial / "config.json", config)
         weights = load_file(partial / WEIGHTS)
         weights["score.weight"] = model.score.weight.detach().to("cpu", torch.float32).contiguous()
         save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})

@@ -42,12 +42,10 @@ class ModelShape(Section):
     # The following are read only where there are experts, and are 0 elsewhere.
     num_experts_per_token: int = Field(2, ge=0)
     num_shared_experts: int = Field(1, ge=0)  # beside those that are chosen, for every token
-    router_aux_loss_coef: float = Field(
-        0.1, ge=0
-    )  # weight of the auxiliary loss in every training loss
+    router_aux_loss_coef: float = Field(0.1, ge=0)  # weight of the auxiliary loss in each loss
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> "ModelShape":
+    def _fits(self) -> "ModelShape":
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}"
@@ -58,6 +56,11 @@ class ModelShape(Section):
             raise ValueError(
                 f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
             )
+        if self.num_experts and not 1 <= self.num_experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_token {self.num_experts_per_token} must be from 1 to "
+                f"num_experts {self.num_experts}"
+            )
         return self
 
     @field_validator("num_experts_per_token", "num_shared_experts", "router_aux_loss_coef")
@@ -65,15 +68,6 @@ class ModelShape(Section):
     def _unread_without_experts(cls, value: float, info: ValidationInfo) -> float:
         """Dense models of equal shape have equal configurations, whatever else is written."""
         return value if info.data.get("num_experts") else type(value)(0)
-
-    @model_validator(mode="after")
-    def _enough_experts(self) -> "ModelShape":
-        if self.num_experts and not 1 <= self.num_experts_per_token <= self.num_experts:
-            raise ValueError(
-                f"num_experts_per_token {self.num_experts_per_token} must be from 1 to "
-                f"num_experts {self.num_experts}"
-            )
-        return self
 
     @property
     def head_size(self) -> int:
@@ -179,17 +173,9 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp: FeedForward | MixtureOfExperts
-        if config.num_experts:
-            self.mlp = MixtureOfExperts(
-                config.hidden_size,
-                config.intermediate_size,
-                config.num_experts,
-                config.num_experts_per_token,
-                config.num_shared_experts,
-            )
-        else:
-            self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+        sizes = config.hidden_size, config.intermediate_size
+        experts = config.num_experts, config.num_experts_per_token, config.num_shared_experts
+        self.mlp = MixtureOfExperts(*sizes, *experts) if config.num_experts else FeedForward(*sizes)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend
@@ -223,13 +209,13 @@ class Decoder(nn.Module):
     def hidden_and_routings(
         self, ids: Tensor, positions: Tensor, attend: Attend
     ) -> tuple[Tensor, list[Routing]]:
-        """Hidden states, and how each layer routed the tokens: nothing without experts."""
+        """Hidden states, and how each layer routed the tokens: [] without experts."""
         x = self.embed_tokens(ids)
-        angles = positions[..., None].float() * self.frequencies
+        angles = positions[..., None, None].float() * self.frequencies
         if self.interleaved:
-            angles = angles.repeat_interleave(2, dim=-1).unsqueeze(-2)
+            angles = angles.repeat_interleave(2, dim=-1)
         else:
-            angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
+            angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos(), angles.sin()
         routings = []
         for layer in self.layers:
@@ -265,29 +251,26 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every vocabulary entry as the next token: [.., D] -> float32 [.., V]."""
-        return self._logits(hidden).float()
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.model.embed_tokens.weight)
+        return F.linear(hidden, self.model.embed_tokens.weight).float()
 
     def hidden(self, tokens: PackedTokens) -> Tensor:
         """Hidden states [T, D] of packed samples."""
+        return self._filled_hidden_and_routings(tokens)[0][: len(tokens.ids)]
+
+    def _filled_hidden_and_routings(self, tokens: PackedTokens) -> tuple[Tensor, list[Routing]]:
         filled = _filled(tokens)
-        hidden = self.model(filled.ids, filled.positions, _attend_inside(filled))
-        return hidden[: len(tokens.ids)]
+        attend = partial(_attend_packed, boundaries=filled.boundaries, longest=filled.longest)
+        return self.model.hidden_and_routings(filled.ids, filled.positions, attend)
 
     def forward(self, tokens: PackedTokens, predict_at: Tensor) -> Output:
         """Logits of the tokens that follow the positions `predict_at` (int64 [M], into T).
 
         The head runs at these positions alone: nothing is computed that no loss looks at.
         """
-        filled = _filled(tokens)
-        hidden, routings = self.model.hidden_and_routings(
-            filled.ids, filled.positions, _attend_inside(filled)
-        )
+        hidden, routings = self._filled_hidden_and_routings(tokens)
         filled_predict_at = F.pad(predict_at, (0, _missing(len(predict_at))))
-        logits = self._logits(hidden[filled_predict_at])[: len(predict_at)]
-        logits = logits.clone()  # fully_shard wants no views
+        filled_logits = F.linear(hidden[filled_predict_at], self.model.embed_tokens.weight)
+        logits = filled_logits[: len(predict_at)].clone()  # fully_shard wants no views
         if not routings:
             return Output(logits)
         routings = [Routing(*(each[: len(tokens.ids)] for each in r)) for r in routings]
@@ -298,9 +281,8 @@ class Transformer(nn.Module):
 def _filled(tokens: PackedTokens) -> PackedTokens:
     """The same samples, and behind them one of zeros up to a multiple of FILL tokens.
 
-    No two steps have as many tokens, and libraries prepare a matmul anew for each size that they
-    have not met lately. Sizes that come back save a tenth of a step and half the memory on CPU, for
-    1 % more tokens that nothing sees (docs/decisions/0008-products-come-in-few-sizes.md).
+    Libraries prepare a matmul anew for each size that they have not met lately
+    (docs/decisions/0008-products-come-in-few-sizes.md).
     """
     num_tokens = len(tokens.ids)
     missing = _missing(num_tokens)
@@ -317,11 +299,6 @@ def _filled(tokens: PackedTokens) -> PackedTokens:
 def _missing(number: int) -> int:
     """How many more make a multiple of FILL. Compiled code is for all sizes and needs none."""
     return 0 if torch.compiler.is_compiling() else -number % FILL
-
-
-def _attend_inside(tokens: PackedTokens) -> Attend:
-    """Attention of each sample to itself."""
-    return partial(_attend_packed, boundaries=tokens.boundaries, longest=tokens.longest)
 
 
 def _attend_packed(

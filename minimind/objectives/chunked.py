@@ -1,8 +1,7 @@
 """Functions of a step's logits, [M, V], that are computed a few rows at a time on CPU.
 
-In float32 the logits, their softmax and the gradients of both are the largest tensors of a step.
-Moving them, and having the system hand out that memory anew, takes longer than to compute them
-twice in parts that stay in the processor's cache.
+In float32 the logits, their softmax and the gradients of both are the largest tensors of a step:
+moving them takes longer than to compute them twice in parts that stay in the processor's cache.
 """
 
 from collections.abc import Callable, Iterator

@@ -24,8 +24,7 @@ TEACHER_LOGPROBS = "teacher_logprobs"  # [M, K + 1], or [M, V] when K = V
 def bucket_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
     """Log-probabilities of tokens `ids` [M, K] and of all others together: float32 [M, K + 1].
 
-    They are taken at `temperature`: the softmax is that of logits [M, V] / temperature. With
-    K = V the result is [M, V]: there are no others.
+    The softmax is that of logits [M, V] / temperature. With K = V the result is [M, V].
     """
     buckets = logits.gather(1, ids) / temperature
     if ids.shape[1] < logits.shape[1]:
@@ -38,8 +37,7 @@ def bucket_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
 def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """KL(teacher ‖ student) of log-probabilities [M, B] over the same buckets: [M].
 
-    Merging tokens into a bucket can only lose divergence (the log-sum inequality): over buckets
-    this is a lower bound of the divergence over the whole vocabulary.
+    A lower bound of that over the whole vocabulary (the log-sum inequality).
     """
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 

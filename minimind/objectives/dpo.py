@@ -17,9 +17,8 @@ class Dpo:
     Rows alternate: chosen, rejected. `batch.extras["reference"]` holds log π_ref of each row,
     float32 [N], computed beforehand in the policy's precision; so training holds one model.
 
-    DPO compares; it is content with a chosen answer that grows less likely, as long as the
-    rejected one does so faster. With `nll_weight` above 0 the loss also has a term of its own for
-    the chosen answer, −log π(c) / |c| (arXiv:2404.19733, eq. 2; alpha there), which keeps it.
+    DPO alone may let both answers grow less likely. `nll_weight` (arXiv:2404.19733, eq. 2; alpha
+    there) adds −log π(c) / |c|, which keeps the chosen one.
     """
 
     beta: float
@@ -36,5 +35,4 @@ class Dpo:
         if self.nll_weight > 0:
             nll = -(sums / lengths)[0::2].sum()
             terms["nll"] = Term(self.nll_weight * nll, "samples")
-        loss = Loss(terms, pair_metrics(chosen, rejected))
-        return with_aux_loss(loss, output)
+        return with_aux_loss(Loss(terms, pair_metrics(chosen, rejected)), output)

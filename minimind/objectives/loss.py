@@ -69,8 +69,6 @@ def with_aux_loss(loss: Loss, output: Output) -> Loss:
     if output.aux_loss is None or output.expert_load is None:
         return loss
     loads = output.expert_load.mean(0)
-    return Loss(
-        terms=loss.terms | {"aux_loss": Term(output.aux_loss, "rows")},
-        metrics=loss.metrics
-        | {f"load_expert_{expert}": Term(load, "rows") for expert, load in enumerate(loads)},
-    )
+    load_terms = {f"load_expert_{e}": Term(load, "rows") for e, load in enumerate(loads)}
+    aux_loss = {"aux_loss": Term(output.aux_loss, "rows")}
+    return Loss(loss.terms | aux_loss, loss.metrics | load_terms)

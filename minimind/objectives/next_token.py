@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from minimind.datasets.batches import PackedBatch
-from minimind.objectives.loss import Loss, Term, token_logprobs, with_aux_loss
+from minimind.objectives.loss import Loss, token_logprobs, with_aux_loss
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,6 @@ class NextToken:
         losses = -token_logprobs(output.raw_logits, batch.targets)
         tag_weight = self.tag_weight + progress * (self.final_tag_weight - self.tag_weight)
         weights = torch.where(batch.is_tag, tag_weight, 1.0)
-        loss = Loss(
-            terms={"next_token": Term((losses * weights).sum(), "tokens")},
-            metrics={"nll": Term(losses.detach().sum(), "tokens")},
+        return with_aux_loss(
+            Loss.mean(losses * weights, "tokens", "next_token", nll=losses), output
         )
-        return with_aux_loss(loss, output)

@@ -27,14 +27,11 @@ class Orpo:
         logprobs = sums / lengths
         odds = log_odds(logprobs)
         chosen, rejected = odds[0::2], odds[1::2]
-        loss = Loss(
-            terms={
-                "nll": Term(-logprobs[0::2].sum(), "samples"),
-                "odds_ratio": Term(-self.beta * F.logsigmoid(chosen - rejected).sum(), "samples"),
-            },
-            metrics=pair_metrics(chosen, rejected),
-        )
-        return with_aux_loss(loss, output)
+        terms = {
+            "nll": Term(-logprobs[0::2].sum(), "samples"),
+            "odds_ratio": Term(-self.beta * F.logsigmoid(chosen - rejected).sum(), "samples"),
+        }
+        return with_aux_loss(Loss(terms, pair_metrics(chosen, rejected)), output)
 
 
 def log_odds(logprobs: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minimind.datasets.batches import PackedBatch
-from minimind.objectives.loss import Loss, Term
+from minimind.objectives.loss import Loss
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,5 @@ class PairwiseReward:
     def __call__(self, model: nn.Module, batch: PackedBatch, progress: float) -> Loss:
         rewards = model(batch.tokens)
         margins = rewards[0::2] - rewards[1::2]
-        return Loss(
-            terms={"reward": Term(-F.logsigmoid(margins).sum(), "samples")},
-            metrics={
-                "accuracy": Term((margins.detach() > 0).float().sum(), "samples"),
-                "margin": Term(margins.detach().sum(), "samples"),
-            },
-        )
+        losses = -F.logsigmoid(margins)
+        return Loss.mean(losses, "samples", "reward", accuracy=margins > 0, margin=margins)

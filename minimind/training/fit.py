@@ -21,8 +21,6 @@ from minimind.training.schedule import ScheduleName, lr_factor
 from minimind.training.session import BestWeights, Generators, History, Part, Session, Weights
 from minimind.training.step import mean_loss, take_step
 
-HIDDEN = ("step", "lr", "grad_norm")  # of a row of the history, in the metrics
-
 
 class FitConfig(OptimizerConfig):
     """Keys of every supervised stage's section."""
@@ -50,32 +48,17 @@ def fit(
     run: Run | None = None,
     extras: Mapping[str, Extra] | None = None,
 ) -> History:
-    """Train `model` in place; returns the history, its rows ready to be written.
+    """Train `model` in place; with patience, it ends with the weights of its best validation.
 
     run: of a stage in the graph, which goes on from its newest checkpoint, if there is one, as if
         it had never stopped; without one nothing is saved.
     extras: numbers beside the samples, for the objective.
 
-    With patience, the model ends with the weights of its best validation.
-
     Raises:
         Stopped: a signal came; a checkpoint to resume from is saved.
         UserError: no sample to train on, or the loss is not finite.
     """
-    run = run or Run.alone()
-    with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
-        torch.manual_seed(config.seed + run.processes.rank)  # each process has a dropout of its own
-        return _fit(model, objective, dataset, config, run, dict(extras or {}))
-
-
-def _fit(
-    model: nn.Module,
-    objective: Objective,
-    dataset: EncodedDataset,
-    config: FitConfig,
-    run: Run,
-    extras: dict[str, Extra],
-) -> History:
+    run, extras = run or Run.alone(), dict(extras or {})
     train, held_out = split(dataset, config)
     _require_samples(dataset, train, held_out, config)
     batches = Batches(
@@ -89,63 +72,62 @@ def _fit(
         extras,
     )
     num_steps = batches.num_steps
-    for module in model.modules():
-        if isinstance(module, Decoder):
-            module.recompute_layers = config.gradient_checkpointing
-    trained, forward = shard(model, Layer, run.device, run.processes, run.settings)
-    optimizer = Optimizer(trained, config, run.device, run.processes.world)
-    best = BestWeights(trained)
-    parts: dict[str, Part] = {"model": Weights(trained), "best": best, "rng": Generators(run)}
-    session = Session(run, num_steps, config.log_interval, optimizer, parts)
-    history = session.history
+    with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+        torch.manual_seed(config.seed + run.processes.rank)  # each process has a dropout of its own
+        for module in model.modules():
+            if isinstance(module, Decoder):
+                module.recompute_layers = config.gradient_checkpointing
+        trained, forward = shard(model, Layer, run.device, run.processes, run.settings)
+        optimizer = Optimizer(trained, config, run.device, run.processes.world)
+        best = BestWeights(trained)
+        parts: dict[str, Part] = {"model": Weights(trained), "best": best, "rng": Generators(run)}
+        session = Session(run, num_steps, config.log_interval, optimizer, parts)
+        history = session.history
 
-    def held_out_loss() -> dict[str, float]:
-        size, dtype = config.batch_size, config.dtype
-        return mean_loss(forward, objective, dataset, held_out, extras, size, dtype, run)
+        def held_out_loss() -> dict[str, float]:
+            return mean_loss(forward, objective, batches, held_out, config.dtype, run)
 
-    def validate() -> dict[str, float]:
-        losses = held_out_loss()
-        if not math.isfinite(losses["loss"]):
-            raise UserError(
-                f"the validation loss is {losses['loss']} after {history.step} steps on held-out "
-                f"rows of {dataset.directory}; lower lr, or look at these rows. The last good "
-                "checkpoint is kept."
+        def validate(step: int) -> dict[str, float]:
+            is_due = step % config.eval_interval == 0 or step == num_steps
+            if not is_due or not len(held_out):
+                return {}
+            history.validation = losses = held_out_loss()
+            if not math.isfinite(losses["loss"]):
+                raise UserError(
+                    f"the validation loss is {losses['loss']} after {step} steps on held-out rows "
+                    f"of {dataset.directory}; lower lr, or look at these rows. The last good "
+                    "checkpoint is kept."
+                )
+            if config.patience and losses["loss"] < history.best_loss - config.min_delta:
+                history.best_loss, history.best_step = losses["loss"], step
+                history.evaluations_without_gain = 0
+                best.keep()
+            elif step:
+                history.evaluations_without_gain += 1
+            return _prefixed(losses)
+
+        if session.is_new and len(held_out):
+            history.rows.append({"step": 0, **validate(0)})
+        for step in session.steps():
+            if config.patience and history.evaluations_without_gain >= config.patience:
+                session.progress.say(
+                    f"no gain in {config.patience} validations; best at {history.best_step}"
+                )
+                break
+            factor = lr_factor(config.schedule, step, num_steps, config.warmup_steps)
+            samples = batches.samples_of(step)
+            parts_of_step = batches.step(step, run.processes.rank, run.processes.world)
+            values = {"lr": factor * config.lr} | take_step(
+                forward, objective, optimizer, parts_of_step, step / num_steps, factor, run
             )
-        history.validation = losses
-        if config.patience and losses["loss"] < history.best_loss - config.min_delta:
-            history.best_loss, history.best_step = losses["loss"], history.step
-            history.evaluations_without_gain = 0
-            best.keep()
-        elif history.step:
-            history.evaluations_without_gain += 1
-        return _prefixed(losses)
-
-    def validate_if_due(step: int) -> dict[str, float]:
-        is_due = step % config.eval_interval == 0 or step == num_steps
-        return validate() if is_due and len(held_out) else {}
-
-    if session.is_new and len(held_out):
-        history.rows.append({"step": 0, **validate()})
-    for step in session.steps():
-        if config.patience and history.evaluations_without_gain >= config.patience:
-            session.progress.say(
-                f"no gain in {config.patience} validations; best at {history.best_step}"
-            )
-            break
-        factor = lr_factor(config.schedule, step, num_steps, config.warmup_steps)
-        samples = batches.samples_of(step)
-        parts_of_step = batches.step(step, run.processes.rank, run.processes.world)
-        values = {"lr": factor * config.lr} | take_step(
-            forward, objective, optimizer, parts_of_step, step / num_steps, factor, run
-        )
-        session.require_finite(values, config.dtype, lambda: _named(samples, dataset))  # noqa: B023
-        session.record(values, _num_tokens(dataset, samples), validate_if_due)
-    session.finish()
-    if best.tensors:
-        best.bring_back()
-        history.validation = held_out_loss()
-    gather(trained, model)
-    return history
+            session.require_finite(values, config.dtype, lambda: _named(samples, dataset))  # noqa: B023
+            session.record(values, _num_tokens(dataset, samples), validate)
+        session.finish()
+        if best.tensors:
+            best.bring_back()
+            history.validation = held_out_loss()
+        gather(trained, model)
+        return history
 
 
 def split(dataset: EncodedDataset, config: FitConfig) -> tuple[Rows, Rows]:
@@ -154,12 +136,13 @@ def split(dataset: EncodedDataset, config: FitConfig) -> tuple[Rows, Rows]:
 
 
 def summary(history: History) -> dict[str, Number]:
-    """The few numbers that stand for a run in its metrics: of the history's last row, but lr.
+    """The few numbers that stand for a run in its metrics: those of the history's last row.
 
     With validation also the loss before the first step.
     """
     first, last = history.rows[0], history.rows[-1]
-    values = {name: value for name, value in last.items() if name not in HIDDEN}
+    hidden = ("step", "lr", "grad_norm")
+    values = {name: value for name, value in last.items() if name not in hidden}
     values |= _prefixed(history.validation)  # of the step that the weights are of
     if first["step"] == 0:
         values["initial_val_loss"] = first["val_loss"]

@@ -1,7 +1,6 @@
-"""Muon for many small matrices: PyTorch's, with matrices of one shape orthogonalized together."""
+"""Muon for many small matrices: those of one shape are orthogonalized together."""
 
 import math
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,30 +12,22 @@ from minimind.compute.sharding import full_tensor, part_like
 class Muon(torch.optim.Muon):
     """The same update as :class:`torch.optim.Muon`, a matmul for all matrices of a shape at once.
 
-    PyTorch's always orthogonalizes in bfloat16, ours in the type it is given.
-
-    One after the other, the matrices of a small model take hundreds of matmuls too small to keep
-    two cores busy: a fifth of a training step at the built-in size.
-
-    Where processes hold parts of each matrix, all of them orthogonalize the whole of it.
+    One after the other, those of a small model would be hundreds of matmuls too small for two
+    cores. PyTorch's always orthogonalizes in bfloat16, ours in the type it is given. Where
+    processes hold parts of each matrix, all of them orthogonalize the whole of it.
     """
 
-    def __init__(
-        self, params: Iterable[nn.Parameter], *, dtype: torch.dtype, **settings: Any
-    ) -> None:
+    def __init__(self, params: list[nn.Parameter], *, dtype: torch.dtype, **settings: Any) -> None:
         super().__init__(params, **settings)
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        assert closure is None
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            by_shape: dict[tuple[int, int], list[Tensor]] = {}
+            by_shape: dict[tuple[int, ...], list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    rows, columns = parameter.shape
-                    shape = (min(rows, columns), max(rows, columns))
-                    by_shape.setdefault(shape, []).append(parameter)
+                    by_shape.setdefault(tuple(sorted(parameter.shape)), []).append(parameter)
             for parameters in by_shape.values():
                 self._update(parameters, group)
 
@@ -54,12 +45,11 @@ class Muon(torch.optim.Muon):
             update = full_tensor(update)
             updates.append(update.T if _is_tall(parameter) else update)
         stacked = torch.stack(updates).to(self.dtype)
-        orthogonal = orthogonalize(
-            stacked, group["ns_coefficients"], group["ns_steps"], group["eps"]
-        )
+        settings = group["ns_coefficients"], group["ns_steps"], group["eps"]
+        orthogonal = orthogonalize(stacked, *settings).unbind()
         # An orthogonal update as large as AdamW's: arXiv:2502.16982, section 2.2.
         scale = 0.2 * math.sqrt(max(parameters[0].shape))
-        for parameter, update in zip(parameters, orthogonal.unbind(), strict=True):
+        for parameter, update in zip(parameters, orthogonal, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             update = update.T if _is_tall(parameter) else update
             parameter.add_(part_like(update, parameter), alpha=-group["lr"] * scale)

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from minimind.compute.precision import DType
-from minimind.compute.sharding import full_tensor, part_like
+from minimind.compute.sharding import full_tensor, part_like, trained_parameters
 from minimind.params import Section
 from minimind.training.muon import Muon
 
@@ -41,34 +41,30 @@ class Optimizer:
         num_processes: int = 1,
     ) -> None:
         self.config, self.num_processes = config, num_processes
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = [p for _, p in trained_parameters(model)]
         self.optimizers = list(_build(model, config))
-        # Only float16's range calls for loss scaling. What `backward` multiplies by is taken from
-        # it, so that no process overflows where one alone would not.
+        # For float16's range. What `backward` multiplies by is taken from it, so that no process
+        # overflows where one alone would not.
         self.scaler = torch.amp.GradScaler(
-            device.type,
-            init_scale=FIRST_SCALE / num_processes,
-            enabled=config.dtype == "float16",
+            device.type, init_scale=FIRST_SCALE / num_processes, enabled=config.dtype == "float16"
         )
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of this process's part of a loss.
-
-        They become their mean over processes; what is wanted is their sum.
-        """
+        """Add the gradients of this process's part of a loss."""
+        # They become their mean over processes; what is wanted is their sum.
         self.scaler.scale(loss * self.num_processes).backward()
 
     def step(self, lr_factor: float) -> float:
         """Clip, update and clear the gradients; returns their norm before clipping.
 
-        lr_factor: the scheduled share of each configured learning rate, 1 being the whole.
+        lr_factor: the scheduled share of the configured learning rate, 1 being the whole.
         """
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["full_lr"] * lr_factor
+                group["lr"] = self.config.lr * lr_factor
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
@@ -76,14 +72,12 @@ class Optimizer:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every moment and counter, whole, by name: ``<optimizer>.<parameter>.<key>``."""
-        tensors = {
+        return {
             f"{index}.{parameter}.{key}": full_tensor(value).cpu()
             for index, optimizer in enumerate(self.optimizers)
             for parameter, state in optimizer.state_dict()["state"].items()
             for key, value in state.items()
         }
-        assert all(isinstance(tensor, Tensor) for tensor in tensors.values())
-        return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         for index, optimizer in enumerate(self.optimizers):
@@ -108,35 +102,26 @@ class Optimizer:
 
 
 def _build(model: nn.Module, config: OptimizerConfig) -> Iterable[torch.optim.Optimizer]:
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [(name, p) for name, p in named if p.dim() == 2]
+    named = list(trained_parameters(model))
+    matrices = {name: p for name, p in named if p.dim() == 2}
     others = [p for _, p in named if p.dim() != 2]
     if config.optimizer == "muon":
-        inside = [p for name, p in matrices if ".layers." in name]
-        matrices = [(name, p) for name, p in matrices if ".layers." not in name]
-        muon = Muon(
-            inside,
+        inside = [name for name in matrices if ".layers." in name]
+        yield Muon(
+            [matrices.pop(name) for name in inside],
             # Not in float16: gradients below its range would be zero before they are normalized.
             dtype=torch.float32 if config.dtype == "float32" else torch.bfloat16,
             lr=config.lr,
             weight_decay=config.weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )
-        yield _remember_full_lr(muon)
     groups = [
-        {"params": [p for _, p in matrices], "weight_decay": config.weight_decay},
+        {"params": [*matrices.values()], "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(
+    yield torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.lr,
         betas=(0.9, config.beta2),
         fused=True,
     )
-    yield _remember_full_lr(adamw)
-
-
-def _remember_full_lr(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    for group in optimizer.param_groups:
-        group["full_lr"] = group["lr"]
-    return optimizer

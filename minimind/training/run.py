@@ -17,25 +17,25 @@ import torch
 from minimind.compute.device import prepare_device
 from minimind.compute.launch import is_worker, launch, other_machines
 from minimind.compute.matmuls import matmuls_in_float32
-from minimind.compute.processes import (
-    Processes,
-    join_processes,
-    leave_processes,
-)
+from minimind.compute.processes import Processes, join_processes, leave_processes
 from minimind.compute.settings import RuntimeSettings, load_settings
 from minimind.errors import Stopped, UserError
 from minimind.lineage.dvc_files import md5_of_file
 from minimind.lineage.provenance import Provenance
 from minimind.lineage.records import Records
-from minimind.lineage.resume import CHECKPOINT_FORMAT, ResumeStore, forget_recorded
+from minimind.lineage.resume import (
+    CHECKPOINT_FORMAT,
+    ResumeCheckpoint,
+    ResumeStore,
+    forget_recorded,
+)
 from minimind.lineage.shared_resume import SharedStore
 from minimind.params import Section
 from minimind.terminal.progress import Progress
 from minimind.terminal.signals import StopRequest
 from minimind.terminal.trackers import start_tracker
 
-# A state is saved no more often than every this many times what saving took the last time:
-# so saving never costs more than 1 % of training.
+# Times what saving took the last time, before the next one: it costs 1 % of training at most.
 SAVE_SPACING = 100
 RECORDED_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "dvc")
 
@@ -54,10 +54,10 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def alone(cls, stage: str = "fit") -> "Run":
+    def alone(cls) -> "Run":
         """Of a library call, outside of any graph: nothing is saved, no signal is listened to."""
         settings = load_settings()
-        return cls(stage, settings, prepare_device(settings), StopRequest(listening=False))
+        return cls("fit", settings, prepare_device(settings), StopRequest(listening=False))
 
     def progress(self, num_steps: int, first_step: int) -> Progress:
         silent = not self.processes.is_main
@@ -125,9 +125,8 @@ class StageRun(Run):
     def saving(self, metrics: Path) -> Iterator[None]:
         """Around the writing of outputs: what made them must be what the stage started with.
 
-        Of many processes one writes; the others wait for it here, and end.
-
-        metrics: the stage's metrics file, by which a later run knows that DVC recorded this one.
+        Of many processes one writes; the others wait for it here, and end. By the file `metrics` a
+        later run knows that DVC recorded this one.
         """
         if not self.processes.is_main:
             self.processes.wait()
@@ -145,8 +144,7 @@ class StageRun(Run):
         """The last act of a run that has written its outputs: its record, and a last check.
 
         Raises:
-            UserError: what it was made from was edited; DVC records nothing then, and the same
-                code goes on from the finished checkpoint.
+            UserError: what it was made from was edited; DVC then records nothing.
         """
         record = {
             "seconds": round(time.monotonic() - self.started, 2),
@@ -159,6 +157,14 @@ class StageRun(Run):
             "metrics_md5": self.metrics_md5,
         }
         self.provenance.seal(self.records, self.stage, record)
+
+
+def newest_checkpoint(run: Run) -> ResumeCheckpoint | None:
+    """The newest one that is whole, to go on from; those that are damaged are named."""
+    state, damaged = run.store.load() if run.store is not None else (None, [])
+    for line in damaged:
+        run.say(line)
+    return state
 
 
 def peak_memory() -> dict[str, int]:
@@ -184,11 +190,9 @@ def start_run(
 ) -> Iterator[StageRun]:
     """Begin a stage: pin what it depends on, find its states, listen to signals.
 
-    sections: those sections of the params file that decide the result, by name.
-    inputs: files and folders that decide the result.
+    sections, inputs: of the params file, by name, and files and folders, that decide the result.
     code: the module in stages/, if it is not called as the stage.
-    saves_states: whether the stage looks at `run.stop` and saves what it has; a stage that does
-        not, because it is short, stops at once.
+    saves_states: whether the stage looks at `run.stop` and saves what it has, or stops at once.
     many_processes: whether the stage divides its work among processes, where there are some.
     """
     settings = load_settings()
@@ -200,15 +204,20 @@ def start_run(
     records = Records(settings.root, settings.dvc_stage)
     if processes.is_main:
         records.refuse_false_lock()
-    by_dvc = bool(settings.dvc_stage)
-    provenance = Provenance(code or stage, inputs, params, sections, by_dvc)
-    fingerprint = _fingerprint(stage, sections, provenance)
+    provenance = Provenance(code or stage, inputs, params, sections, bool(settings.dvc_stage))
+    identity = {
+        "checkpoint_format": CHECKPOINT_FORMAT,
+        "stage": stage,
+        "params": {name: section.model_dump(mode="json") for name, section in sections.items()},
+        **provenance.identity(),
+    }
+    text = json.dumps(identity, sort_keys=True)
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
     if len({*processes.gather(fingerprint)}) > 1:
         raise UserError("the machines have not the same code, parameters and inputs.")
-    resume_root = settings.root / ".resume"
-    states = resume_root / stage / fingerprint
+    states = settings.root / ".resume" / stage / fingerprint
     if processes.is_main:
-        forget_recorded(resume_root, wanted=states)
+        forget_recorded(settings.root / ".resume", wanted=states)
     store = ResumeStore(states) if processes.world == 1 else SharedStore(states, processes)
     run = StageRun(
         stage,
@@ -251,14 +260,3 @@ def start_training(
     if (num_processes > 1 or other_machines()) and not is_worker():
         raise SystemExit(launch(stage, num_processes))
     return start_run(stage, params, sections, inputs, code, many_processes=True)
-
-
-def _fingerprint(stage: str, sections: Mapping[str, Section], provenance: Provenance) -> str:
-    identity = {
-        "checkpoint_format": CHECKPOINT_FORMAT,
-        "stage": stage,
-        "params": {name: section.model_dump(mode="json") for name, section in sections.items()},
-        **provenance.identity(),
-    }
-    text = json.dumps(identity, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

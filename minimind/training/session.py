@@ -1,7 +1,4 @@
-"""Where a run stands: its history, and the resume checkpoints that any kill leaves it with.
-
-Both loops, `fit` and `reinforce`, run in one: they take their steps, and it does the rest.
-"""
+"""Where a run stands: its history, and the resume checkpoints that any kill leaves it with."""
 
 import math
 import time
@@ -13,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from minimind.compute.precision import DType
-from minimind.compute.sharding import full_tensor, load_parameters, part_like, trained_parameters
+from minimind.compute.sharding import full_tensor, part_like, trained_parameters
 from minimind.errors import UserError
 from minimind.lineage.resume import ResumeCheckpoint
 from minimind.metrics import Number
 from minimind.training.optimizer import Optimizer
-from minimind.training.run import Run
+from minimind.training.run import Run, newest_checkpoint
 
 MAX_CURVE_ROWS = 2000
 
@@ -58,8 +55,10 @@ class Weights:
     def state_tensors(self) -> dict[str, Tensor]:
         return {name: full_tensor(p).cpu() for name, p in trained_parameters(self.model)}
 
+    @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        load_parameters(self.model, tensors)
+        for name, parameter in trained_parameters(self.model):
+            parameter.copy_(part_like(tensors[name], parameter))
 
 
 @dataclass
@@ -109,7 +108,7 @@ class Generators:
 
 
 class Session:
-    """The steps of one run, from the newest checkpoint on, as if it had never stopped."""
+    """The steps of one run, of `fit` or `reinforce`, from the newest checkpoint on."""
 
     def __init__(
         self,
@@ -120,8 +119,7 @@ class Session:
         parts: Mapping[str, Part],
     ) -> None:
         """parts: all that the run depends on beside the optimizer; set to the newest saved."""
-        self.run = run
-        self.num_steps = num_steps
+        self.run, self.num_steps = run, num_steps
         self.log_interval = max(log_interval, math.ceil(num_steps / (MAX_CURVE_ROWS - 2)))
         self.optimizer = optimizer
         self.parts = {**parts, "optimizer": optimizer}
@@ -149,8 +147,7 @@ class Session:
             if stopping or saving:
                 self._save()
             if stopping:
-                where = f"at step {self.history.step} of {self.num_steps}"
-                raise self.run.stopped(where)
+                raise self.run.stopped(f"at step {self.history.step} of {self.num_steps}")
 
     def record(
         self,
@@ -182,13 +179,13 @@ class Session:
     ) -> None:
         """Raise UserError where a loss or gradient is not; `where`: on what, in words."""
         # In float16 an infinite gradient is normal: the scaler skips the step and scales down.
-        names = ["loss"] if dtype == "float16" else ["loss", "grad_norm"]
-        for name in [name for name in names if not math.isfinite(values[name])]:
-            raise UserError(
-                f"{name} is {values[name]} at step {self.history.step} (learning rate "
-                f"{values['lr']:g}) on {where()}; lower lr, or look at these. The last good "
-                "checkpoint is kept."
-            )
+        for name in ["loss"] if dtype == "float16" else ["loss", "grad_norm"]:
+            if not math.isfinite(values[name]):
+                raise UserError(
+                    f"{name} is {values[name]} at step {self.history.step} (learning rate "
+                    f"{values['lr']:g}) on {where()}; lower lr, or look at these. The last good "
+                    "checkpoint is kept."
+                )
 
     def finish(self) -> None:
         """All steps are taken, or no more are wanted."""
@@ -223,20 +220,13 @@ class Session:
     def _restored(self) -> History:
         """The newest checkpoint's history; all parts are set."""
         run = self.run
-        state, damaged = (None, []) if run.store is None else run.store.load()
-        for line in damaged:
-            run.say(line)
+        state = newest_checkpoint(run)
         if state is None:
             return History()
         for name, part in self.parts.items():
             prefix = f"{name}/"
-            part.load_state_tensors(
-                {
-                    key.removeprefix(prefix): tensor
-                    for key, tensor in state.tensors.items()
-                    if key.startswith(prefix)
-                }
-            )
+            own = [key for key in state.tensors if key.startswith(prefix)]
+            part.load_state_tensors({k.removeprefix(prefix): state.tensors[k] for k in own})
         self.optimizer.load_scaler_state(state.values["scaler"])
         history = History(**state.values["history"])
         history.resumes += 1

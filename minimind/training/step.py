@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from minimind.compute.precision import DType, autocast
 from minimind.compute.sharding import without_sync
-from minimind.datasets.batches import Extra, Rows, Step, Unit, count, in_order
-from minimind.datasets.encoded import EncodedDataset
+from minimind.datasets.batches import Batches, Rows, Step, Unit, count, in_order
 from minimind.objectives.loss import Loss, Objective, Term
 from minimind.training.optimizer import Optimizer
 from minimind.training.run import Run
@@ -44,36 +43,29 @@ def take_step(
         for name, term in _reported(loss).items():
             mean = term.total.detach() / getattr(step.totals, term.per)
             _add(means, {name: mean * batch.weight})
-    values = _to_floats(means, run)
-    return values | {"grad_norm": optimizer.step(lr_factor)}
+    return _to_floats(means, run) | {"grad_norm": optimizer.step(lr_factor)}
 
 
 def mean_loss(
-    model: nn.Module,
-    objective: Objective,
-    dataset: EncodedDataset,
-    samples: Rows,
-    extras: dict[str, Extra],
-    batch_size: int,
-    dtype: DType,
-    run: Run,
+    model: nn.Module, objective: Objective, batches: Batches, samples: Rows, dtype: DType, run: Run
 ) -> dict[str, float]:
     """Loss and metrics over held-out samples, each the mean over all of them."""
     sums: dict[str, Tensor] = {}
-    counts = count(dataset, samples)
-    place = run.processes
+    dataset, size, extras = batches.dataset, batches.batch_size, batches.extras
+    rank, world = run.processes.rank, run.processes.world
     units: dict[str, Unit] = {}
     term_names: set[str] = set()
     model.eval()
     with torch.no_grad(), autocast(run.device, dtype):
-        for batch in in_order(dataset, samples, batch_size, extras, place.rank, place.world):
+        for batch in in_order(dataset, samples, size, extras, rank, world):
             loss = objective(model, batch.to(run.device), progress=0.0)
             term_names |= set(loss.terms)
-            for name, term in {**loss.terms, **_reported(loss)}.items():
-                _add(sums, {name: term.total * batch.weight})
-                units[name] = term.per
+            terms = loss.terms | loss.metrics
+            _add(sums, {name: term.total * batch.weight for name, term in terms.items()})
+            units |= {name: term.per for name, term in terms.items()}
     model.train()
     totals = _to_floats(sums, run)
+    counts = count(dataset, samples)
     means = {name: total / getattr(counts, units[name]) for name, total in totals.items()}
     shown = {name: means[name] for name in means if name in _reported(loss)}
     return {"loss": sum(means[name] for name in means if name in term_names), **shown}
