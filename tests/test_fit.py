@@ -16,8 +16,10 @@ from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import Stopped, UserError
 from minimind.model.transformer import Transformer
 from minimind.objectives.next_token import NextToken
+from minimind.terminal.signals import NAMES
 from minimind.training.bits import bits_per_byte
 from minimind.training.fit import FitConfig, fit, split, summary
+from minimind.training.optimizer import Optimizer, OptimizerConfig
 from minimind.training.run import Run, start_run
 from minimind.training.session import History
 from tests.tiny import random_rows, tiny_model, tiny_tokenizer, write_rows
@@ -67,7 +69,11 @@ def quiet_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train(
-    tmp_path: Path, data: EncodedDataset, stop_after: int = 0, **changes: object
+    tmp_path: Path,
+    data: EncodedDataset,
+    stop_after: int = 0,
+    stop_signal: int = signal.SIGTERM,
+    **changes: object,
 ) -> tuple[History, Transformer]:
     """A run from the newest checkpoint on; a signal comes after `stop_after` steps, if not 0."""
     config = FitConfig.model_validate(CONFIG | changes)
@@ -79,7 +85,7 @@ def train(
             nonlocal steps_seen
             steps_seen += model.training
             if model.training and steps_seen == stop_after * config.accumulation_steps:
-                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(stop_signal)
             return NextToken(10.0, 5.0)(model, batch, progress)
 
         history = fit(model, objective, data, config, run)
@@ -103,6 +109,77 @@ def test_a_stopped_run_ends_with_the_same_bytes(
     assert resumed.resumes == 1
     assert weights(resumed_model) == weights(whole_model)
     assert resumed.rows == whole.rows
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_signal_that_ends_a_run_leaves_a_checkpoint(
+    tmp_path: Path, data: EncodedDataset, name: str
+) -> None:
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match="at step 7 of 20") as stopped:
+        train(tmp_path, data, stop_after=7, stop_signal=number)
+    assert stopped.value.exit_code == 128 + number
+    assert signal.getsignal(number) == before
+    resumed, _ = train(tmp_path, data)
+    assert resumed.resumes == 1
+
+
+def test_a_signal_that_is_ignored_from_the_start_stays_ignored(
+    tmp_path: Path, data: EncodedDataset
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        history, _ = train(tmp_path, data, stop_after=7, stop_signal=signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (history.step, history.resumes) == (20, 0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_whose_gradient_overflows_in_float16_is_skipped_and_counted(
+    tmp_path: Path, data: EncodedDataset, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minimind.training.optimizer.FIRST_SCALE", 2.0**36)
+    changes = {"dtype": "float16", "optimizer": optimizer, "validation_share": 0.0}
+    history, model = train(tmp_path, data, max_steps=2, **changes)
+    assert history.skipped_steps == 2
+    assert [row["skipped_steps"] for row in history.rows] == [2]
+    assert "grad_norm" not in history.rows[-1]  # of no step
+    assert weights(model) == weights(tiny_model(seed=2))  # neither optimizer has moved
+    history, _ = train(tmp_path, data, max_steps=40, epochs=9.0, log_interval=10, **changes)
+    assert 2 < history.skipped_steps < 38
+    assert math.isfinite(history.rows[-1]["grad_norm"])
+    assert summary(history)["skipped_steps"] == history.skipped_steps
+    assert history.rows[-1]["loss"] < history.rows[0]["loss"]
+
+
+def test_one_optimizer_overflowing_keeps_the_other_from_its_step() -> None:
+    model = tiny_model(seed=2)
+    optimizer = Optimizer(model, OptimizerConfig(dtype="float16"), torch.device("cpu"))
+    before = weights(model)
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.full_like(parameter, math.inf if "norm" in name else 1.0)
+    optimizer.scaler.scale(torch.ones(()))  # as backward does
+    assert not math.isfinite(optimizer.step(1.0))
+    assert weights(model) == before
+
+
+def test_a_warm_up_longer_than_the_training_is_said(
+    tmp_path: Path, data: EncodedDataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, data, warmup_steps=19)
+    assert "warmup" not in capsys.readouterr().err
+    train(tmp_path, data, warmup_steps=1000)
+    said = capsys.readouterr().err
+    assert "warmup_steps is 1000 of only 20 steps" in said
+    assert "with warmup_steps 2 it would" in said
+
+
+def test_rows_longer_than_the_models_positions_are_one_line(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "data", [*random_rows(20), ([5] * 150, [0] + [1] * 149)])
+    with pytest.raises(UserError, match=r"has a row of \d+ tokens.*max_positions 128.*at most 128"):
+        train(tmp_path, data)
 
 
 def test_states_of_other_parameters_are_not_picked_up(tmp_path: Path, data: EncodedDataset) -> None:

@@ -107,6 +107,15 @@ def test_an_untrained_adapter_changes_nothing(project: Path, dropout: float) -> 
     assert torch.equal(logits(merged), before)
 
 
+def test_an_adapter_is_trained_by_either_optimizer(project: Path) -> None:
+    """All that it trains are matrices inside layers: Muon leaves none to AdamW."""
+    start = json.loads(trained("adamw", optimizer="adamw").with_suffix(".json").read_text())
+    muon = json.loads(trained("muon", optimizer="muon").with_suffix(".json").read_text())
+    assert muon["lora"]["val_loss"] < muon["lora"]["initial_val_loss"]
+    assert files(Path("muon")) != files(Path("adamw"))
+    assert muon["lora"]["steps"] == start["lora"]["steps"]
+
+
 def test_only_the_adapter_learns(project: Path) -> None:
     model = add_adapter(load_model(Path("base")), SHAPE, seed=1)
     batch = pack(write_rows(Path("rows"), random_rows(4)), np.arange(4), {})

@@ -147,7 +147,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_size = layer, config.head_size
-        self.interleaved = config.interleaved_rotary
+        self.interleaved, self.max_positions = config.interleaved_rotary, config.max_positions
         query_size = config.num_heads * config.head_size
         kv_size = config.num_kv_heads * config.head_size
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
@@ -196,7 +196,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.interleaved = config.interleaved_rotary
+        self.interleaved, self.max_positions = config.interleaved_rotary, config.max_positions
         self.recompute_layers = False  # gradient checkpointing: less memory, a third more work
         exponents = torch.arange(0, config.head_size, 2).float() / config.head_size
         self.register_buffer("frequencies", config.rope_theta**-exponents, persistent=False)

@@ -17,7 +17,7 @@ from minimind.reinforcement.rollout import Rollout, completion_logprobs, pack_st
 from minimind.rewards.reward import Values
 from minimind.training.optimizer import Optimizer
 from minimind.training.run import Run
-from minimind.training.schedule import lr_factor
+from minimind.training.schedule import lr_factor, never_reached
 from minimind.training.session import History, Part, Session, Weights
 from minimind.training.step import take_step
 
@@ -81,6 +81,9 @@ def reinforce(
     gather(trained, model)
     if session.history.step == 0:
         algorithm.start(model, environment, run)
+    num_updates = num_steps * config.updates_per_rollout
+    if warning := never_reached(config.warmup_steps, num_updates):
+        run.say(warning)
     rows_at_a_time = config.batch_size * algorithm.num_samples
     for step in session.steps():
         indices = algorithm.draw(step)
@@ -125,7 +128,7 @@ def summary(history: History) -> dict[str, Number]:
     """The few numbers that stand for a run: its last stretch, and the reward of its first."""
     shown = ("reward", "kl", "completion_length", "unfinished", "frac_reward_zero_std")
     row = history.rows[-1]
-    last = {name: row[name] for name in shown if name in row}
+    last = {name: row[name] for name in (*shown, "skipped_steps") if name in row}
     first_reward = history.rows[0]["reward"]
     return {"steps": history.step, "tokens": history.tokens, "first_reward": first_reward, **last}
 

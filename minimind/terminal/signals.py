@@ -16,24 +16,31 @@ import psutil
 from minimind.errors import Stopped
 from minimind.lineage.dvc_process import writers
 
+# Of a person, dvc, systemd, docker, Slurm and a terminal that closes. Windows has two of them.
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT or the death of the parent; the same signal again acts at once.
+    """Set by a signal or the death of the parent; the same signal again acts at once.
 
     One of each may come for a single wish: Ctrl-C reaches a process both directly and through
     the launcher that starts it.
 
     at_once: raise :class:`Stopped` where the signal finds us, for a stage with nothing to save.
-    listening: False leaves the signals alone, as a library should.
+    listening: False leaves the signals alone, as a library should. One that is ignored from the
+        start, as by nohup, stays ignored.
     """
 
     def __init__(self, at_once: bool = False, listening: bool = True) -> None:
         self.at_once = at_once
         self.signal = 0
-        numbers = (int(signal.SIGTERM), int(signal.SIGINT)) if listening else ()
-        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
+        numbers = [int(getattr(signal, name)) for name in NAMES if hasattr(signal, name)]
+        self._previous = {
+            number: signal.signal(number, self._handle)
+            for number in numbers
+            if listening and signal.getsignal(number) != signal.SIG_IGN
+        }
 
     @property
     def requested(self) -> bool:

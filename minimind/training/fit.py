@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
@@ -17,7 +18,7 @@ from minimind.objectives.loss import Objective
 from minimind.params import Seed
 from minimind.training.optimizer import Optimizer, OptimizerConfig
 from minimind.training.run import Run
-from minimind.training.schedule import ScheduleName, lr_factor
+from minimind.training.schedule import ScheduleName, lr_factor, never_reached
 from minimind.training.session import BestWeights, Generators, History, Part, Session, Weights
 from minimind.training.step import mean_loss, take_step
 
@@ -77,6 +78,7 @@ def fit(
         for module in model.modules():
             if isinstance(module, Decoder):
                 module.recompute_layers = config.gradient_checkpointing
+                _require_positions(dataset, module.max_positions)
         trained, forward = shard(model, Layer, run.device, run.processes, run.settings)
         optimizer = Optimizer(trained, config, run.device, run.processes.world)
         best = BestWeights(trained)
@@ -106,6 +108,8 @@ def fit(
                 history.evaluations_without_gain += 1
             return _prefixed(losses)
 
+        if warning := never_reached(config.warmup_steps, num_steps):
+            run.say(warning)
         if session.is_new and len(held_out):
             history.rows.append({"step": 0, **validate(0)})
         for step in session.steps():
@@ -172,6 +176,16 @@ def _require_samples(
             f"patience is {config.patience}, but validation_share {config.validation_share} of "
             f"{dataset.num_sources} source rows holds none out; raise the share, or set patience "
             "to 0."
+        )
+
+
+def _require_positions(dataset: EncodedDataset, max_positions: int) -> None:
+    longest = int(np.diff(dataset.offsets).max())
+    if longest > max_positions:
+        raise UserError(
+            f"{dataset.directory} has a row of {longest} tokens, but the model has max_positions "
+            f"{max_positions}; encode it with a max_length of at most {max_positions}, or train a "
+            "model with more positions."
         )
 
 

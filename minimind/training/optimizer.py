@@ -1,5 +1,6 @@
 """The optimizer step that every training loop shares: scale, clip, update, and its state."""
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -57,15 +58,20 @@ class Optimizer:
     def step(self, lr_factor: float) -> float:
         """Clip, update and clear the gradients; returns their norm before clipping.
 
+        Where it is not finite in float16, nothing is updated and the loss is scaled down.
+
         lr_factor: the scheduled share of the configured learning rate, 1 being the whole.
         """
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        # One decision for all optimizers: the scaler's own is made for each.
+        is_skipped = self.scaler.is_enabled() and not math.isfinite(full_tensor(norm))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.config.lr * lr_factor
-            self.scaler.step(optimizer)
+            if not is_skipped:
+                self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         return float(full_tensor(norm))
@@ -105,8 +111,8 @@ def _build(model: nn.Module, config: OptimizerConfig) -> Iterable[torch.optim.Op
     named = list(trained_parameters(model))
     matrices = {name: p for name, p in named if p.dim() == 2}
     others = [p for _, p in named if p.dim() != 2]
-    if config.optimizer == "muon":
-        inside = [name for name in matrices if ".layers." in name]
+    inside = [name for name in matrices if ".layers." in name]
+    if config.optimizer == "muon" and inside:
         yield Muon(
             [matrices.pop(name) for name in inside],
             # Not in float16: gradients below its range would be zero before they are normalized.
@@ -119,9 +125,5 @@ def _build(model: nn.Module, config: OptimizerConfig) -> Iterable[torch.optim.Op
         {"params": [*matrices.values()], "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    yield torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(0.9, config.beta2),
-        fused=True,
-    )
+    if groups := [group for group in groups if group["params"]]:  # of an adapter Muon has all
+        yield torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)

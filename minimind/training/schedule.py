@@ -6,6 +6,16 @@ from typing import Literal
 ScheduleName = Literal["minimind_cosine", "cosine", "linear", "step", "constant"]
 
 
+def never_reached(warmup_steps: int, num_steps: int) -> str | None:
+    """A line of warning where the warm-up is not over when training is."""
+    if warmup_steps < num_steps or not warmup_steps:
+        return None
+    return (
+        f"warmup_steps is {warmup_steps} of only {num_steps} steps: the learning rate never "
+        f"reaches lr; with warmup_steps {num_steps // 10} it would"
+    )
+
+
 def lr_factor(name: ScheduleName, step: int, num_steps: int, warmup_steps: int) -> float:
     """What `lr` is multiplied by in optimizer step `step` (0-based) of `num_steps`.
 

@@ -30,7 +30,8 @@ class History:
     resumes: int = 0
     rows: list[dict[str, Number]] = field(default_factory=list)
     window: dict[str, float] = field(default_factory=dict)  # sums since the last row
-    window_steps: int = 0
+    window_counts: dict[str, int] = field(default_factory=dict)  # of what
+    skipped_steps: int = 0  # whose gradient overflowed in float16
     validation: dict[str, float] = field(default_factory=dict)  # the latest
     best_loss: float = math.inf
     best_step: int = 0
@@ -164,15 +165,20 @@ class Session:
         history.step += 1
         history.tokens += tokens
         for name, value in values.items():
-            history.window[name] = history.window.get(name, 0.0) + value
-        history.window_steps += 1
+            if math.isfinite(value) or name != "grad_norm":
+                history.window[name] = history.window.get(name, 0.0) + value
+                history.window_counts[name] = history.window_counts.get(name, 0) + 1
+        history.skipped_steps += not math.isfinite(values["grad_norm"])
         validation = validate(history.step)
         if history.step % self.log_interval == 0 or history.step == self.num_steps:
-            means = {name: total / history.window_steps for name, total in history.window.items()}
+            counts = history.window_counts
+            means = {name: total / counts[name] for name, total in history.window.items()}
             row: dict[str, Number] = {"step": history.step, **means, **validation}
+            if self.optimizer.scaler.is_enabled():
+                row["skipped_steps"] = history.skipped_steps
             history.rows.append(row)
             self.run.log(row)
-            history.window, history.window_steps = {}, 0
+            history.window, history.window_counts = {}, {}
 
     def require_finite(
         self, values: Mapping[str, float], dtype: DType, where: Callable[[], str]
