@@ -1,6 +1,7 @@
 """The model: sizes, equality with the plain padded computation, Hugging Face checkpoints."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +181,9 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path, tokenizer_directory: 
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
         assert file.stat().st_mode & 0o200, f"{file.name} must not inherit a read-only mode"
+        umask = os.umask(0)
+        os.umask(umask)
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask  # as other files: safetensors' are 600
 
 
 def _cut_short(directory: Path) -> None:
@@ -207,6 +211,9 @@ def _own_head(directory: Path) -> None:
         (_own_head, "a head with weights of its own is not supported"),
         (_set_config(hidden_act="gelu"), "hidden_act is 'gelu'; only 'silu'"),
         (_set_config(rope_parameters={"rope_theta": 1e4, "rope_type": "yarn"}), "'yarn'; only"),
+        (_set_config(attention_bias=True), "attention_bias is True; only False is supported"),
+        (_set_config(mlp_bias=True), "mlp_bias is True; only False is supported"),
+        (_set_config(head_dim=64), "head_dim is 64; only"),
         (_cut_short, "cannot be read"),
         (_set_config(num_hidden_layers=3), "model.layers.2.*missing"),
         (_set_config(model_type="gpt2"), "'gpt2'; allowed is"),

@@ -4,7 +4,9 @@ config.json  generation_config.json  model.safetensors  and the tokenizer's file
 """
 
 import json
+import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.errors import UserError, complaint
@@ -76,12 +79,20 @@ def save_checkpoint(
         write_json(partial / "config.json", config_json(model.config) | control_ids)
         write_json(partial / "generation_config.json", control_ids)
         # More metadata than this would change the file's bytes from run to run.
-        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
+        save_weights(partial / WEIGHTS, weights)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     text = json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def save_weights(file: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write safetensors that whoever may read other files may read: the library lets nobody."""
+    save_file(dict(weights), file, metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
 
 
 def load_model(directory: Path | str) -> Transformer:
@@ -209,7 +220,14 @@ def _require_our_arithmetic(config: dict[str, Any], path: Path) -> None:
     found = {
         "hidden_act": (config.get("hidden_act", "silu"), "silu"),
         "rope_type": (rotary.get("rope_type", rotary.get("type", "default")), "default"),
+        **{
+            key: (config.get(key) or False, False)
+            for key in ("attention_bias", "mlp_bias", "use_bias")
+        },
     }
+    if config.get("head_dim") is not None:
+        head_size = config["hidden_size"] // (config["num_attention_heads"] or 1)
+        found["head_dim"] = (config["head_dim"], head_size)
     for key, (value, supported) in found.items():
         if value != supported:
             raise UserError(f"{path}: {key} is {value!r}; only {supported!r} is supported.")

@@ -12,10 +12,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from minimind.errors import UserError
 from minimind.files import replacing
+from minimind.model.checkpoint import save_weights
 from minimind.model.transformer import Transformer
 from minimind.params import Section
 
@@ -76,7 +77,7 @@ def save_adapter(directory: Path, model: PeftModel) -> None:
     with replacing(directory) as partial:
         partial.mkdir()
         (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
-        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
+        save_weights(partial / WEIGHTS, weights)
 
 
 def merge_adapter(base: Transformer, directory: Path) -> Transformer:

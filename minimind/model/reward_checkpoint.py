@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from minimind.files import replacing
-from minimind.model.checkpoint import WEIGHTS, save_checkpoint, write_json
+from minimind.model.checkpoint import WEIGHTS, save_checkpoint, save_weights, write_json
 from minimind.model.reward import RewardModel
 
 
@@ -30,4 +30,4 @@ def save_reward_model(directory: Path, model: RewardModel, tokenizer_directory: 
         write_json(partial / "config.json", config)
         weights = load_file(partial / WEIGHTS)
         weights["score.weight"] = model.score.weight.detach().to("cpu", torch.float32).contiguous()
-        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
+        save_weights(partial / WEIGHTS, weights)
