@@ -57,6 +57,12 @@ def main(
             typer.echo(
                 f"encode: left out {counts.skipped_rows} rows: {output / 'skipped.jsonl'}", err=True
             )
+        if counts.dropped_rows:
+            typer.echo(
+                f"encode: dropped {counts.dropped_rows} rows whose answer, or what makes a pair "
+                f"differ, is cut off: {output / 'skipped.jsonl'}",
+                err=True,
+            )
         values = {"encode": {name: counts.metrics()}}
         with replacing(metrics) as partial:
             partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -140,6 +140,7 @@ def test_chats(stage: Stage, tokenizer: ChatTokenizer) -> None:
         "tokens": num_tokens,
         "truncated_rows": 0,
         "skipped_rows": 0,
+        "dropped_rows": 0,
         "duplicate_rows": 0,
         "eval_overlap_rows": 0,
         "lossy_rows": 0,
@@ -242,6 +243,38 @@ def test_long_chats_are_cut_at_their_end(stage: Stage, tokenizer: ChatTokenizer)
     dataset, metrics = stage.encode(chat_rows(CHATS), "chat", max_length)
     assert rows_of(dataset) == [(ids[:max_length], c[:max_length]) for ids, c in whole]
     assert metrics["truncated_rows"] == 1
+
+
+def test_a_thought_whose_answer_is_cut_off_is_dropped_counted_and_said(
+    stage: Stage, tokenizer: ChatTokenizer
+) -> None:
+    long = [user("2+3?"), assistant(f"<think>{'so ' * 60}</think>\n<answer>5</answer>")]
+    whole = tokenizer.encode_chat(long)
+    for max_length, kept in ((len(whole[0]), 2), (len(whole[0]) - 1, 1)):
+        dataset, metrics = stage.encode(chat_rows([long, CHATS[2]]), "reason", max_length)
+        assert rows_of(dataset) == [whole, tokenizer.encode_chat(CHATS[2])][-kept:]
+        assert (metrics["rows"], metrics["samples"]) == (2, kept)
+        assert (metrics["dropped_rows"], metrics["skipped_rows"]) == (2 - kept, 0)
+        assert metrics["truncated_rows"] == 0
+    result = stage.run(chat_rows([long, CHATS[2]]), "reason", max_length)
+    assert "encode: dropped 1 rows whose answer" in result.stderr
+    (listed,) = map(json.loads, (stage.output / "skipped.jsonl").read_text().splitlines())
+    assert (listed["line"], listed["fault"]) == (1, "length")
+    assert f"within {max_length} tokens its answer is cut off" in listed["reason"]
+    result = stage.run(chat_rows([long]), "reason", max_length)
+    assert result.exit_code == 1
+    assert "none of its 1 rows can be used" in result.stderr
+
+
+def test_a_pair_that_is_equal_after_cutting_is_dropped(
+    stage: Stage, tokenizer: ChatTokenizer
+) -> None:
+    equal = {"prompt": "2+3?", "chosen": "so " * 60 + "5", "rejected": "so " * 60 + "6"}
+    dataset, metrics = stage.encode([equal, PAIRS[0]], "preference", 60)
+    assert (dataset.num_samples, metrics["dropped_rows"]) == (1, 1)
+    assert "5" in tokenizer.decode(rows_of(dataset)[0][0])
+    dataset, metrics = stage.encode([equal, PAIRS[0]], "preference", 512)
+    assert (dataset.num_samples, metrics["dropped_rows"]) == (2, 0)
 
 
 def test_reasoning_has_its_tags_in_class_2(stage: Stage, tokenizer: ChatTokenizer) -> None:

@@ -1,7 +1,8 @@
 """JSONL to arrays on disk, as a stream: memory does not grow with the data.
 
 A text longer than ``max_length`` tokens is split into several rows, so that none of it is lost.
-Chats and preferences are cut at their end: a turn without what it answers teaches nothing.
+Chats and preferences are cut at their end: a turn without what it answers teaches nothing. What
+would teach something false is dropped: a thought without its answer, a pair whose sides are equal.
 A chat may be followed by variations of itself (:mod:`minimind.datasets.augment`).
 """
 
@@ -72,6 +73,7 @@ class EncodingCounts(NamedTuple):
     truncated_rows: int
     trained_tokens: int
     skipped_rows: int
+    dropped_rows: int  # too long: the answer of a thought, or what makes a pair differ, is cut off
     duplicate_rows: int  # the same as one before
     eval_overlap_rows: int  # that ask what evaluation data asks
     lossy_rows: int  # with characters that the tokenizer does not give back
@@ -87,11 +89,16 @@ class EncodedSample(NamedTuple):
 
     rows: list[EncodedRow]
     is_truncated: bool
+    lost: str = ""  # what is wrong with what is left
 
     @property
     def is_usable(self) -> bool:
         """Whether each row has something to train on."""
-        return all(row.num_trained for row in self.rows)
+        return not self.lost and all(row.num_trained for row in self.rows)
+
+
+class DroppedRow(BadRowError):
+    """A good row that is too long, and left out whatever `on_bad_row` says."""
 
 
 class Encoding(NamedTuple):
@@ -115,7 +122,7 @@ def encode_dataset(
 ) -> EncodingCounts:
     """Encode a JSONL file, or a folder of shards, into the directory ``output``, or nothing at all.
 
-    The layout is that of :class:`minimind.datasets.encoded.EncodedDataset`. Skipped rows are
+    The layout is that of :class:`minimind.datasets.encoded.EncodedDataset`. Rows left out are
     listed in ``skipped.jsonl`` beside the arrays. ``evaluation`` are sources to count overlaps
     with.
 
@@ -125,7 +132,7 @@ def encode_dataset(
     """
     encoding = ENCODINGS[data_format]
     assert augmentation is None or encoding.format == "chat", "only chats have variations"
-    num_rows = num_truncated = num_skipped = 0
+    num_rows = num_truncated = num_skipped = num_dropped = 0
     checks = RowChecks(tokenizer, EvaluationQuestions(evaluation))
     doubts: Counter[Doubt] = Counter()
 
@@ -144,8 +151,9 @@ def encode_dataset(
                 if isinstance(sample, EncodedSample):
                     arrays.write(sample.rows)
                     num_truncated += sample.is_truncated
-                elif on_bad_row == "skip":
-                    num_skipped += 1
+                elif on_bad_row == "skip" or isinstance(sample, DroppedRow):
+                    num_dropped += isinstance(sample, DroppedRow)
+                    num_skipped += not isinstance(sample, DroppedRow)
                     file, line = sample.place
                     entry = {"file": str(file), "line": line}
                     entry |= {"fault": sample.fault, "reason": sample.reason}
@@ -153,7 +161,7 @@ def encode_dataset(
                         skipped.write(json.dumps(entry, ensure_ascii=False) + "\n")
                 else:
                     raise UserError(f"{sample} (data.on_bad_row: skip leaves such rows out).")
-        if num_skipped == num_rows:
+        if num_skipped + num_dropped == num_rows:
             raise UserError(f"{source}: none of its {num_rows} rows can be used.")
         meta = {
             "format": encoding.format,
@@ -176,6 +184,7 @@ def encode_dataset(
         truncated_rows=num_truncated,
         trained_tokens=arrays.num_trained,
         skipped_rows=num_skipped,
+        dropped_rows=num_dropped,
         duplicate_rows=doubts["duplicate"],
         eval_overlap_rows=doubts["overlap"],
         lossy_rows=doubts["lossy"],
@@ -207,6 +216,11 @@ def encode_rows(
             encoded.append(row)
             continue
         original, *copies = islice(samples, 1 + num_copies)
+        if original.lost:
+            reason = f"within {max_length} tokens {original.lost}"
+            reason += "; shorten it, or raise max_length"
+            encoded.append(DroppedRow(row.place, reason, "length"))
+            continue
         if not original.is_usable:
             reason = f"nothing to train on is left of it within {max_length} tokens"
             advice = "shorten what comes before, or raise max_length"
@@ -291,13 +305,27 @@ def _encode_chats(
     return [_cut([row], max_length) for row in tokenizer.encode_chats(chats)]
 
 
+def _encode_thoughts(
+    tokenizer: ChatTokenizer, chats: list[list[Message]], max_length: int
+) -> list[EncodedSample]:
+    return [
+        sample._replace(lost="its answer is cut off") if sample.is_truncated else sample
+        for sample in _encode_chats(tokenizer, chats, max_length)
+    ]
+
+
 def _encode_preferences(
     tokenizer: ChatTokenizer, pairs: list[Preference], max_length: int
 ) -> list[EncodedSample]:
     chats = [pair.prompt + side for pair in pairs for side in (pair.chosen, pair.rejected)]
     num_context = [len(pair.prompt) for pair in pairs for _ in range(2)]  # is not compared
     rows = tokenizer.encode_chats(chats, num_context)
-    return [_cut(rows[i : i + 2], max_length) for i in range(0, len(rows), 2)]
+    samples = [_cut(rows[i : i + 2], max_length) for i in range(0, len(rows), 2)]
+    return [
+        sample._replace(lost="both sides are the same") if chosen.ids == rejected.ids else sample
+        for sample in samples
+        for chosen, rejected in [sample.rows]
+    ]
 
 
 def _cut(rows: list[EncodedRow], max_length: int) -> EncodedSample:
@@ -308,7 +336,7 @@ def _cut(rows: list[EncodedRow], max_length: int) -> EncodedSample:
 ENCODINGS: dict[Format, Encoding] = {
     "text": Encoding(parse_text, _encode_texts, "text", 1),
     "chat": Encoding(parse_chat, _encode_chats, "chat", 1),
-    "reason": Encoding(parse_reasoning, _encode_chats, "chat", 1),
+    "reason": Encoding(parse_reasoning, _encode_thoughts, "chat", 1),
     "preference": Encoding(parse_preference, _encode_preferences, "preference", 2),
 }
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from minimind.chat.template import Message
 from minimind.chat.tokenizer import CONTROL_TOKENS, TAGS, ChatTokenizer
-from minimind.datasets.encode import ENCODINGS, EncodedSample, encode_rows, row_batches
+from minimind.datasets.encode import ENCODINGS, DroppedRow, EncodedSample, encode_rows, row_batches
 from minimind.datasets.formats import (
     TAG_PATTERN,
     BadRowError,
@@ -123,7 +123,9 @@ def lint(
             encoded = encode_rows(batch, tokenizer, data_format, max_length)
         for row, sample in zip(batch, encoded, strict=True):
             findings = []
-            if isinstance(sample, BadRowError):
+            if isinstance(sample, DroppedRow):
+                findings.append(Finding(sample.place, "warning", "length", sample.reason))
+            elif isinstance(sample, BadRowError):
                 findings.append(Finding(sample.place, "error", sample.fault, sample.reason))
             elif isinstance(sample, EncodedSample) and sample.is_truncated:
                 message = f"longer than {max_length} tokens; its end will be cut off"
