@@ -1,6 +1,7 @@
 """A dependency that is edited during a run: nothing is recorded, even if the edit is undone."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,16 +12,19 @@ import yaml
 from typer.testing import CliRunner
 
 import minimind.mini_world.rows
-from minimind.errors import UserError
+from minimind.datasets.encoded import EncodedDataset
+from minimind.errors import Stopped, UserError
 from minimind.lineage import edits
 from minimind.lineage.code import write_code
 from minimind.lineage.provenance import Provenance, unchanged
 from minimind.lineage.records import Records
-from minimind.training.fit import FitConfig
+from minimind.objectives.next_token import NextToken
+from minimind.training.fit import FitConfig, fit
 from stages import mini_world
 from tests.graph import ROOT
 from tests.shipped import shipped_params
 from tests.test_fit import CONFIG, a_run, data, quiet_surroundings  # noqa: F401
+from tests.tiny import tiny_model
 
 CHANGED = "changed while the stage was running"
 
@@ -93,6 +97,37 @@ def test_the_last_check_is_the_last_act(
         edited_run()
     assert list(tmp_path.glob(".resume/*/*/finished.json"))
     assert not list(tmp_path.glob("runs/*"))
+
+
+def test_no_checkpoint_is_left_of_a_run_whose_data_was_edited_and_put_back(
+    tmp_path: Path,
+    data: EncodedDataset,  # noqa: F811
+) -> None:
+    """Else the run, killed and resumed, would end with weights that saw other data."""
+    config = FitConfig.model_validate(CONFIG)
+
+    def run_to(step: int, edit_at: int) -> None:
+        steps = 0
+        with a_run(tmp_path, config) as run:
+
+            def objective(model, batch, progress):  # type: ignore[no-untyped-def]
+                nonlocal steps
+                steps += model.training
+                if model.training and steps == edit_at * config.accumulation_steps:
+                    edit_and_undo(tmp_path / "data" / "tokens.bin")
+                if model.training and steps == step * config.accumulation_steps:
+                    signal.raise_signal(signal.SIGTERM)
+                return NextToken()(model, batch, progress)
+
+            fit(tiny_model(seed=2), objective, data, config, run)
+
+    with pytest.raises(Stopped):
+        run_to(5, edit_at=0)
+    with pytest.raises(UserError, match=CHANGED):
+        run_to(4, edit_at=2)
+    (kept,) = tmp_path.glob(".resume/sft/*/checkpoint-*")  # that of before the edit
+    assert kept.name == "checkpoint-000000005"
+    assert not list(tmp_path.glob(".resume/sft/*/partial-*"))
 
 
 def test_a_run_that_was_edited_while_its_record_was_written_leaves_none(

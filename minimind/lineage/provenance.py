@@ -7,7 +7,7 @@ DVC's hashing, the next stage finds by the record that is left here.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -93,15 +93,20 @@ class Provenance:
 
     def check(self) -> None:
         """Raises UserError when a file or section is not what it was at the start."""
-        changed = [str(path) for path, pinned in self.files.items() if not pinned.still_holds(path)]
+        changed = self._edited(self.files)
         for name, section in () if changed else self.sections.items():
             if load_section(self.params, name, type(section)) != section:
                 changed.append(f"{self.params}: {name}")
-        if changed:
-            raise UserError(
-                f"{', '.join(changed)} changed while the stage was running; "
-                "nothing is recorded under false colours: run `dvc repro` again."
-            )
+        _refuse(changed)
+
+    def check_inputs(self) -> None:
+        """As :meth:`check` of what is read while the stage runs, files alone: an edit that is
+        undone after a checkpoint was saved leaves no trace in what a resumed run starts from.
+        """
+        _refuse(self._edited(self.inputs))
+
+    def _edited(self, paths: Iterable[Path]) -> list[str]:
+        return [str(path) for path in paths if not self.files[path].still_holds(path)]
 
     def seal(self, records: Records, stage: str, contents: Mapping[str, Any]) -> None:
         """Check, leave the record of a run that is over, and check a last time.
@@ -149,6 +154,14 @@ def unchanged(
         provenance.seal(records, records.stage, {"metrics_md5": records.metrics_md5()})
     else:
         provenance.check()
+
+
+def _refuse(changed: Sequence[str]) -> None:
+    if changed:
+        raise UserError(
+            f"{', '.join(changed)} changed while the stage was running; "
+            "nothing is recorded under false colours: run `dvc repro` again."
+        )
 
 
 def loaded_code(stage: str) -> dict[str, str]:

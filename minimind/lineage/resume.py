@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,9 @@ class ResumeCheckpoint:
 class ResumeStore:
     """The checkpoints of one run; one process at a time."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, check: Callable[[], None] = lambda: None) -> None:
+        """check: called before a checkpoint becomes visible; what it raises keeps it from that."""
+        self.directory, self._check = directory, check
         directory.mkdir(parents=True, exist_ok=True)
         for parent in list(directory.parents)[:3]:  # .resume/<stage>/ and what holds it
             _sync_directory(parent)
@@ -66,6 +68,11 @@ class ResumeStore:
                 f"{final} could not be saved: {error}; the one before it, if there is one, is "
                 "kept: mend this and run the same command again to go on."
             ) from None
+        try:
+            self._check()
+        except UserError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         shutil.rmtree(final, ignore_errors=True)  # damaged, or it would have been enough
         partial.rename(final)
         _sync_directory(self.directory)

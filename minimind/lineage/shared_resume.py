@@ -1,5 +1,6 @@
 """Resume checkpoints of many processes that train one model: one has the disk."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from minimind.lineage.resume import ResumeCheckpoint, ResumeStore
 class SharedStore(ResumeStore):
     """The checkpoints of many processes: one writes them, all of them read."""
 
-    def __init__(self, directory: Path, processes: Processes) -> None:
+    def __init__(self, directory: Path, check: Callable[[], None], processes: Processes) -> None:
         self.processes = processes
         if processes.is_main:
-            super().__init__(directory)
+            super().__init__(directory, check)
 
     def save(self, checkpoint: ResumeCheckpoint) -> None:
         """As for one process, with tensors that are whole; returns when the checkpoint is there."""

@@ -218,7 +218,8 @@ def start_run(
     states = settings.root / ".resume" / stage / fingerprint
     if processes.is_main:
         forget_recorded(settings.root / ".resume", wanted=states)
-    store = ResumeStore(states) if processes.world == 1 else SharedStore(states, processes)
+    check, many = provenance.check_inputs, processes.world > 1
+    store = SharedStore(states, check, processes) if many else ResumeStore(states, check)
     run = StageRun(
         stage,
         settings,
