@@ -12,7 +12,7 @@ from dvc.utils.serialize import dumps_yaml, loads_yaml
 
 from minimind.errors import UserError
 from minimind.lineage.dvc_files import read_as_written
-from minimind.lineage.records import Record, Records
+from minimind.lineage.records import MadeFrom, Records
 from minimind.lineage.verify import Project
 from tests.project import copy_project, dvc, git, stages_run
 from tests.test_report import prediction, write
@@ -134,7 +134,7 @@ def test_an_entry_that_dvc_has_not_made_anew_is_not_compared(
     monkeypatch.chdir(tmp_path)
     Path(".dvc/tmp").mkdir(parents=True)
     Path(".dvc/tmp/rwlock").write_text(json.dumps({"write": {"x": {"pid": os.getppid()}}}))
-    record = {"metrics_md5": "1" * 32, "files": {"a.py": "2" * 32}, "params": {}}
+    record = {"metrics_md5": "1" * 32, "files": {"a.py": "2" * 32}, "params": {}, "outs": {}}
     Records(Path(), "sft").write("sft", record)
     entry = {
         "deps": [{"path": "a.py", "hash": "md5", "md5": "3" * 32}],
@@ -195,7 +195,7 @@ d: {<<: *c, m: 2}
     (tmp_path / "params.yaml").write_text(params)
     (tmp_path / "lock.yaml").write_text(dumps_yaml(loads_yaml(params)))
     before = {"params.yaml": read_as_written(tmp_path / "params.yaml")}
-    record = Record({}, before, None, None)
+    record = MadeFrom({}, before)
 
     def difference() -> str | None:
         entry = {"params": {"params.yaml": read_as_written(tmp_path / "lock.yaml")}}

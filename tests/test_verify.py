@@ -234,7 +234,7 @@ BREAKS: dict[str, tuple[Callable[[Path], None], set[str], list[str]]] = {
     "a record of another input": (
         OTHER_INPUT,
         {"models/sft", "exports/sft"},
-        ["runs/sft.json says that stage sft read models/pretrain/config.json (00000000)"],
+        ["runs/sft.json has another models/pretrain/config.json of stage sft than dvc.lock has"],
     ),
     "a record of another parameter": (
         leave_record(
@@ -246,15 +246,28 @@ BREAKS: dict[str, tuple[Callable[[Path], None], set[str], list[str]]] = {
         ),
         {"models/sft", "exports/sft"},
         [
-            "runs/sft.json says that stage sft was run with another sft.lr in params.yaml than",
+            "runs/sft.json has another sft.lr in params.yaml of stage sft than dvc.lock has",
             "`dvc repro --force --single-item sft`",
         ],
     ),
     "a record of a stage that no checkpoint comes of": (
         leave_record("report", "report.md", files={"metrics/sft.json": "0" * 32}),
         {"report"},
-        ["report was run with another metrics/sft.json than dvc.lock says"],
+        ["another metrics/sft.json of stage report than dvc.lock has"],
     ),
+}
+
+
+OUT_OF_DATE = {  # DVC sees it, and runs the stages again; all else nobody may rely on
+    "an edited entry of an input",
+    "edited code",
+    "edited code of the last stage alone",
+    "edited data",
+    "missing data",
+    "a changed parameter",
+    "a parameter that is gone",
+    "a stage that dvc.lock does not have",
+    "an upstream stage that ran again",
 }
 
 
@@ -264,11 +277,46 @@ def test_a_break_is_found_and_named(project: Path, name: str) -> None:
     break_it(project)
     code, lines, first = verify(project)
     assert code == 1
-    broken = {subject for subject, text in lines.items() if text.startswith("BROKEN: ")}
-    assert broken == expected, lines
-    assert first.startswith(f"minimind: {len(broken)} of {len(lines)} broken; the first: ")
+    verdict = "out of date" if name in OUT_OF_DATE else "broken"
+    found = {subject for subject, text in lines.items() if text.startswith(f"{verdict.upper()}: ")}
+    assert found == expected, lines
+    assert first.startswith(f"minimind: {len(found)} of {len(lines)} {verdict}")
     for text in named:
         assert text in first
+
+
+def test_what_is_broken_is_said_before_what_is_out_of_date(project: Path) -> None:
+    edit("params.yaml", "5.0e-4", "6.0e-4")(project)
+    flip_a_byte(project)
+    code, lines, first = verify(project)
+    assert code == 1
+    assert all(lines[name].startswith("BROKEN: models/pretrain is (") for name in ALL)
+    assert "3 of 4 broken" in first
+
+
+@pytest.mark.parametrize("size", [100, 300, 1000])
+def test_a_lock_that_is_cut_off_is_one_line(project: Path, size: int) -> None:
+    whole = (project / "dvc.lock").read_bytes()
+    for end in range(size, size + 60):
+        (project / "dvc.lock").write_bytes(whole[:end])
+        code, lines, first = verify(project)
+        assert code == 1
+        if whole[end - 1 : end] != b"\n":
+            assert not lines
+            assert re.search(r"dvc\.lock is (cut off after|not valid YAML)", first)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_a_broken_list_of_dvcs_locks_is_one_line(project: Path, text: str) -> None:
+    (project / ".dvc/tmp/rwlock").write_text(text)
+    code, lines, _ = verify(project)
+    assert code == 1
+    assert "so that every command of DVC fails; when none runs, remove it" in lines["DVC"]
+    edit("seed.txt", "1", "2")(project)
+    assert "rwlock" in dvc(project, "repro", expect=255)
+    edit("seed.txt", "2", "1")(project)
+    (project / ".dvc/tmp/rwlock").write_text("{}")
+    assert verify(project)[0] == 0
 
 
 def test_only_the_upstream_ran_again(project: Path) -> None:
@@ -283,8 +331,20 @@ def test_only_the_upstream_ran_again(project: Path) -> None:
     code, lines, first = verify(project)
     assert code == 1
     assert lines["models/pretrain"].startswith("as dvc.lock says")
-    assert lines["models/sft"].startswith("BROKEN: stage sft was run with models/pretrain (")
+    assert lines["models/sft"].startswith("OUT OF DATE: stage sft was run with models/pretrain (")
     assert "`dvc repro sft` makes it anew" in first
+
+
+def test_an_output_that_was_edited_and_committed_is_found(project: Path) -> None:
+    out = {"models/sft": md5_of(project / "models/sft")}
+    leave_record("sft", "metrics/sft.json", outs=out)(project)
+    assert verify(project)[0] == 0
+    edit("models/sft/model.safetensors", "^.", "x")(project)
+    dvc(project, "commit", "-q", "-f", "sft")
+    code, lines, first = verify(project)
+    assert code == 1
+    assert "runs/sft.json has another models/sft of stage sft than dvc.lock has" in first
+    assert lines["models/pretrain"].startswith("as dvc.lock says")
 
 
 @pytest.mark.parametrize("too", ["", ".dvc/cache"])  # a clone that has run nothing has neither

@@ -44,9 +44,15 @@ def verify(
     """Check checkpoints against dvc.lock, and what they come of, back to the data."""
     findings = list(Project(root).findings())
     for finding in findings:
-        typer.echo(f"{finding.subject}: {'BROKEN: ' if finding.broken else ''}{finding.text}")
-    if broken := [finding for finding in findings if finding.broken]:
+        verdict = "" if finding.verdict == "whole" else f"{finding.verdict.upper()}: "
+        typer.echo(f"{finding.subject}: {verdict}{finding.text}")
+    if broken := [finding for finding in findings if finding.verdict == "broken"]:
         raise UserError(f"{len(broken)} of {len(findings)} broken; the first: {broken[0].text}.")
+    if older := [finding for finding in findings if finding.verdict == "out of date"]:
+        raise UserError(
+            f"{len(older)} of {len(findings)} out of date, and `dvc repro` runs them again; the "
+            f"first: {older[0].text}."
+        )
 
 
 def main() -> None:

@@ -111,6 +111,8 @@ class Provenance:
     def seal(self, records: Records, stage: str, contents: Mapping[str, Any]) -> None:
         """Check, leave the record of a run that is over, and check a last time.
 
+        contents: without `metrics_md5` it is the hash of the stage's first output in dvc.yaml.
+
         Raises:
             UserError: as :meth:`check` does; there is no record then, nor will DVC make an entry.
         """
@@ -118,12 +120,15 @@ class Provenance:
         tree = read_as_written(self.params) if self.sections else {}
         shared = {key for section in self.sections.values() for key in shared_keys(type(section))}
         names = [*self.sections, *sorted(shared)]
+        outs = records.outputs()
         made_from = {
+            "metrics_md5": next(iter(outs.values()), None),
+            "outs": outs,
             "code": self.code,
             "files": self._digests(self.files),
             "params": {str(self.params): {name: value_at(tree, name) for name in names}},
         }
-        file = records.write(stage, {**contents, **made_from})
+        file = records.write(stage, {**made_from, **contents})
         try:
             self.check()
         except UserError:
@@ -151,7 +156,7 @@ def unchanged(
     provenance = Provenance(stage, here, params, sections, by_dvc)
     yield
     if records.stage:
-        provenance.seal(records, records.stage, {"metrics_md5": records.metrics_md5()})
+        provenance.seal(records, records.stage, {})
     else:
         provenance.check()
 

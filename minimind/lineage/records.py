@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from minimind.lineage.dvc_process import our_dvc
 
 # A process's creation is told by a clock that may be set meanwhile.
 CLOCK_TOLERANCE_SECONDS = 60.0
+MADE_FROM = ("files", "params", "outs")  # keys of a record that a run is known by
 MOST_EARLIER = 10  # runs of the same metrics that a record remembers
 
 
@@ -54,9 +55,10 @@ class MadeFrom:
 
     files: dict[str, str]  # MD5 by path
     params: dict[str, dict[str, Any]]  # sections by name, by file, scalars as they are written
+    outs: dict[str, str] = field(default_factory=dict)  # DVC's hash of each output
 
     def first_difference(self, entry: Mapping[str, Any], root: Path = Path()) -> str | None:
-        """The first file or parameter that is not in the entry what it was in the run."""
+        """The first file, parameter or output that is not in the entry what it was in the run."""
         pinned = {os.path.abspath(root / name): md5 for name, md5 in self.files.items()}
         for dep in entry.get("deps", []):
             place = os.path.abspath(root / dep["path"])
@@ -82,6 +84,9 @@ class MadeFrom:
                         before = value_at(tree, inner) if inner else tree
                         if found := first_difference(key, before, value, _meaning):
                             return f"{found[0]} in {file}"
+        for out in entry.get("outs", []):
+            if self.outs.get(out["path"], out.get("md5")) != out.get("md5"):
+                return str(out["path"])
         return None
 
 
@@ -89,8 +94,8 @@ class MadeFrom:
 class Record(MadeFrom):
     """What a record says of its run, and of those before it."""
 
-    metrics_md5: str | None
-    dvc: DvcRun | None
+    metrics_md5: str | None = field(kw_only=True)
+    dvc: DvcRun | None = field(kw_only=True)
     false_entry: str | None = None  # digest of an entry that a stage has found to be false
     earlier: tuple[MadeFrom, ...] = ()  # others that gave these metrics
 
@@ -167,11 +172,11 @@ class Records:
         It remembers from what else earlier runs made the same metrics, the last one first.
         """
         file = self.folder / record_name(stage)
-        before, now = Record.read(file), {name: contents[name] for name in ("files", "params")}
+        before, now = Record.read(file), {name: contents[name] for name in MADE_FROM}
         earlier: list[dict[str, Any]] = []
         if before and before.metrics_md5 == contents["metrics_md5"]:
             runs = (before, *before.earlier)
-            earlier = [{"files": run.files, "params": run.params} for run in runs]
+            earlier = [{name: getattr(run, name) for name in MADE_FROM} for run in runs]
         record = {
             "stage": file.stem,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -182,13 +187,14 @@ class Records:
         _write(file, record)
         return file
 
-    def metrics_md5(self) -> str | None:
-        """MD5 of our stage's metrics, of an output if it has none; None if dvc.yaml has no such."""
+    def outputs(self) -> dict[str, str]:
+        """DVC's hash of each output of our stage, metrics first; {} if dvc.yaml has no such."""
         for name, stage, variant in variants(stages_as_written(Path("dvc.yaml"))):
-            written = [*stage.get("metrics", []), *stage.get("outs", [])]
-            if name == self.stage and written:
-                return md5_of(Path(output_paths(written, variant)[0]))
-        return None
+            if name == self.stage:
+                written = [*stage.get("metrics", []), *stage.get("outs", [])]
+                hashes = {path: md5_of(Path(path)) for path in output_paths(written, variant)}
+                return {path: md5 for path, md5 in hashes.items() if md5}
+        return {}
 
 
 def record_name(stage: str) -> str:

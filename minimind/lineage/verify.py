@@ -6,10 +6,9 @@ which a flipped bit leaves as they are, and it does not follow a checkpoint to i
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from ruamel.yaml import YAML  # as DVC reads its files: numbers must come out alike
 from ruamel.yaml.error import YAMLError
@@ -29,13 +28,22 @@ CHECKPOINT_FOLDERS = ("models", "exports")
 UNKNOWN = "unknown"  # the hash of a file in a folder that is not here, nor DVC's list of it
 
 
-@dataclass(frozen=True)
-class Finding:
+Verdict = Literal["whole", "out of date", "broken"]  # nobody may rely on what is broken
+
+
+class Break(NamedTuple):
+    """Where things do not agree: DVC sees what is out of date, and runs it again by itself."""
+
+    verdict: Verdict
+    text: str
+
+
+class Finding(NamedTuple):
     """What became of a checkpoint, of all metrics together, or of another stage's entry."""
 
     subject: str
     text: str
-    broken: bool
+    verdict: Verdict
 
 
 class Project:
@@ -64,20 +72,22 @@ class Project:
         checked = [path for name in self.lock for path in self.metrics.get(name, [])]
         breaks = [found for path in checked if (found := self._break_of_output(path))]
         text = breaks[0] if breaks else f"{len(checked)} files are as dvc.lock says"
-        yield Finding("metrics", text, bool(breaks))
+        yield Finding("metrics", text, "broken" if breaks else "whole")
         for stage in others:
             if found := self._break_of_entry(stage):
-                yield Finding(stage, found, broken=True)
+                yield Finding(stage, found, "broken")
+        if fault := _fault_of_dvcs_locks(self.root / ".dvc" / "tmp" / "rwlock"):
+            yield Finding("DVC", fault, "broken")
 
     def _checkpoint(self, path: str, stage: str) -> Finding:
-        breaks = (found for name in self.ancestors(stage) for found in self.breaks(name))
-        if first := next(breaks, None):
-            return Finding(path, first, broken=True)
+        breaks = [found for name in self.ancestors(stage) for found in self.breaks(name)]
+        if first := min(breaks, key=lambda found: found.verdict != "broken", default=None):
+            return Finding(path, first.text, first.verdict)
         if self.digest(path) is None:
             text = f"not here: `dvc pull {path}` or `dvc repro {stage}` brings it; recorded"
         else:
             text = "as dvc.lock says;"
-        return Finding(path, f"{text} from {' ← '.join(self._generations(stage))}", broken=False)
+        return Finding(path, f"{text} from {' ← '.join(self._generations(stage))}", "whole")
 
     def ancestors(self, stage: str) -> list[str]:
         """The stages that a stage's result comes of, each after those that it comes of; it last."""
@@ -95,13 +105,14 @@ class Project:
         visit(stage)
         return found
 
-    def breaks(self, stage: str) -> Iterator[str]:
+    def breaks(self, stage: str) -> Iterator[Break]:
         """Where a stage's entry of dvc.lock does not agree with others', or with what there is."""
         again = f"`dvc repro {stage}` makes it anew"
         recorded = {out["path"]: out.get("md5") for out in self._entries(stage, "outs")}
         for path in self.outputs[stage]:
             if path not in recorded:
-                yield f"dvc.lock does not say that stage {stage} made {path}; {again}"
+                text = f"dvc.lock does not say that stage {stage} made {path}; {again}"
+                yield Break("out of date", text)
         for dep in self._entries(stage, "deps"):
             path, expected = dep["path"], dep.get("md5")
             upstream = self._maker_of(path)
@@ -110,9 +121,10 @@ class Project:
             else:
                 found, what = self._recorded(path, upstream), f"by the entry of stage {upstream} is"
             if found not in (expected, UNKNOWN):
-                yield (
+                yield Break(
+                    "out of date",
                     f"stage {stage} was run with {path} {_short(expected)}, which now {what} "
-                    f"{_short(found)}; {again}, or bring the former back"
+                    f"{_short(found)}; {again}, or bring the former back",
                 )
         for file, values in self.lock.get(stage, {}).get("params", {}).items():
             for key, expected in values.items():
@@ -120,11 +132,13 @@ class Project:
                 if found != expected:
                     difference = first_difference(key, expected, found) or (key, expected, found)
                     name, before, now = difference
-                    yield (
+                    yield Break(
+                        "out of date",
                         f"stage {stage} was run with {name} {before!r}, which now is {now!r} in "
-                        f"{file}; {again}, or bring the former back"
+                        f"{file}; {again}, or bring the former back",
                     )
-        yield from filter(None, map(self._break_of_output, recorded))
+        for text in filter(None, map(self._break_of_output, recorded)):
+            yield Break("broken", text)
         yield from self._breaks_of_record(stage)
 
     def _break_of_output(self, path: str) -> str | None:
@@ -138,18 +152,20 @@ class Project:
             f"{path}` brings that back, `dvc repro {stage}` makes it anew"
         )
 
-    def _breaks_of_record(self, stage: str) -> Iterator[str]:
+    def _breaks_of_record(self, stage: str) -> Iterator[Break]:
         """Where what there is, or dvc.lock, is not what a stage's run was made from."""
         if (record := self._record(stage)) is None:
             return
+        if false := self._break_of_entry(stage):
+            yield Break("broken", false)
         for path, expected in record.files.items():
             file = self.root / path
             if file.is_file() and (found := md5_of_file(file)) != expected:
-                yield (
+                yield Break(
+                    "out of date",
                     f"runs/{record_name(stage)} says that stage {stage} read {path} "
-                    f"{_short(expected)}, which now is {_short(found)}; {_anyway(stage)}"
+                    f"{_short(expected)}, which now is {_short(found)}; {_anyway(stage)}",
                 )
-        yield from filter(None, [self._break_of_entry(stage)])
 
     def _break_of_entry(self, stage: str) -> str | None:
         """Where dvc.lock is wrong: what was edited after a stage had ended, it has as edited."""
@@ -157,8 +173,8 @@ class Project:
         if not record or not (changed := record.first_difference(self.lock[stage], self.root)):
             return None
         return (
-            f"runs/{record_name(stage)} says that stage {stage} was run with another {changed} "
-            f"than dvc.lock says; {_anyway(stage)}"
+            f"runs/{record_name(stage)} has another {changed} of stage {stage} than dvc.lock has; "
+            f"{_anyway(stage)}"
         )
 
     def _record(self, stage: str) -> MadeFrom | None:
@@ -216,10 +232,25 @@ class Project:
 
 def _stages_of(file: Path) -> dict[str, Any]:
     contents = _read(file)
+    if file.exists() and not file.read_bytes().endswith(b"\n"):  # whoever writes it ends its lines
+        raise UserError(
+            f"{file} is cut off after {file.stat().st_size:,} bytes; bring it back with git, or "
+            "run `dvc repro`."
+        )
     stages = contents.get("stages") if isinstance(contents, dict) else None
     if not isinstance(stages, dict) or not all(isinstance(s, dict) for s in stages.values()):
         raise UserError(f"{file} has no stages; bring it back with git, or run `dvc repro`.")
     return stages
+
+
+def _fault_of_dvcs_locks(file: Path) -> str | None:
+    """What is wrong with the file in which DVC keeps who reads and writes what."""
+    try:
+        if not file.exists() or isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+            return None
+    except (OSError, ValueError):
+        pass
+    return f"{file} is broken, so that every command of DVC fails; when none runs, remove it"
 
 
 def _read(file: Path) -> Any:
