@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from minimind.cli.main import app
 from minimind.lineage.dvc_files import listing_of, md5_of
+from tests.graph import ROOT
 from tests.project import dvc
 
 STEP = """
@@ -387,3 +389,32 @@ def test_without_a_lock_there_is_nothing_to_verify(project: Path, text: str | No
     assert code == 1
     assert not lines
     assert "dvc.lock" in first
+
+
+def test_git_commits_nothing_false_once_the_hook_is_there(project: Path) -> None:
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        command = ["git", *identity, *arguments]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
+
+    install = ["verify", str(project), "--install-hook"]
+    assert "in no git repository" in CliRunner().invoke(app, install).stderr
+    git("init", "-q")
+    git("add", "dvc.lock", "params.yaml")
+    assert CliRunner().invoke(app, install).exit_code == 0
+    assert git("commit", "-qm", "whole").returncode == 0
+    edit("params.yaml", "5.0e-4", "6.0e-4")(project)
+    assert git("commit", "-qam", "out of date").returncode == 0
+    edit("models/sft/model.safetensors", "^.", "x")(project)
+    edit("params.yaml", "6.0e-4", "7.0e-4")(project)
+    refused = git("commit", "-qam", "false")
+    assert refused.returncode == 1
+    assert "models/sft is (" in refused.stderr
+    assert git("log", "--format=%s").stdout.split("\n")[0] == "out of date"
+    assert CliRunner().invoke(app, install).exit_code == 0  # it is ours
+    (project / ".git/hooks/pre-commit").write_text("#!/bin/sh\ntrue\n")
+    refused_install = CliRunner().invoke(app, install)
+    assert refused_install.exit_code == 1
+    assert "is there already; add this line to it" in refused_install.stderr
+    assert (project / ".git/hooks/pre-commit").read_text() == "#!/bin/sh\ntrue\n"

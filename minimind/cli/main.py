@@ -7,8 +7,7 @@ import typer
 
 from minimind.cli.lint import lint
 from minimind.cli.presets import apply_preset, read_preset
-from minimind.errors import UserError
-from minimind.lineage.verify import Project
+from minimind.cli.verify import verify
 from minimind.terminal.command import stage_app
 
 app = stage_app("minimind")
@@ -37,22 +36,7 @@ def preset(
 app.command()(lint)
 
 
-@app.command()
-def verify(
-    root: Annotated[Path, typer.Argument(help="the project's root folder")] = Path("."),
-) -> None:
-    """Check checkpoints against dvc.lock, and what they come of, back to the data."""
-    findings = list(Project(root).findings())
-    for finding in findings:
-        verdict = "" if finding.verdict == "whole" else f"{finding.verdict.upper()}: "
-        typer.echo(f"{finding.subject}: {verdict}{finding.text}")
-    if broken := [finding for finding in findings if finding.verdict == "broken"]:
-        raise UserError(f"{len(broken)} of {len(findings)} broken; the first: {broken[0].text}.")
-    if older := [finding for finding in findings if finding.verdict == "out of date"]:
-        raise UserError(
-            f"{len(older)} of {len(findings)} out of date, and `dvc repro` runs them again; the "
-            f"first: {older[0].text}."
-        )
+app.command()(verify)
 
 
 def main() -> None:

@@ -1,0 +1,64 @@
+"""`minimind verify`: whether checkpoints are what dvc.lock says, back to the data."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minimind.errors import UserError
+from minimind.lineage.verify import Project
+
+MARK = "# minimind verify --install-hook"
+
+
+def verify(
+    root: Annotated[Path, typer.Argument(help="the project's root folder")] = Path("."),
+    allow_older: Annotated[
+        bool, typer.Option("--allow-older", help="what `dvc repro` would run again is no error")
+    ] = False,
+    install_hook: Annotated[
+        bool, typer.Option("--install-hook", help="have git check this before each commit")
+    ] = False,
+) -> None:
+    """Check checkpoints against dvc.lock, and what they come of, back to the data."""
+    if install_hook:
+        typer.echo(f"{_install_hook(root)}: git commits nothing false from here on.")
+        return
+    findings = list(Project(root).findings())
+    for finding in findings:
+        verdict = "" if finding.verdict == "whole" else f"{finding.verdict.upper()}: "
+        typer.echo(f"{finding.subject}: {verdict}{finding.text}")
+    if broken := [finding for finding in findings if finding.verdict == "broken"]:
+        raise UserError(f"{len(broken)} of {len(findings)} broken; the first: {broken[0].text}.")
+    older = [finding for finding in findings if finding.verdict == "out of date"]
+    if older and not allow_older:
+        raise UserError(
+            f"{len(older)} of {len(findings)} out of date, and `dvc repro` runs them again; the "
+            f"first: {older[0].text}."
+        )
+
+
+def _install_hook(root: Path) -> Path:
+    """The git hook that was written.
+
+    Raises:
+        UserError: the project is in no git repository, or has another such hook.
+    """
+    asked = subprocess.run(
+        ["git", "rev-parse", "--git-path", "hooks/pre-commit"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    if asked.returncode:
+        raise UserError(f"{root} is in no git repository; run `git init` first.")
+    hook = root / asked.stdout.strip()
+    command = f"'{sys.executable}' -m minimind.cli.main verify --allow-older"
+    if hook.exists() and MARK not in hook.read_text(encoding="utf-8"):
+        raise UserError(f"{hook} is there already; add this line to it: {command} || exit 1")
+    hook.parent.mkdir(parents=True, exist_ok=True)
+    hook.write_text(f"#!/bin/sh\n{MARK}\nexec {command}\n", encoding="utf-8")
+    hook.chmod(0o755)
+    return hook
