@@ -20,7 +20,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from minimind.cli.main import app
 from minimind.errors import Stopped
 from minimind.lineage.resume import ResumeCheckpoint, ResumeStore, forget_recorded
 from tests.test_fit import data, quiet_surroundings, train, weights  # noqa: F401
@@ -352,3 +354,30 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
     assert history.resumes == 1
     assert weights(model) == weights(whole)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_stopped_runs_left_is_listed_and_pruned(
+    tmp_path: Path,
+    data,  # noqa: F811
+) -> None:
+    for lr in (0.01, 0.02):
+        with pytest.raises(Stopped):
+            train(tmp_path, data, stop_after=4, lr=lr)
+    listed = CliRunner().invoke(app, ["resume", str(tmp_path)])
+    assert listed.exit_code == 0
+    rows = [line.split("|")[1:-1] for line in listed.stdout.splitlines()[2:]]
+    assert [(row[0].strip(), row[2].strip(), row[5].strip()) for row in rows] == [
+        ("sft", "4", "kept")
+    ] * 2
+    assert len({row[1] for row in rows}) == 2
+    arguments = ["resume", str(tmp_path), "--prune", "--older-than"]
+    assert "nothing to resume" in CliRunner().invoke(app, [*arguments, "1"]).stdout
+    first, _ = sorted(tmp_path.glob(".resume/sft/*"))
+    store = ResumeStore(first)  # a run that is going on
+    pruned = CliRunner().invoke(app, [*arguments, "0"])
+    assert pruned.exit_code == 1
+    assert "is in use by process" in pruned.stderr
+    assert list(tmp_path.glob(".resume/sft/*")) == [first]
+    store.close()
+    assert CliRunner().invoke(app, [*arguments, "0"]).exit_code == 0
+    assert not list(tmp_path.glob(".resume/sft/*"))

@@ -7,6 +7,7 @@ import typer
 
 from minimind.cli.lint import lint
 from minimind.cli.presets import apply_preset, read_preset
+from minimind.cli.resume import resume
 from minimind.cli.verify import verify
 from minimind.terminal.command import stage_app
 
@@ -36,6 +37,7 @@ def preset(
 app.command()(lint)
 
 
+app.command()(resume)
 app.command()(verify)
 
 

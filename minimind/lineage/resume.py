@@ -12,11 +12,12 @@ import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from filelock import BaseFileLock, FileLock, Timeout
@@ -107,6 +108,35 @@ class ResumeStore:
 
     def _checkpoints(self) -> list[Path]:
         return sorted(self.directory.glob("checkpoint-*"))
+
+
+class StoredRun(NamedTuple):
+    """What lies in .resume/<stage>/<fingerprint>/ of a run of those parameters, data and code."""
+
+    directory: Path
+    step: int | None  # of the newest checkpoint
+    num_bytes: int
+    seconds: float  # since it was saved
+
+
+def stored_runs(resume_root: Path) -> list[StoredRun]:
+    """All runs that could be gone on with, the oldest first."""
+    runs = []
+    for directory in resume_root.glob("*/*/"):
+        files = [file for file in directory.rglob("*") if file.is_file()]
+        newest = max(directory.glob("checkpoint-*"), default=None)
+        saved = max((file.stat().st_mtime for file in files), default=time.time())
+        step = None if newest is None else int(newest.name.rpartition("-")[2])
+        size = sum(file.stat().st_size for file in files)
+        runs.append(StoredRun(directory, step, size, time.time() - saved))
+    return sorted(runs, key=lambda run: -run.seconds)
+
+
+def remove_run(run: StoredRun) -> None:
+    """Raises UserError where a process is using it."""
+    in_use = _lock(run.directory)
+    shutil.rmtree(run.directory, ignore_errors=True)
+    in_use.release()
 
 
 def forget_recorded(resume_root: Path, wanted: Path) -> None:
