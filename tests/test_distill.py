@@ -426,9 +426,9 @@ def test_online_and_cached_students_agree(project: Project) -> None:
         assert online_metrics[name] == pytest.approx(value, rel=2e-4), name
 
 
-@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("damage", ["", "torn", "zeros"])
 def test_teacher_outputs_go_on_where_they_were_stopped(
-    project: Project, monkeypatch: pytest.MonkeyPatch, torn: bool
+    project: Project, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     succeeds(project.teach("whole"))
     original, calls = Teacher.forward, []
@@ -444,12 +444,14 @@ def test_teacher_outputs_go_on_where_they_were_stopped(
     assert stopped.exit_code == 128 + signal.SIGTERM
     assert "after 24 of 40 samples" in stopped.stderr
     assert not Path("outputs").exists()
-    if torn:  # as if killed after more had been written than the state knows of
-        for file in Path(".resume").rglob("*.bin"):
+    for file in Path(".resume").rglob("*.bin"):
+        if damage == "torn":  # as if killed after more had been written than the checkpoint knows
             with file.open("ab") as stream:
                 stream.write(b"torn")
+        elif damage == "zeros":  # as a disk does that has lost power
+            file.write_bytes(bytes(file.stat().st_size))
     succeeds(project.teach("outputs"))
-    assert len(calls) == 5
+    assert len(calls) == (3 + 5 if damage == "zeros" else 5)
     assert files(Path("outputs")) == files(Path("whole"))
     assert Path("outputs.json").read_bytes() == Path("whole.json").read_bytes()
 

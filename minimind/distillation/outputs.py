@@ -8,6 +8,7 @@ meta.json     the sizes of these, and how the teacher was computed
 In online mode there is meta.json alone, and the teacher runs beside the student.
 """
 
+import hashlib
 import math
 import os
 import shutil
@@ -123,20 +124,21 @@ def compute_teacher_outputs(
     meta = _meta(dataset, config, teacher.vocab_size)
     num_samples = dataset.num_samples
     num_batches = math.ceil(num_samples / config.batch_size)
-    done, sums = _restore(meta, dataset, run)
+    done, sums, digests = _restore(meta, dataset, run)
     progress = run.progress(num_batches, done // config.batch_size)
-    ids_file, logprobs_file = _grow(meta, dataset, done, run)
+    files = _grow(meta, dataset, done, run)
     last_save = time.monotonic()
 
     def save() -> None:
         nonlocal last_save
-        for file in (ids_file, logprobs_file):
+        for file in files:
             file.flush()
             os.fsync(file.fileno())
-        run.store.save(ResumeCheckpoint(done, {}, {"sums": sums}))
+        written = [digest.hexdigest() for digest in digests]
+        run.store.save(ResumeCheckpoint(done, {}, {"sums": sums, "written": written}))
         last_save = time.monotonic()
 
-    with ids_file, logprobs_file, torch.inference_mode():
+    with files[0], files[1], torch.inference_mode():
         samples = np.arange(done, num_samples)
         for batch in in_order(dataset, samples, config.batch_size, extras={}):
             batch = batch.to(run.device)
@@ -149,8 +151,13 @@ def compute_teacher_outputs(
                     f"the teacher gives values that are not finite on rows {shown}, ... of "
                     f"{dataset.directory}; take another teacher, or dtype float32."
                 )
-            ids_file.write(ids.cpu().numpy().astype(meta.id_dtype).tobytes())
-            logprobs_file.write(logprobs.cpu().numpy().astype(LOGPROB_DTYPE).tobytes())
+            arrays = (
+                ids.cpu().numpy().astype(meta.id_dtype),
+                logprobs.cpu().numpy().astype(LOGPROB_DTYPE),
+            )
+            for file, array, digest in zip(files, arrays, digests, strict=True):
+                file.write(array.tobytes())
+                digest.update(array.tobytes())
             cross_entropy = -token_logprobs(logits, batch.targets)
             sums["ce"] += float(cross_entropy.cpu().double().sum())
             sums["top_share"] += float(logprobs[:, : meta.num_ids].cpu().double().exp().sum())
@@ -194,16 +201,33 @@ def save_teacher_outputs(directory: Path, meta: TeacherMeta, run: StageRun) -> N
 
 def _restore(
     meta: TeacherMeta, dataset: EncodedDataset, run: StageRun
-) -> tuple[int, dict[str, float]]:
-    """Samples done and sums over their tokens, of the newest checkpoint with all its arrays."""
+) -> tuple[int, dict[str, float], list[Any]]:
+    """Samples done, sums over their tokens and digests of the arrays so far: of the newest
+    checkpoint, if the arrays begin with what it has written.
+    """
     state = newest_checkpoint(run)
     if state is not None:
         sizes = _bytes_of(meta, dataset, state.step)
-        paths = [run.store.directory / name for name in (IDS, LOGPROBS)]
-        if all(p.is_file() and p.stat().st_size >= n for p, n in zip(paths, sizes, strict=True)):
+        digests = [
+            _digest_of(run.store.directory / name, size)
+            for name, size in zip((IDS, LOGPROBS), sizes, strict=True)
+        ]
+        if [digest.hexdigest() for digest in digests] == state.values["written"]:
             run.say(f"going on after {state.step} of {dataset.num_samples} samples")
-            return state.step, dict(state.values["sums"])
-    return 0, {"ce": 0.0, "top_share": 0.0}
+            return state.step, dict(state.values["sums"]), digests
+        run.say("the outputs so far are not those that were saved: all are computed again")
+    return 0, {"ce": 0.0, "top_share": 0.0}, [hashlib.sha256(), hashlib.sha256()]
+
+
+def _digest_of(file: Path, num_bytes: int) -> Any:
+    """Of a file's first bytes, or of all if there are fewer."""
+    digest = hashlib.sha256()
+    if file.is_file():
+        with file.open("rb") as opened:
+            while num_bytes > 0 and (block := opened.read(min(num_bytes, 2**20))):
+                digest.update(block)
+                num_bytes -= len(block)
+    return digest
 
 
 def _grow(
