@@ -15,6 +15,7 @@ from minimind.datasets.encode import (
     Format,
     encode_dataset,
 )
+from minimind.datasets.formats import unread_files
 from minimind.files import replacing
 from minimind.lineage.provenance import unchanged
 from minimind.params import load_path, load_section
@@ -53,6 +54,9 @@ def main(
             augmentation,
             evaluation=evaluation,
         )
+        if unread := unread_files(source):
+            shown = ", ".join(map(str, unread[:8])) + (", ..." if len(unread) > 8 else "")
+            typer.echo(f"encode: not read, as they are no .jsonl files: {shown}", err=True)
         if counts.skipped_rows:
             typer.echo(
                 f"encode: left out {counts.skipped_rows} rows: {output / 'skipped.jsonl'}", err=True

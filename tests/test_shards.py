@@ -15,7 +15,8 @@ import stages.evaluate
 import stages.tokenizer
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
-from minimind.datasets.formats import read_texts
+from minimind.cli.main import app
+from minimind.datasets.formats import read_texts, unread_files
 from minimind.mini_world.rows import MiniWorldConfig, write_mini_world
 from minimind.model.checkpoint import save_checkpoint
 from minimind.tasks.problem import encode_prompts, read_problems
@@ -192,3 +193,18 @@ def test_evaluate(folder: Path, tokenizer: ChatTokenizer, tmp_path: Path) -> Non
 def test_problems_without_ids_are_numbered_over_all_shards(folder: Path) -> None:
     problems = read_problems(folder / "shards/problems")
     assert [problem.id for problem in problems] == [str(n) for n in range(1, 17)]
+
+
+def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
+    rows = {"b/c.JSONL": "three", "a.jsonl": "one", "b/a.jsonl": "two", ".hidden/x.jsonl": "no"}
+    for name, text in rows.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": text}) + "\n")
+    for name in ("notes.txt", "b/more.json", ".DS_Store"):
+        (tmp_path / name).write_text("no rows")
+    assert list(read_texts(tmp_path)) == ["one", "two", "three"]
+    unread = [tmp_path / "b/more.json", tmp_path / "notes.txt"]
+    assert unread_files(tmp_path) == unread
+    assert unread_files(tmp_path / "a.jsonl") == []
+    printed = CliRunner().invoke(app, ["lint", str(tmp_path)]).stdout
+    assert all(f"{file}: not read, as it is no .jsonl file" in printed for file in unread)

@@ -8,6 +8,7 @@ import typer
 from tqdm import tqdm
 
 from minimind.chat.tokenizer import ChatTokenizer
+from minimind.datasets.formats import unread_files
 from minimind.datasets.lint import Against, LintFormat, detect_format
 from minimind.datasets.lint import lint as lint_rows
 from minimind.errors import UserError
@@ -43,6 +44,8 @@ def lint(
     rows: list[list[str]] = []
     levels = Counter[str]()
     for file in files:
+        for unread in unread_files(file):
+            typer.echo(f"{unread}: not read, as it is no .jsonl file")
         counts = Counter[tuple[str, str]]()
         num_rows, found_format = 0, "?"
         try:

@@ -1,8 +1,8 @@
 """Rows of the JSONL formats, read one at a time and checked.
 
-A source is a file or a folder of ``*.jsonl`` shards, taken in the order of their names. Files are
-UTF-8, one JSON object a line. Byte order marks, Windows line ends and blank lines are accepted;
-keys that a format does not name are ignored.
+A source is a file or a folder of ``*.jsonl`` shards, in it or in folders inside it, taken in the
+order of their names. Files are UTF-8, one JSON object a line. Byte order marks, Windows line ends
+and blank lines are accepted; keys that a format does not name are ignored.
 """
 
 import codecs
@@ -127,13 +127,32 @@ def read_texts(source: Path) -> Iterator[str]:
 def _source_files(source: Path) -> list[Path]:
     """The file itself, or a folder's shards by name."""
     if source.is_dir():
-        shards = sorted(f for f in source.glob("*.jsonl") if not f.name.startswith("."))
+        shards = [file for file in _visible_files(source) if _is_shard(file)]
         if not shards:
             raise UserError(f"{source} is a folder without *.jsonl files; put the shards into it.")
         return shards
     if not source.exists():
         raise UserError(f"{source} is missing; correct the path, or run the stage that writes it.")
     return [source]
+
+
+def unread_files(source: Path) -> list[Path]:
+    """The files of a folder that are no shards; hidden ones are not meant to be."""
+    files = _visible_files(source) if source.is_dir() else []
+    return [file for file in files if not _is_shard(file)]
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    return [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+
+
+def _is_shard(file: Path) -> bool:
+    return file.suffix.lower() == ".jsonl"
 
 
 def parse_text(record: Record) -> str:
