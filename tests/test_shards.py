@@ -1,6 +1,8 @@
 """A folder of shards that DVC tracks, wherever `data` in params.yaml names a file."""
 
 import json
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from minimind.mini_world.rows import MiniWorldConfig, write_mini_world
 from minimind.model.checkpoint import save_checkpoint
 from minimind.tasks.problem import encode_prompts, read_problems
 from tests.graph import ROOT
+from tests.project import dvc
 from tests.shipped import shipped_params
 from tests.tiny import tiny_model
 
@@ -208,3 +211,31 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
     assert unread_files(tmp_path / "a.jsonl") == []
     printed = CliRunner().invoke(app, ["lint", str(tmp_path)]).stdout
     assert all(f"{file}: not read, as it is no .jsonl file" in printed for file in unread)
+
+
+@pytest.mark.parametrize("name", ["mine.jsonl", "我的 对话.jsonl", "mine"])
+def test_data_of_ones_own_can_be_added_where_the_graph_keeps_its_data(
+    tmp_path: Path, name: str
+) -> None:
+    """DVC refuses a .dvc file that git ignores; the data itself git must not see."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "core.quotePath=false", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, check=True, capture_output=True, text=True, encoding="utf-8"
+        ).stdout
+
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    git("init", "-q")
+    dvc(tmp_path, "init", "-q")
+    git("add", "-A")
+    added = tmp_path / "data" / name
+    rows = added if added.suffix else added / "rows.jsonl"
+    rows.parent.mkdir(parents=True)
+    rows.write_text('{"text": "a"}\n')
+    (tmp_path / "data/encoded").mkdir()
+    (tmp_path / "data/encoded/tokens.bin").write_text("of a stage")
+    dvc(tmp_path, "add", f"data/{name}")
+    untracked = git("ls-files", "--others", "--exclude-standard").splitlines()
+    assert f"data/{name}.dvc" in untracked
+    assert set(untracked) <= {f"data/{name}.dvc", "data/.gitignore"}
