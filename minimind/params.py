@@ -6,6 +6,7 @@ people turn; the rest are defaults of the class, part of the code that DVC track
 sections that have none; there they must stand.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -23,6 +24,8 @@ from pydantic_core import ErrorDetails
 
 from minimind.errors import UserError, complaint
 
+_NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
 
 class Section(BaseModel):
     """Base of every section: immutable, and unknown keys are errors.
@@ -35,11 +38,13 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Pydantic would take ``lr: yes`` for 1.0."""
-        is_switch = info.field_name and cls.model_fields[info.field_name].annotation is bool
+        """Pydantic would take ``lr: yes`` for 1.0, and ``lr: "1_000"``, which DVC leaves a text."""
+        annotation = info.field_name and cls.model_fields[info.field_name].annotation
         parts = value if isinstance(value, list) else [value]
-        if not is_switch and any(isinstance(part, bool) for part in parts):
+        if annotation is not bool and any(isinstance(part, bool) for part in parts):
             raise ValueError("it should not be true or false")
+        if annotation in (int, float) and isinstance(value, str) and not _NUMBER.fullmatch(value):
+            raise ValueError("it should be a number")
         return value
 
 

@@ -240,3 +240,18 @@ def test_a_wrong_parameter_is_one_line(project: Path, key: str, value: object) -
     assert result.exit_code == 1
     assert f"lora.{key}" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"modules_to_save": ["embed_tokens"]}, {"lora_bias": True}, {"target_parameters": ["x"]}],
+)
+def test_an_adapter_with_more_than_low_rank_matrices_is_refused_by_name(
+    project: Path, extra: dict[str, object]
+) -> None:
+    adapter = trained()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | extra))
+    (key,) = extra
+    with pytest.raises(UserError, match=rf"adapter_config\.json: {key} is .*; only low-rank"):
+        merge_adapter(load_model(Path("base")), adapter)

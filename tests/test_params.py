@@ -100,3 +100,17 @@ def test_a_record_has_the_shared_keys_that_are_used(
 
 def test_the_tests_know_which_keys_are_shared() -> None:
     assert minimind.params.SHARED == tests.shipped.SHARED
+
+
+@pytest.mark.parametrize("value", [True, "yes please", "1_000", " 5", "nan", "0x10", [1.0]])
+def test_what_is_no_number_is_not_taken_for_one(params: Path, value: object) -> None:
+    write(params, seed=1, dtype="float32", a={"lr": value})
+    with pytest.raises(UserError, match=r"a\.lr"):
+        load_section(params, "a", Both)
+
+
+@pytest.mark.parametrize("value", ["5e-4", "1e-06", ".5", "3", 3, 0.5])
+def test_numbers_may_be_written_as_texts(params: Path, value: object) -> None:
+    """PyYAML reads some floats as texts, which DVC takes for numbers."""
+    write(params, seed=1, dtype="float32", a={"lr": value})
+    assert load_section(params, "a", Both).lr == float(str(value))

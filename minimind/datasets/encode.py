@@ -309,7 +309,9 @@ def _encode_thoughts(
     tokenizer: ChatTokenizer, chats: list[list[Message]], max_length: int
 ) -> list[EncodedSample]:
     return [
-        sample._replace(lost="its answer is cut off") if sample.is_truncated else sample
+        sample._replace(lost="its answer is cut off")
+        if sample.is_truncated and sample.is_usable
+        else sample
         for sample in _encode_chats(tokenizer, chats, max_length)
     ]
 
@@ -322,9 +324,10 @@ def _encode_preferences(
     rows = tokenizer.encode_chats(chats, num_context)
     samples = [_cut(rows[i : i + 2], max_length) for i in range(0, len(rows), 2)]
     return [
-        sample._replace(lost="both sides are the same") if chosen.ids == rejected.ids else sample
+        sample._replace(lost="both sides are the same")
+        if sample.rows[0].ids == sample.rows[1].ids and sample.is_usable
+        else sample
         for sample in samples
-        for chosen, rejected in [sample.rows]
     ]
 
 

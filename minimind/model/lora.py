@@ -92,8 +92,12 @@ def merge_adapter(base: Transformer, directory: Path) -> Transformer:
     try:
         if json.loads((directory / CONFIG).read_text(encoding="utf-8"))["peft_type"] != "LORA":
             raise ValueError("its peft_type is not LORA")
-        model = PeftModel(base, LoraConfig.from_pretrained(str(directory)))
+        config = LoraConfig.from_pretrained(str(directory))
+        _require_low_rank_alone(config, directory)
+        model = PeftModel(base, config)
         weights = load_file(directory / WEIGHTS)
+    except UserError:
+        raise
     except Exception as error:  # peft raises whatever its parts raise
         raise UserError(
             f"the adapter {directory} cannot be read: {error!r}; run its stage again."
@@ -116,6 +120,16 @@ def merge_adapter(base: Transformer, directory: Path) -> Transformer:
     merged = model.unload()
     assert isinstance(merged, Transformer)
     return merged.requires_grad_(True)
+
+
+def _require_low_rank_alone(config: LoraConfig, directory: Path) -> None:
+    """Raises UserError where an adapter has more than two matrices a layer."""
+    for key in ("modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters"):
+        if value := getattr(config, key, None):
+            raise UserError(
+                f"{directory / CONFIG}: {key} is {value!r}; only low-rank matrices of linear "
+                "layers can be merged here: merge this adapter with peft."
+            )
 
 
 def _adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
