@@ -143,8 +143,10 @@ def test_a_stage_runs_on_read_only_links_after_a_checkout(project: Path) -> None
     assert file_bytes(project, *RESULTS) == before
 
 
-def test_your_own_file_takes_the_same_door(project: Path) -> None:
-    own = project / "mine.jsonl"
+@pytest.mark.parametrize("name", ["mine.jsonl", "数据 [1]/it's $(touch executed) 对话.jsonl"])
+def test_your_own_file_takes_the_same_door(project: Path, name: str) -> None:
+    own = project / name
+    own.parent.mkdir(exist_ok=True)
     chat = {
         "conversations": [
             {"role": "user", "content": "你好"},
@@ -152,10 +154,11 @@ def test_your_own_file_takes_the_same_door(project: Path) -> None:
         ]
     }
     own.write_text(json.dumps(chat, ensure_ascii=False) + "\n", encoding="utf-8")
-    printed = dvc(project, "exp", "run", "-S", "data.sft=mine.jsonl", "encode@sft")
+    printed = dvc(project, "exp", "run", "-S", f'data.sft="{name}"', "encode@sft")
     assert stages_run(printed) == ["check", "encode@sft"]
     counts = json.loads((project / "metrics/encode/sft.json").read_text())["encode"]["sft"]
     assert counts["rows"] == 1
+    assert not (project / "executed").exists()
     git(project, "checkout", "-q", ".")
     own.unlink()
     dvc(project, "checkout")
