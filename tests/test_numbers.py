@@ -6,11 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minimind.chat.answers import is_number, normalise, thought_of
+from minimind.chat.answers import (
+    first_thought,
+    is_full_sentence,
+    is_number,
+    normalise,
+    thought_of,
+)
 from minimind.chat.numbers import find_numbers, number_of, written
 from minimind.rewards.format import Format
 from minimind.rewards.reward import Given, Sample
 from minimind.tasks.problem import Problem
+from minimind.thinking.completions import Completion
+from minimind.thinking.quality import assess
 
 SAME = [  # said, expected
     ("1000", "1,000"),
@@ -99,14 +107,19 @@ def test_numbers_lie_in_the_text_in_order(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "piece", ["<think>", "</think><answer>", "1,", "1/", "\\frac{1}{", " ", "9"]
+    "piece",
+    ["<think>", "</think><answer>", "1,", "1/", "\\frac{1}{", " ", "9", "1+", "1=", "<answer>"],
 )
 def test_long_outputs_take_no_longer_than_their_length(piece: str) -> None:
     """Ten times longer than any output; quadratic time would be minutes."""
     output = piece * 100_000
     thought_of(output)
+    first_thought(output)
+    is_full_sentence(output, None)
     find_numbers(output)
-    Problem.of("?", "7").score(output)
+    problem = Problem.of("?", "7")
+    problem.score(output)
+    assess(problem, Completion(output, True), len)
 
 
 @given(st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", " ", "3", "\n"])))

@@ -8,7 +8,6 @@ from minimind.chat.numbers import find_numbers, number_of, written
 
 _TAGS = re.compile(r"</?(?:think|answer)>")
 _TAGGED_ANSWER = re.compile(r"<answer>(.*)</answer>", re.DOTALL)
-_THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _TAGGED_PARTS = re.compile(r"<(think|answer)>.*?(</\1>|$)", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.!?。！？…][\"'”’」』)）]*\Z")
 
@@ -47,8 +46,9 @@ def answer_like(expected: str, output: str) -> str | None:
 
 def first_thought(output: str) -> str | None:
     """What stands between the first pair of think tags, complete or not as a whole."""
-    match = _THOUGHT.search(output)
-    return match.group(1) if match else None
+    _, opened, rest = output.partition("<think>")  # an expression would take quadratic time
+    thought, closed, _ = rest.partition("</think>")
+    return thought if opened and closed else None
 
 
 def before_tags(output: str) -> str:
