@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minimind.chat.answers import (
@@ -83,6 +83,8 @@ def test_other_answers_are_wrong(form: str, said: str, expected: str) -> None:
 
 
 @given(st.text(min_size=1).filter(str.strip))
+@example("¹")
+@example("½.")
 def test_any_gold_answer_given_back_is_right(gold: str) -> None:
     problem = Problem.of("?", gold)
     if "<" not in gold and normalise(gold):

@@ -88,7 +88,8 @@ def normalise(answer: str) -> str:
     value = number_of(answer)
     if value is not None:
         return written(value)
-    return " ".join(normalize("NFKC", answer).split()).rstrip(".。")
+    text = " ".join(normalize("NFKC", answer).split()).rstrip(".。")
+    return answer.strip() if is_number(text) else text  # ¹ is no number, and must not become one
 
 
 def is_number(text: str) -> bool:
