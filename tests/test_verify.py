@@ -413,6 +413,8 @@ def test_git_commits_nothing_false_once_the_hook_is_there(project: Path) -> None
     assert "models/sft is (" in refused.stderr
     assert git("log", "--format=%s").stdout.split("\n")[0] == "out of date"
     assert CliRunner().invoke(app, install).exit_code == 0  # it is ours
+    (project / ".git/hooks/pre-commit").write_bytes(b"\xff\xfe")
+    assert "is there already" in CliRunner().invoke(app, install).stderr
     (project / ".git/hooks/pre-commit").write_text("#!/bin/sh\ntrue\n")
     refused_install = CliRunner().invoke(app, install)
     assert refused_install.exit_code == 1

@@ -1,5 +1,6 @@
 """`minimind verify`: whether checkpoints are what dvc.lock says, back to the data."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -55,8 +56,8 @@ def _install_hook(root: Path) -> Path:
     if asked.returncode:
         raise UserError(f"{root} is in no git repository; run `git init` first.")
     hook = root / asked.stdout.strip()
-    command = f"'{sys.executable}' -m minimind.cli.main verify --allow-older"
-    if hook.exists() and MARK not in hook.read_text(encoding="utf-8"):
+    command = f"{shlex.quote(sys.executable)} -m minimind.cli.main verify --allow-older"
+    if hook.exists() and MARK.encode() not in hook.read_bytes():
         raise UserError(f"{hook} is there already; add this line to it: {command} || exit 1")
     hook.parent.mkdir(parents=True, exist_ok=True)
     hook.write_text(f"#!/bin/sh\n{MARK}\nexec {command}\n", encoding="utf-8")

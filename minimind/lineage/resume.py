@@ -123,12 +123,14 @@ def stored_runs(resume_root: Path) -> list[StoredRun]:
     """All runs that could be gone on with, the oldest first."""
     runs = []
     for directory in resume_root.glob("*/*/"):
-        files = [file for file in directory.rglob("*") if file.is_file()]
-        newest = max(directory.glob("checkpoint-*"), default=None)
-        saved = max((file.stat().st_mtime for file in files), default=time.time())
+        stats = []
+        for file in directory.rglob("*"):
+            with suppress(FileNotFoundError):  # a run that is going on removes old ones
+                stats += [file.stat()] if file.is_file() else []
+        newest = max(directory.glob("checkpoint-" + "[0-9]" * 9), default=None)
         step = None if newest is None else int(newest.name.rpartition("-")[2])
-        size = sum(file.stat().st_size for file in files)
-        runs.append(StoredRun(directory, step, size, time.time() - saved))
+        seconds = time.time() - max((stat.st_mtime for stat in stats), default=time.time())
+        runs.append(StoredRun(directory, step, sum(stat.st_size for stat in stats), seconds))
     return sorted(runs, key=lambda run: -run.seconds)
 
 
