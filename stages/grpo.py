@@ -1,10 +1,5 @@
 """Group Relative Policy Optimization: sample several answers, learn from the better ones."""
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.metrics import write_history, write_metrics
 from minimind.model.checkpoint import load_model, save_checkpoint
@@ -14,17 +9,13 @@ from minimind.reinforcement.group_relative import GroupRelative, GrpoConfig
 from minimind.reinforcement.loop import reinforce, summary
 from minimind.terminal.command import stage_app
 from minimind.training.run import start_training
+from stages._shared import PARAMS, File
 
 app = stage_app("grpo")
 
 
 @app.command()
-def main(
-    output: Annotated[Path, typer.Option()],
-    metrics: Annotated[Path, typer.Option()],
-    history: Annotated[Path, typer.Option()],
-    params: Annotated[Path, typer.Option()] = Path("params.yaml"),
-) -> None:
+def main(output: File, metrics: File, history: File, params: File = PARAMS) -> None:
     """Train on sampled completions, each compared with the others of its prompt."""
     config = load_section(params, "grpo", GrpoConfig)
     prompts = load_path(params, "data.prompts")

@@ -168,7 +168,8 @@ def test_one_optimizer_overflowing_keeps_the_other_from_its_step() -> None:
 def test_a_warm_up_longer_than_the_training_is_said(
     tmp_path: Path, data: EncodedDataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tmp_path, data, warmup_steps=19)
+    history, _ = train(tmp_path, data, warmup_steps=20, log_interval=1)
+    assert history.rows[-1]["lr"] == 0.01  # in the last step, but reached
     assert "warmup" not in capsys.readouterr().err
     train(tmp_path, data, warmup_steps=1000)
     said = capsys.readouterr().err

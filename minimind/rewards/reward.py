@@ -1,5 +1,6 @@
 """What a part of the reward is given, and what it is."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -48,6 +49,6 @@ class Reward(Section):
         """The least and the greatest value, so that the whole can be scaled to [0, 1]."""
         return 0.0, 1.0
 
+    @abstractmethod
     def score(self, samples: Sequence[Sample], given: Given) -> Sequence[float] | Values:
         """The value of each sample."""
-        raise NotImplementedError

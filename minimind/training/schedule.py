@@ -8,7 +8,7 @@ ScheduleName = Literal["minimind_cosine", "cosine", "linear", "step", "constant"
 
 def never_reached(warmup_steps: int, num_steps: int) -> str | None:
     """A line of warning where the warm-up is not over when training is."""
-    if warmup_steps < num_steps or not warmup_steps:
+    if warmup_steps <= num_steps:  # the last step of as many has all of lr
         return None
     return (
         f"warmup_steps is {warmup_steps} of only {num_steps} steps: the learning rate never "

@@ -17,7 +17,7 @@ from minimind.metrics import Number
 from minimind.training.optimizer import Optimizer
 from minimind.training.run import Run, newest_checkpoint
 
-MAX_CURVE_ROWS = 2000
+MAX_ROWS = 2000
 
 
 @dataclass
@@ -121,7 +121,7 @@ class Session:
     ) -> None:
         """parts: all that the run depends on beside the optimizer; set to the newest saved."""
         self.run, self.num_steps = run, num_steps
-        self.log_interval = max(log_interval, math.ceil(num_steps / (MAX_CURVE_ROWS - 2)))
+        self.log_interval = max(log_interval, math.ceil(num_steps / (MAX_ROWS - 2)))
         self.optimizer = optimizer
         self.parts = {**parts, "optimizer": optimizer}
         self.history = self._restored()
