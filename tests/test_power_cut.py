@@ -372,7 +372,8 @@ def test_what_stopped_runs_left_is_listed_and_pruned(
     assert len({row[1] for row in rows}) == 2
     arguments = ["resume", str(tmp_path), "--prune", "--older-than"]
     assert "nothing to resume" in CliRunner().invoke(app, [*arguments, "1"]).stdout
-    first, _ = sorted(tmp_path.glob(".resume/sft/*"))
+    first, second = sorted(tmp_path.glob(".resume/sft/*"))
+    (second / "checkpoint-xyz").mkdir()  # not ours, and no reason to fail
     store = ResumeStore(first)  # a run that is going on
     pruned = CliRunner().invoke(app, [*arguments, "0"])
     assert pruned.exit_code == 1

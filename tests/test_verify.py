@@ -391,7 +391,7 @@ def test_without_a_lock_there_is_nothing_to_verify(project: Path, text: str | No
     assert "dvc.lock" in first
 
 
-def test_git_commits_nothing_false_once_the_hook_is_there(project: Path) -> None:
+def test_git_checks_the_workspace_once_the_hook_is_there(project: Path) -> None:
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
         command = ["git", *identity, *arguments]
@@ -420,3 +420,29 @@ def test_git_commits_nothing_false_once_the_hook_is_there(project: Path) -> None
     assert refused_install.exit_code == 1
     assert "is there already; add this line to it" in refused_install.stderr
     assert (project / ".git/hooks/pre-commit").read_text() == "#!/bin/sh\ntrue\n"
+
+
+def test_the_hook_finds_a_project_below_the_top_of_the_repository(project: Path) -> None:
+    top = project.parent
+    subprocess.run(["git", "init", "-q"], cwd=top, check=True)
+    assert CliRunner().invoke(app, ["verify", str(project), "--install-hook"]).exit_code == 0
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    hook = [str(top / ".git/hooks/pre-commit")]
+    assert subprocess.run(hook, cwd=top, env=environment, capture_output=True).returncode == 0
+    empty = CliRunner().invoke(app, ["verify", str(top), "--install-hook"])
+    assert "dvc.lock is missing" in empty.stderr
+
+
+def test_metrics_that_are_missing_are_named(project: Path) -> None:
+    (project / "metrics/sft.json").unlink()
+    code, lines, _ = verify(project)
+    assert code == 1
+    assert lines["metrics"].startswith("OUT OF DATE: metrics/sft.json is missing; `git checkout")
+
+
+@pytest.mark.parametrize("entry", ["outs: 3", "deps: [3]", "outs: [{md5: x}]", "params: [1]"])
+def test_an_entry_that_dvc_never_writes_is_one_line(project: Path, entry: str) -> None:
+    (project / "dvc.lock").write_text(f"schema: '2.0'\nstages: {{sft: {{{entry}}}}}\n")
+    code, lines, first = verify(project)
+    assert (code, lines) == (1, {})
+    assert "dvc.lock: the entry of stage sft is not as DVC writes it" in first

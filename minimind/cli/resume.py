@@ -34,7 +34,7 @@ def resume(
             try:
                 remove_run(run)
                 done = "removed"
-            except UserError as error:
+            except (UserError, OSError) as error:
                 done = "in use"
                 in_use.append(str(error))
         stage, fingerprint = run.directory.parts[-2:]

@@ -25,7 +25,7 @@ def verify(
 ) -> None:
     """Check checkpoints against dvc.lock, and what they come of, back to the data."""
     if install_hook:
-        typer.echo(f"{_install_hook(root)}: git commits nothing false from here on.")
+        typer.echo(f"{_install_hook(root)}: git checks the workspace before each commit.")
         return
     findings = list(Project(root).findings())
     for finding in findings:
@@ -45,18 +45,19 @@ def _install_hook(root: Path) -> Path:
     """The git hook that was written.
 
     Raises:
-        UserError: the project is in no git repository, or has another such hook.
+        UserError: there is no project or git repository, or it has another such hook.
     """
-    asked = subprocess.run(
-        ["git", "rev-parse", "--git-path", "hooks/pre-commit"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-    )
-    if asked.returncode:
-        raise UserError(f"{root} is in no git repository; run `git init` first.")
-    hook = root / asked.stdout.strip()
+    if not (root / "dvc.lock").is_file():
+        raise UserError(f"{root / 'dvc.lock'} is missing; run from the project's root folder.")
+    asked = ["git", "rev-parse", "--git-path", "hooks/pre-commit", "--show-prefix"]
+    try:
+        said = subprocess.run(asked, cwd=root, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        raise UserError(f"{root} is in no git repository; run `git init` first.") from None
+    path, below = said.splitlines()  # git runs hooks at the top of the repository
+    hook = root / path
     command = f"{shlex.quote(sys.executable)} -m minimind.cli.main verify --allow-older"
+    command += f" {shlex.quote(below)}" if below else ""
     if hook.exists() and MARK.encode() not in hook.read_bytes():
         raise UserError(f"{hook} is there already; add this line to it: {command} || exit 1")
     hook.parent.mkdir(parents=True, exist_ok=True)

@@ -123,6 +123,8 @@ def stored_runs(resume_root: Path) -> list[StoredRun]:
     """All runs that could be gone on with, the oldest first."""
     runs = []
     for directory in resume_root.glob("*/*/"):
+        if directory.is_symlink():  # none of ours
+            continue
         stats = []
         for file in directory.rglob("*"):
             with suppress(FileNotFoundError):  # a run that is going on removes old ones

@@ -7,6 +7,7 @@ which a flipped bit leaves as they are, and it does not follow a checkpoint to i
 import json
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +26,7 @@ from minimind.lineage.dvc_files import (
 from minimind.lineage.records import MadeFrom, Record, record_name
 
 CHECKPOINT_FOLDERS = ("models", "exports")
+_DVCS = "DVC writes it; bring the file back with git, or remove it and run `dvc repro`."
 UNKNOWN = "unknown"  # the hash of a file in a folder that is not here, nor DVC's list of it
 
 
@@ -52,6 +54,9 @@ class Project:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.lock = _stages_of(root / "dvc.lock")
+        for name, entry in self.lock.items():
+            if not _is_as_dvc_writes(entry):
+                raise UserError(f"{root / 'dvc.lock'}: the entry of stage {name} is not as {_DVCS}")
         self.outputs: dict[str, list[str]] = {}  # of each stage
         self.metrics: dict[str, list[str]] = {}
         for name, stage, variant in variants(_stages_of(root / "dvc.yaml")):
@@ -71,8 +76,14 @@ class Project:
                 others = [name for name in others if name not in self.ancestors(stage)]
         checked = [path for name in self.lock for path in self.metrics.get(name, [])]
         breaks = [found for path in checked if (found := self._break_of_output(path))]
-        text = breaks[0] if breaks else f"{len(checked)} files are as dvc.lock says"
-        yield Finding("metrics", text, "broken" if breaks else "whole")
+        missing = [path for path in checked if self.digest(path) is None]
+        if breaks:
+            yield Finding("metrics", breaks[0], "broken")
+        elif missing:
+            again = f"`git checkout {missing[0]}` or `dvc repro {self.maker[missing[0]]}` brings it"
+            yield Finding("metrics", f"{missing[0]} is missing; {again}", "out of date")
+        else:
+            yield Finding("metrics", f"{len(checked)} files are as dvc.lock says", "whole")
         for stage in others:
             if found := self._break_of_entry(stage):
                 yield Finding(stage, found, "broken")
@@ -235,12 +246,24 @@ def _stages_of(file: Path) -> dict[str, Any]:
     if file.exists() and not file.read_bytes().endswith(b"\n"):  # whoever writes it ends its lines
         raise UserError(
             f"{file} is cut off after {file.stat().st_size:,} bytes; bring it back with git, or "
-            "run `dvc repro`."
+            "remove it and run `dvc repro`."
         )
     stages = contents.get("stages") if isinstance(contents, dict) else None
     if not isinstance(stages, dict) or not all(isinstance(s, dict) for s in stages.values()):
-        raise UserError(f"{file} has no stages; bring it back with git, or run `dvc repro`.")
+        raise UserError(
+            f"{file} has no stages; bring it back with git, or remove it and run `dvc repro`."
+        )
     return stages
+
+
+def _is_as_dvc_writes(entry: dict[str, Any]) -> bool:
+    listed, params = [entry.get("deps", []), entry.get("outs", [])], entry.get("params", {})
+    return (
+        all(isinstance(one, list) for one in listed)
+        and all(isinstance(one, dict) and "path" in one for one in chain(*listed))
+        and isinstance(params, dict)
+        and all(isinstance(values, dict) for values in params.values())
+    )
 
 
 def _fault_of_dvcs_locks(file: Path) -> str | None:
@@ -256,7 +279,7 @@ def _fault_of_dvcs_locks(file: Path) -> str | None:
 def _read(file: Path) -> Any:
     try:
         return YAML(typ="safe").load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file} is missing; run from the project's root folder.") from None
     except (YAMLError, ValueError) as error:
         raise UserError(f"{file} is not valid YAML: {error}; bring it back with git.") from None
