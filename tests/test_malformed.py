@@ -379,6 +379,33 @@ CAUSES["a path leads nowhere"] = [
         ("lora.data", "chats", "; write one of pretrain, sft, dpo, reason, distill, lora."),
     ]
 ]
+
+
+def as_pipe(file: str) -> Callable[[Path], None]:
+    """DVC would wait for it for ever."""
+
+    def broken(directory: Path) -> None:
+        (directory / file).unlink(missing_ok=True)
+        (directory / file).parent.mkdir(exist_ok=True)
+        os.mkfifo(directory / file)
+
+    return broken
+
+
+def as_dead_link(file: str) -> Callable[[Path], None]:
+    def broken(directory: Path) -> None:
+        (directory / file).unlink()
+        (directory / file).symlink_to("nowhere")
+
+    return broken
+
+
+CAUSES["what stands there is no file"] = [
+    Case("check", as_pipe("chats.jsonl"), ("data.sft is 'chats.jsonl', but", "a pipe")),
+    Case("check", as_pipe("models/base/.pipe"), ("models/base/.pipe is a pipe",)),
+    Case("encode sft", as_pipe("chats.jsonl"), ("chats.jsonl is a pipe",)),
+    Case("check", as_dead_link("chats.jsonl"), ("data.sft", "a link to nowhere, which is missing")),
+]
 CAUSES["params.yaml cannot be read"] = [
     Case("sft", with_text("params.yaml", text), ("params.yaml",)) for text in PARAMS_FILES.values()
 ]

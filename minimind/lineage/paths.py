@@ -1,7 +1,7 @@
 """Paths in params.yaml that lead nowhere.
 
 DVC only says `[Errno 2] No such file or directory`, after it has removed the stage's outputs, and
-does not name the parameter.
+does not name the parameter. At a pipe it waits for ever.
 """
 
 import os
@@ -32,14 +32,27 @@ def keys_of(template: str) -> list[str]:
     return [str(key) for key in _PARAMETER.findall(template)]
 
 
+def unreadable(path: Path) -> str | None:
+    """Why there is no file or folder to read: a pipe would be waited for."""
+    if path.is_file() or path.is_dir():
+        return None
+    if path.is_symlink():
+        return f"a link to {os.readlink(path)}, which is missing"
+    return "a pipe, socket or device, no file" if path.exists() else "missing"
+
+
 def lost_paths(stages: Mapping[str, Any], params: Any) -> Iterator[str]:
     """What is to be said of each path that does not exist and that no stage makes."""
     made = [p for _, stage, key in variants(stages) for p in output_paths(stage.get("outs"), key)]
     for template in path_templates(stages):
         path = _PARAMETER.sub(lambda match: str(value_at(params, match[1])), template)
-        if not _leads_somewhere(path, made):
-            key = keys_of(template)[0]
-            value = value_at(params, key)
+        if _is_brought(path, made):
+            continue
+        key = keys_of(template)[0]
+        value = value_at(params, key)
+        if odd := _odd_file(Path(path)):
+            yield f"{key} is {value!r}, but {odd}, which DVC cannot read; remove it."
+        elif not Path(path).exists():
             what = "a path" if path == value else f"for {path}, a path"
             yield (
                 f"{key} is {value!r}, {what} that does not exist and that no stage makes; "
@@ -47,11 +60,19 @@ def lost_paths(stages: Mapping[str, Any], params: Any) -> Iterator[str]:
             )
 
 
-def _leads_somewhere(path: str, made: list[str]) -> bool:
+def _odd_file(path: Path) -> str | None:
+    """What is no file there, or in that folder."""
+    for place in [path, *(path.rglob("*") if path.is_dir() else ())]:
+        if os.path.lexists(place) and (why := unreadable(place)):
+            return f"{place} is {why}"
+    return None
+
+
+def _is_brought(path: str, made: list[str]) -> bool:
+    """Whether a stage or `dvc pull` makes it, be it here or not."""
     place = PurePosixPath(os.path.normpath(path))
     return (
-        Path(place).exists()
-        or any(Path(f"{p}.dvc").is_file() for p in (place, *place.parents))  # for `dvc pull`
+        any(Path(f"{p}.dvc").is_file() for p in (place, *place.parents))  # for `dvc pull`
         or any(place.is_relative_to(o) or PurePosixPath(o).is_relative_to(place) for o in made)
     )
 

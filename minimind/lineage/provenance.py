@@ -18,6 +18,7 @@ from minimind.errors import UserError
 from minimind.lineage.code import code_of, modules_of
 from minimind.lineage.dvc_files import md5_of_content, read_as_written, value_at
 from minimind.lineage.edits import marks, was_edited
+from minimind.lineage.paths import unreadable
 from minimind.lineage.records import Records
 from minimind.params import Section, load_section, shared_keys
 
@@ -193,7 +194,9 @@ def _files(inputs: Iterable[Path]) -> Iterator[Path]:
         elif path.is_file():
             yield _relative(path)
         else:
-            raise UserError(f"{path} is missing; run the stage that makes it: `dvc repro`.")
+            raise UserError(
+                f"{path} is {unreadable(path)}; run the stage that makes it: `dvc repro`."
+            )
 
 
 def _relative(path: Path) -> Path:
