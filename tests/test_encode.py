@@ -263,7 +263,7 @@ def test_a_thought_whose_answer_is_cut_off_is_dropped_counted_and_said(
     assert f"within {max_length} tokens its answer is cut off" in listed["reason"]
     result = stage.run(chat_rows([long]), "reason", max_length)
     assert result.exit_code == 1
-    assert "none of its 1 rows can be used" in result.stderr
+    assert f"none of its 1 rows can be used: 1 length (first {stage.folder}/" in result.stderr
 
 
 def test_a_pair_that_is_equal_after_cutting_is_dropped(
@@ -340,10 +340,35 @@ def test_a_pair_needs_something_to_compare_on_both_sides(stage: Stage) -> None:
 
 
 def test_no_usable_row_is_an_error_even_when_skipping(stage: Stage) -> None:
-    result = stage.run(["{", "[]"], "chat", 60, "skip")
+    result = stage.run(["[]", *["{"] * 5], "chat", 60, "skip")
     assert result.exit_code == 1
-    assert "none of its 2 rows can be used" in result.stderr
+    place = stage.folder / "sft.jsonl"
+    most = f"none of its 6 rows can be used: 5 json (first {place}:2: broken JSON at column 2: "
+    assert most in result.stderr
+    assert f"), 1 schema (first {place}:1: the row is a list; it must" in result.stderr
     assert not stage.output.exists()
+
+
+def test_keys_that_are_not_read_are_named_once_and_change_nothing(
+    stage: Stage, tokenizer: ChatTokenizer
+) -> None:
+    rows = chat_rows([CHATS[0], *CHATS])
+    dataset, metrics = stage.encode(rows, "chat")
+    thought = {**CHATS[0][1], "reasoning_content": "2+3=5"}
+    rows[2] = {"conversations": [CHATS[0][0], thought], "source": "web"}
+    rows[3] |= {"id": 3, "source": "web"}
+    result = stage.run(["{", rows[0], *rows[1:]], "chat", 512, "skip")
+    file = stage.folder / "sft.jsonl"
+    left_out, *said = sorted(result.stderr.splitlines())[::-1]
+    assert "left out 1 rows" in left_out
+    assert said == [
+        f"encode: {file}: warning: keys that are not read: 'conversations.reasoning_content' in "
+        f"1 rows, first {file}:4 (elsewhere a thought before the content)",
+        f"encode: {file}: keys that are not read: 'source' in 2 rows, first {file}:4; "
+        f"'id' in 1 rows, first {file}:5",
+    ]
+    assert json.loads(stage.metrics_file.read_text())["encode"]["sft"].keys() == metrics.keys()
+    assert rows_of(EncodedDataset.open(stage.output))[-1] == rows_of(dataset)[-1]
 
 
 def test_a_failed_run_keeps_what_was_there(stage: Stage) -> None:

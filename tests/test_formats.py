@@ -197,8 +197,10 @@ def test_bad_records_name_file_line_and_reason(
         (b"null", "the row is null"),
         ('{"text": "é"}'.encode("latin-1"), "not UTF-8 (0xe9 at byte 11)"),
         ('{"text": "a"}'.encode("utf-16"), "not UTF-8 (0xff at byte 1)"),
-        (b"[" * 100_000, "JSON that cannot be read"),
-        (b'{"text": ' + b"1" * 10_000 + b"}", "JSON that cannot be read"),
+        (b"[" * 100_000, "JSON that cannot be read: brackets too deep"),
+        (b'{"text": ' + b"1" * 10_000 + b"}", "JSON that cannot be read: a number too long"),
+        (b'{"text": "a", "text": "b"}', "the key 'text' stands there twice"),
+        (b'{"text": "a", "by": {"x": 1, "x": 1}}', "the key 'x' stands there twice"),
     ],
 )
 def test_broken_lines_name_file_line_and_reason(tmp_path: Path, line: bytes, reason: str) -> None:
@@ -207,6 +209,42 @@ def test_broken_lines_name_file_line_and_reason(tmp_path: Path, line: bytes, rea
     with pytest.raises(BadRowError) as raised:
         list(read_rows(file, parse_text))
     assert str(raised.value).startswith(f"{file}:2: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("parse", "record", "unread"),
+    [
+        (parse_text, {"text": "a"}, []),
+        (parse_text, {"text": "a", "weight": 2, "id": None}, ["id", "weight"]),
+        (parse_chat, chat(user("a"), assistant("b")), []),
+        (
+            parse_chat,
+            {**chat({**user("a"), "x": 1}, {**assistant("b"), "x": 2, "loss": 0}), "tools": []},
+            ["conversations.loss", "conversations.x", "tools"],
+        ),
+        (
+            parse_preference,
+            {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1},
+            ["margin"],
+        ),
+        (
+            parse_preference,  # two lists begin with the prompt that is read
+            {
+                "prompt": "a",
+                "chosen": [user("a"), assistant("b")],
+                "rejected": [user("a"), {**assistant("c"), "weight": 0}],
+            },
+            ["prompt", "rejected.weight"],
+        ),
+    ],
+)
+def test_a_row_lists_each_key_that_is_not_read(
+    tmp_path: Path, parse: Parse, record: Any, unread: list[str]
+) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n")
+    (row,) = read_rows(tmp_path, parse)
+    assert list(row.unread) == unread
+    assert row.value == parse(record)
 
 
 def test_windows_files_and_blank_lines_are_read(tmp_path: Path) -> None:

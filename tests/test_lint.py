@@ -320,7 +320,7 @@ def test_characters_that_do_not_come_back_are_named(tmp_path: Path, tokenizer_fo
 def test_a_format_is_told_by_the_first_row_that_has_one(tmp_path: Path) -> None:
     assert detect_format(write(tmp_path / "a.jsonl", [b"{", {"x": 1}, GOOD["reason"]])) == "reason"
     assert detect_format(write(tmp_path / "b.jsonl", [{"chosen": 1, "prompt": 2}])) == "preference"
-    with pytest.raises(UserError, match=r"c\.jsonl: its format cannot be told .* --format: text"):
+    with pytest.raises(UserError, match=r"c\.jsonl:1: its format cannot be told .* 'x'; there"):
         detect_format(write(tmp_path / "c.jsonl", [{"x": 1}] * 200))
 
 
@@ -382,6 +382,30 @@ def test_findings_then_a_table_of_them(tmp_path: Path) -> None:
         [str(bad), "chat", "warning", "duplicate", "1", "8", "12.50%"],
         [str(text), "text", "-", "nothing found", "0", "1", ""],
     ]
+
+
+def test_keys_that_mean_something_elsewhere_are_warned_of_once_a_file(tmp_path: Path) -> None:
+    rows = [chat(A, assistant(text)) for text in "abc"]
+    harmless = write(tmp_path / "harmless.jsonl", [row | {"id": 1, "x\n": 2} for row in rows])
+    result = run(harmless, "--strict")
+    assert result.exit_code == 0
+    said = f"{harmless}: keys that are not read: 'id' in 3 rows, first {harmless}:1; 'x\\n' in"
+    assert said in result.stdout
+    weighted = write(tmp_path / "weighted.jsonl", [rows[0], *[row | {"weight": 0} for row in rows]])
+    result = run(weighted, "--show", 1)
+    assert (result.exit_code, run(weighted, "--strict").exit_code) == (0, 1)
+    assert [line for line in result.stdout.splitlines() if "unread:" in line] == [
+        f"{weighted}: warning: unread: keys that are not read: 'weight' in 3 rows, first "
+        f"{weighted}:2 (elsewhere how much it counts)"
+    ]
+    assert ["warning", "unread", "3", "4", "75.00%"] in [row[2:] for row in table_rows(result)]
+
+
+def test_what_is_for_kto_is_no_file_of_prompts(tmp_path: Path) -> None:
+    row = {"prompt": "a", "completion": "b", "label": True}
+    result = run(write(tmp_path / "kto.jsonl", [row]))
+    assert result.exit_code == 1
+    assert "kto.jsonl:1: prompt with completion (as for KTO" in result.stdout
 
 
 def test_a_file_that_cannot_be_read_is_an_error_and_the_others_are_checked(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A folder of shards that DVC tracks, wherever `data` in params.yaml names a file."""
 
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -19,6 +20,7 @@ from minimind.chat.tokenizer import ChatTokenizer
 from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
 from minimind.cli.main import app
 from minimind.datasets.formats import read_texts, unread_files
+from minimind.errors import UserError
 from minimind.mini_world.rows import MiniWorldConfig, write_mini_world
 from minimind.model.checkpoint import save_checkpoint
 from minimind.tasks.problem import encode_prompts, read_problems
@@ -205,12 +207,24 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
         (tmp_path / name).write_text(json.dumps({"text": text}) + "\n")
     for name in ("notes.txt", "b/more.json", ".DS_Store"):
         (tmp_path / name).write_text("no rows")
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "b")
+    (tmp_path / "lost.jsonl").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.jsonl")  # reading it would wait for ever
+    unread = [
+        f"{tmp_path / 'b/more.json'} (no .jsonl file)",
+        f"{tmp_path / 'elsewhere'} (a linked folder; link its files, or copy it)",
+        f"{tmp_path / 'lost.jsonl'} (a link to nowhere, which is missing)",
+        f"{tmp_path / 'notes.txt'} (no .jsonl file)",
+        f"{tmp_path / 'pipe.jsonl'} (a pipe, socket or device, no file)",
+    ]
     assert list(read_texts(tmp_path)) == ["one", "two", "three"]
-    unread = [tmp_path / "b/more.json", tmp_path / "notes.txt"]
     assert unread_files(tmp_path) == unread
     assert unread_files(tmp_path / "a.jsonl") == []
     printed = CliRunner().invoke(app, ["lint", str(tmp_path)]).stdout
-    assert all(f"{file}: not read, as it is no .jsonl file" in printed for file in unread)
+    assert all(f"{tmp_path}: not read: {file}" in printed for file in unread)
+    for name, why in (("pipe.jsonl", "a pipe"), ("lost.jsonl", "a link to nowhere")):
+        with pytest.raises(UserError, match=f"{name} is {why}"):
+            list(read_texts(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["mine.jsonl", "我的 对话.jsonl", "mine"])

@@ -11,6 +11,7 @@ from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.formats import unread_files
 from minimind.datasets.lint import Against, LintFormat, detect_format
 from minimind.datasets.lint import lint as lint_rows
+from minimind.datasets.row_checks import UnreadKeys
 from minimind.errors import UserError
 from minimind.report.tables import table
 
@@ -44,13 +45,13 @@ def lint(
     rows: list[list[str]] = []
     levels = Counter[str]()
     for file in files:
-        for unread in unread_files(file):
-            typer.echo(f"{unread}: not read, as it is no .jsonl file")
-        counts = Counter[tuple[str, str]]()
+        for unread_file in unread_files(file):
+            typer.echo(f"{file}: not read: {unread_file}")
+        counts, unread = Counter[tuple[str, str]](), UnreadKeys()
         num_rows, found_format = 0, "?"
         try:
             found_format = detect_format(file) if data_format == "auto" else data_format
-            linted = lint_rows(file, found_format, evaluation, loaded, max_length)
+            linted = lint_rows(file, found_format, evaluation, loaded, max_length, unread)
             for findings in tqdm(linted, str(file), unit=" rows", leave=False, disable=None):
                 num_rows += 1
                 for finding in findings:
@@ -60,8 +61,13 @@ def lint(
         except UserError as error:
             typer.echo(f"{file}: error: unreadable: {error}")
             counts["error", "unreadable"] += 1
+        if keys := unread.shown(warned=False):
+            typer.echo(f"{file}: keys that are not read: {keys}")
+        if keys := unread.shown(warned=True):
+            typer.echo(f"{file}: warning: unread: keys that are not read: {keys}")
+            counts["warning", "unread"] = unread.num_warned
         for (level, kind), count in sorted(counts.items()):  # errors first
-            if count > show:
+            if count > show and kind != "unread":
                 typer.echo(f"{file}: {level}: {kind}: {count - show} more (--show)")
             levels[level] += count
             share = f"{count / num_rows:.2%}" if num_rows else ""

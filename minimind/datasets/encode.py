@@ -24,6 +24,7 @@ from minimind.chat.tokenizer import CONTEXT, ChatTokenizer, EncodedRow
 from minimind.datasets.augment import Augmentation, AugmentConfig
 from minimind.datasets.formats import (
     BadRowError,
+    Fault,
     Preference,
     Record,
     Row,
@@ -33,7 +34,7 @@ from minimind.datasets.formats import (
     parse_text,
     read_rows_and_bad_rows,
 )
-from minimind.datasets.row_checks import Doubt, EvaluationQuestions, RowChecks
+from minimind.datasets.row_checks import Doubt, EvaluationQuestions, RowChecks, UnreadKeys
 from minimind.errors import UserError
 from minimind.files import replacing
 from minimind.metrics import Number, rounded
@@ -77,10 +78,12 @@ class EncodingCounts(NamedTuple):
     duplicate_rows: int  # the same as one before
     eval_overlap_rows: int  # that ask what evaluation data asks
     lossy_rows: int  # with characters that the tokenizer does not give back
+    unread: UnreadKeys
 
     def metrics(self) -> dict[str, Number]:
         """The counts, trained tokens as a share of all."""
-        counts: dict[str, Number] = self._asdict()
+        counts = self._asdict()
+        del counts["unread"]
         return counts | {"trained_share": rounded(counts.pop("trained_tokens") / self.tokens)}
 
 
@@ -135,10 +138,13 @@ def encode_dataset(
     num_rows = num_truncated = num_skipped = num_dropped = 0
     checks = RowChecks(tokenizer, EvaluationQuestions(evaluation))
     doubts: Counter[Doubt] = Counter()
+    unread = UnreadKeys()
+    faults, examples = Counter[Fault](), dict[Fault, BadRowError]()
 
     def checked_rows() -> Iterator[Row[Any] | BadRowError]:
         for row in read_rows_and_bad_rows(source, encoding.parse):
             if isinstance(row, Row):
+                unread.add(row)
                 doubts.update(warned.doubt for warned in checks.warnings(row.place, row.value))
             yield row
 
@@ -154,6 +160,8 @@ def encode_dataset(
                 elif on_bad_row == "skip" or isinstance(sample, DroppedRow):
                     num_dropped += isinstance(sample, DroppedRow)
                     num_skipped += not isinstance(sample, DroppedRow)
+                    faults[sample.fault] += 1
+                    examples.setdefault(sample.fault, sample)
                     file, line = sample.place
                     entry = {"file": str(file), "line": line}
                     entry |= {"fault": sample.fault, "reason": sample.reason}
@@ -162,7 +170,9 @@ def encode_dataset(
                 else:
                     raise UserError(f"{sample} (data.on_bad_row: skip leaves such rows out).")
         if num_skipped + num_dropped == num_rows:
-            raise UserError(f"{source}: none of its {num_rows} rows can be used.")
+            most = [f"{n} {fault} (first {examples[fault]})" for fault, n in faults.most_common(3)]
+            reasons = ", ".join(most)
+            raise UserError(f"{source}: none of its {num_rows} rows can be used: {reasons}.")
         meta = {
             "format": encoding.format,
             "rows": arrays.num_rows,
@@ -188,6 +198,7 @@ def encode_dataset(
         duplicate_rows=doubts["duplicate"],
         eval_overlap_rows=doubts["overlap"],
         lossy_rows=doubts["lossy"],
+        unread=unread,
     )
 
 

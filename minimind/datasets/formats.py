@@ -2,13 +2,14 @@
 
 A source is a file or a folder of ``*.jsonl`` shards, in it or in folders inside it, taken in the
 order of their names. Files are UTF-8, one JSON object a line. Byte order marks, Windows line ends
-and blank lines are accepted; keys that a format does not name are ignored.
+and blank lines are accepted; keys that a format does not name are not read, and listed in each row.
 """
 
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 from minimind.chat.template import Message
 from minimind.chat.tokenizer import TAGS
 from minimind.errors import UserError
+from minimind.lineage.paths import unreadable
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -84,6 +86,7 @@ class Row(NamedTuple, Generic[T]):
     place: Place
     value: T
     num_bytes: int
+    unread: Sequence[str] = ()  # keys that `parse` does not read
 
 
 def read_rows(source: Path, parse: Callable[[Record], T]) -> Iterator[Row[T]]:
@@ -105,7 +108,8 @@ def read_rows_and_bad_rows(
     """:func:`read_rows` for those who go on after a bad row: it is yielded, not raised."""
     for place, line in _read_lines(source):
         try:
-            yield Row(place, parse(_parse_json(line)), len(line))
+            record = _parse_json(line)
+            yield Row(place, parse(record), len(line), unread_keys(record, READ_KEYS.get(parse)))
         except UserError as error:
             yield BadRowError(place, str(error), getattr(error, "fault", "schema"))
 
@@ -118,7 +122,8 @@ def read_texts(source: Path) -> Iterator[str]:
             return [parse_text(record)]
         if "conversations" in record:
             return [message["content"] for message in parse_chat(record)]
-        raise UserError('it has neither "text" nor "conversations"; a row must have one of them')
+        found = f"the keys found are {shown_keys(record)}"
+        raise FaultError(f"it has neither text nor conversations, one of which it must; {found}")
 
     for row in read_rows(source, parse):
         yield from row.value
@@ -127,32 +132,35 @@ def read_texts(source: Path) -> Iterator[str]:
 def _source_files(source: Path) -> list[Path]:
     """The file itself, or a folder's shards by name."""
     if source.is_dir():
-        shards = [file for file in _visible_files(source) if _is_shard(file)]
-        if not shards:
-            raise UserError(f"{source} is a folder without *.jsonl files; put the shards into it.")
-        return shards
-    if not source.exists():
-        raise UserError(f"{source} is missing; correct the path, or run the stage that writes it.")
+        if shards := [file for file, why in _files_of(source) if not why]:
+            return shards
+        raise UserError(f"{source} is a folder without *.jsonl files; put the shards into it.")
+    if why := unreadable(source):
+        advice = "correct the path, or run the stage that writes it"
+        raise UserError(f"{source} is {why}; {advice}.")
     return [source]
 
 
-def unread_files(source: Path) -> list[Path]:
-    """The files of a folder that are no shards; hidden ones are not meant to be."""
-    files = _visible_files(source) if source.is_dir() else []
-    return [file for file in files if not _is_shard(file)]
+def unread_files(source: Path) -> list[str]:
+    """What a folder has and nobody reads, with the reasons; hidden files are not meant to be."""
+    files = _files_of(source) if source.is_dir() else []
+    return [f"{file} ({why})" for file, why in files if why]
 
 
-def _visible_files(folder: Path) -> list[Path]:
-    return [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    ]
-
-
-def _is_shard(file: Path) -> bool:
-    return file.suffix.lower() == ".jsonl"
+def _files_of(folder: Path) -> list[tuple[Path, str]]:
+    """Its visible files with the reason why they are no shards: linked folders, which DVC does not
+    look into either, and what stands for no file, too.
+    """
+    files = []
+    for file in sorted(folder.rglob("*")):
+        if any(part.startswith(".") for part in file.relative_to(folder).parts):
+            continue
+        if not file.is_dir():
+            why = "" if file.suffix.lower() == ".jsonl" else "no .jsonl file"
+            files.append((file, unreadable(file) or why))
+        elif file.is_symlink():
+            files.append((file, "a linked folder; link its files, or copy it"))
+    return files
 
 
 def parse_text(record: Record) -> str:
@@ -229,6 +237,27 @@ def parse_prompt(record: Record) -> Prompt:
     return Prompt(_text(record, "prompt"), answer)
 
 
+# What is read of a row; of each turn in its lists, role and content.
+READ_KEYS: Mapping[Callable[[Record], Any], Sequence[str]] = {
+    parse_text: ["text"],
+    parse_chat: ["conversations"],
+    parse_reasoning: ["conversations"],
+    parse_preference: ["prompt", "chosen", "rejected"],
+}
+
+
+def unread_keys(record: Record, read: Sequence[str] | None) -> list[str]:
+    """Keys beside those that are read, each once; ``chosen.weight`` for one of a turn."""
+    if read is None:
+        return []
+    lists = {key: record[key] for key in read if isinstance(record.get(key), list)}
+    # Two lists begin with their prompt: a text beside them is not looked at.
+    names = [key for key in record if key not in read or (key == "prompt" and lists)]
+    for key, turns in lists.items():
+        names += [f"{key}.{name}" for turn in turns for name in turn.keys() - {"role", "content"}]
+    return sorted(set(names))
+
+
 def _read_lines(source: Path) -> Iterator[tuple[Place, bytes]]:
     for path in _source_files(source):
         has_rows = False
@@ -249,18 +278,29 @@ def _read_lines(source: Path) -> Iterator[tuple[Place, bytes]]:
 
 def _parse_json(line: bytes) -> Record:
     try:
-        record = json.loads(line.decode("utf-8").rstrip("\r\n"))
+        record = json.loads(line.decode("utf-8").rstrip("\r\n"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         byte = f"0x{line[error.start]:02x} at byte {error.start + 1}"
         raise FaultError(f"not UTF-8 ({byte}); save the file as UTF-8", "encoding") from None
     except json.JSONDecodeError as error:
         reason = f"broken JSON at column {error.colno}: {error.msg}; write one whole object a line"
         raise FaultError(reason, "json") from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
-        reason = f"JSON that cannot be read: {error}; write one object a line"
-        raise FaultError(reason, "json") from None
+    except FaultError:
+        raise
+    except (ValueError, RecursionError) as error:
+        what = "brackets too deep" if isinstance(error, RecursionError) else "a number too long"
+        raise FaultError(f"JSON that cannot be read: {what}; shorten it", "json") from None
     if not isinstance(record, dict):
         raise FaultError(f"the row is {_kind(record)}; it must be a JSON object")
+    return record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Record:
+    """A JSON object in which no key stands twice: Python would silently take the last."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise FaultError(f"the key {shown(twice)} stands there twice; leave one out", "json")
     return record
 
 
@@ -276,7 +316,7 @@ def _messages(record: Record, key: str) -> list[Message]:
         role = _get(message, "role", f"{turn}: ")
         if role not in ROLES:
             allowed = ", ".join(ROLES)
-            raise FaultError(f"{turn}: role is {_shown(role)}; allowed are {allowed}", "role")
+            raise FaultError(f"{turn}: role is {shown(role)}; allowed are {allowed}", "role")
         if role == "system" and number > 1:
             raise FaultError(f"{turn}: role is 'system'; only the first turn may be", "order")
         if role == "tool" and number == 1:
@@ -304,8 +344,8 @@ def _text(record: Record, key: str, where: str = "") -> str:
 
 def _get(record: Record, key: str, where: str = "") -> Any:
     if key not in record:
-        found = ", ".join(_shown(found) for found in list(record)[:8]) or "none"
-        raise FaultError(f"{where}{key} is missing; the keys found are {found}")
+        found = f"the keys found are {shown_keys(record)}"
+        raise FaultError(f"{where}{key} is missing; {found}: add it or rename one")
     return record[key]
 
 
@@ -316,16 +356,21 @@ def _kind(value: Any) -> str:
         case bool():
             return f"the boolean {str(value).lower()}"
         case int() | float():
-            return f"the number {_shown(value)}"
+            return f"the number {shown(value)}"
         case str():
-            return f"the string {_shown(value)}"
+            return f"the string {shown(value)}"
         case list():
             return "a list"
         case _:
             return "an object"
 
 
-def _shown(value: Any) -> str:
+def shown_keys(record: Record) -> str:
+    """The first of an object's keys."""
+    return ", ".join(map(shown, list(record)[:8])) or "none"
+
+
+def shown(value: Any) -> str:
     """A value in at most 40 printable characters."""
-    shown = repr(value)
-    return shown if len(shown) <= 40 else shown[:37] + "..."
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

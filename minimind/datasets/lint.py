@@ -23,12 +23,14 @@ from minimind.datasets.formats import (
     Row,
     parse_prompt,
     read_rows_and_bad_rows,
+    shown_keys,
 )
 from minimind.datasets.near_duplicates import NearDuplicates
 from minimind.datasets.row_checks import (
     Doubt,
     EvaluationQuestions,
     RowChecks,
+    UnreadKeys,
     Warned,
     shown_characters,
     texts,
@@ -90,13 +92,24 @@ def detect_format(source: Path) -> LintFormat:
                 return "preference"
             case {"text": _}:
                 return "text"
+            case {"prompt": _, "completion": _}:
+                advice = "chats, {conversations}, or pairs, {prompt, chosen, rejected}"
+                raise UserError(
+                    f"{row.place}: prompt with completion (as for KTO, with label) is no format "
+                    f"that is read; make them {advice}."
+                )
             case {"prompt": _}:
                 return "prompts"
     for row in rows:
         if isinstance(row, BadRowError):
             raise UserError(f"no row of a known format; the first that cannot be read is {row}")
-    names = ", ".join(get_args(LintFormat))
-    raise UserError(f"{source}: its format cannot be told from its keys; give --format: {names}.")
+    first, names = rows[0], ", ".join(get_args(LintFormat))
+    assert isinstance(first, Row)
+    raise UserError(
+        f"{first.place}: its format cannot be told from its keys, {shown_keys(first.value)}; there "
+        "must be text, conversations, chosen and rejected, or prompt. Rename them, or give "
+        f"--format: {names}."
+    )
 
 
 def lint(
@@ -105,11 +118,13 @@ def lint(
     against: Against,
     tokenizer: ChatTokenizer | None,
     max_length: int | None,
+    unread: UnreadKeys | None = None,
 ) -> Iterator[list[Finding]]:
     """What is found in each row of a source, as a stream; for most rows nothing.
 
     tokenizer: to look for characters it does not give back; None looks for none.
     max_length: tokens a row may have, as in ``encode.<name>.max_length``; None is any number.
+    unread: gets the keys that the format does not read.
 
     Raises:
         UserError: the source is missing, has no rows, or a line without end.
@@ -131,6 +146,8 @@ def lint(
                 message = f"longer than {max_length} tokens; its end will be cut off"
                 findings.append(Finding(row.place, "warning", "truncated", message))
             if isinstance(row, Row):
+                if unread:
+                    unread.add(row)
                 warned = [*checks.warnings(row.place, row.value), *_doubts(row.value, data_format)]
                 is_overlap = any(one.doubt == "overlap" for one in warned)
                 if against.near and not is_overlap and (near := against.near.find(row.value)):

@@ -40,7 +40,7 @@ class NearDuplicates:
         self._questions: list[tuple[Place, str]] = []
         self._most_shingles = 0
         for source in sources:
-            for place, question, _ in read_rows(source, parse_question):
+            for place, question, *_ in read_rows(source, parse_question):
                 if found := shingles(question):
                     self._index.insert(len(self._questions), self._minhash(found))
                     self._questions.append((place, question))
