@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from minimind.chat.answers import find_answer, normalise
 from minimind.chat.template import Message
 from minimind.chat.tokenizer import ChatTokenizer
-from minimind.datasets.formats import Place, parse_chat, read_rows
+from minimind.datasets.formats import Place, parse_chat, read_rows, shown, shown_keys
 from minimind.errors import UserError, complaint
 from minimind.tasks.task import Score, task_names, task_of
 
@@ -97,7 +98,8 @@ class _Row(BaseModel):
     @model_validator(mode="after")
     def _label_points_at_a_choice(self) -> "_Row":
         if len(set(self.choices)) != len(self.choices) or len(self.choices) == 1:
-            raise ValueError("choices must be two or more different answers")
+            found = shown(self.choices)
+            raise ValueError(f"choices is {found}; it must be two or more different answers")
         if self.choices and (self.label is None or not 0 <= self.label < len(self.choices)):
             raise ValueError(
                 f"label is {self.label}; it must be the index of the right choice, "
@@ -165,17 +167,31 @@ def _fields(record: dict[str, Any]) -> dict[str, Any]:
         *messages, last = parse_chat(record)
         expected = find_answer(last["content"])
         if last["role"] != "assistant" or not messages or expected is None:
-            raise UserError("a chat must end with an assistant turn that gives the answer")
+            found = f"the last of {len(messages) + 1} turns is {last['role']}'s"
+            raise UserError(f"{found}; it must be an assistant turn that answers the one before")
         return {"messages": messages, "answer": expected.value}
     try:
         row = _Row.model_validate(record)
     except ValidationError as error:
-        detail = error.errors()[0]
-        key = ".".join(map(str, detail["loc"]))
-        raise UserError(f"{key}: {complaint(detail)}" if key else complaint(detail)) from None
+        raise UserError(_wrong(error.errors()[0], record)) from None
     if row.scoring not in task_names():
         raise UserError(f"scoring is {row.scoring!r}; allowed are {', '.join(task_names())}")
     if row.answer is not None and (fault := task_of(row.scoring).fault(normalise(row.answer))):
         raise UserError(f"answer is {row.answer!r}; scored as {row.scoring}, {fault}")
     said = row.model_dump(exclude={"prompt"}, exclude_none=True)
     return said | {"messages": [{"role": "user", "content": row.prompt}]}
+
+
+def _wrong(detail: ErrorDetails, record: dict[str, Any]) -> str:
+    key = ".".join(map(str, detail["loc"]))
+    match detail["type"]:
+        case "missing":
+            found = f"the keys found are {shown_keys(record)}"
+            return f"{key} is missing; {found}: add it or rename one"
+        case "value_error":
+            return complaint(detail)
+        case "string_pattern_mismatch":
+            allowed = "it must be lower-case letters and _"
+        case _:
+            allowed = complaint(detail).replace("String", "it")
+    return f"{key} is {shown(detail['input'])}; {allowed}"
