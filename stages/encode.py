@@ -58,9 +58,9 @@ def main(
             shown = ", ".join(unread[:8]) + (", ..." if len(unread) > 8 else "")
             typer.echo(f"encode: not read: {shown}", err=True)
         if keys := counts.unread.shown(warned=False):
-            typer.echo(f"encode: {source}: keys that are not read: {keys}", err=True)
+            typer.echo(f"encode: keys that are not read: {keys}", err=True)
         if keys := counts.unread.shown(warned=True):
-            typer.echo(f"encode: {source}: warning: keys that are not read: {keys}", err=True)
+            typer.echo(f"encode: warning: keys that are not read: {keys}", err=True)
         if counts.skipped_rows:
             typer.echo(
                 f"encode: left out {counts.skipped_rows} rows: {output / 'skipped.jsonl'}", err=True

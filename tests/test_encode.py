@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -359,16 +360,28 @@ def test_keys_that_are_not_read_are_named_once_and_change_nothing(
     rows[3] |= {"id": 3, "source": "web"}
     result = stage.run(["{", rows[0], *rows[1:]], "chat", 512, "skip")
     file = stage.folder / "sft.jsonl"
-    left_out, *said = sorted(result.stderr.splitlines())[::-1]
-    assert "left out 1 rows" in left_out
-    assert said == [
-        f"encode: {file}: warning: keys that are not read: 'conversations.reasoning_content' in "
+    said = [line for line in result.stderr.splitlines() if "not read" in line]
+    assert sorted(said, reverse=True) == [
+        f"encode: warning: keys that are not read: 'conversations.reasoning_content' in "
         f"1 rows, first {file}:4 (elsewhere a thought before the content)",
-        f"encode: {file}: keys that are not read: 'source' in 2 rows, first {file}:4; "
+        f"encode: keys that are not read: 'source' in 2 rows, first {file}:4; "
         f"'id' in 1 rows, first {file}:5",
     ]
     assert json.loads(stage.metrics_file.read_text())["encode"]["sft"].keys() == metrics.keys()
     assert rows_of(EncodedDataset.open(stage.output))[-1] == rows_of(dataset)[-1]
+
+
+def test_names_of_files_may_hold_any_bytes(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    """They are neither shown as two lines, nor a crash when they cannot be written as UTF-8."""
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / os.fsdecode(b"\xff\n.jsonl")
+    write_rows(file, [{"text": "a"}, "{"])
+    with pytest.raises(UserError) as raised:
+        encode_dataset(tmp_path / "data", tmp_path / "out", tokenizer, "text", 64, "error")
+    assert str(raised.value).isprintable()
+    encode_dataset(tmp_path / "data", tmp_path / "out", tokenizer, "text", 64, "skip")
+    (listed,) = map(json.loads, (tmp_path / "out/skipped.jsonl").read_text().splitlines())
+    assert (listed["file"], listed["line"]) == (str(file), 2)
 
 
 def test_a_failed_run_keeps_what_was_there(stage: Stage) -> None:

@@ -205,7 +205,7 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
     for name, text in rows.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"text": text}) + "\n")
-    for name in ("notes.txt", "b/more.json", ".DS_Store"):
+    for name in ("notes.txt", "b/more.json", ".DS_Store", "o\nther"):
         (tmp_path / name).write_text("no rows")
     (tmp_path / "elsewhere").symlink_to(tmp_path / "b")
     (tmp_path / "lost.jsonl").symlink_to("nowhere")
@@ -215,6 +215,7 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
         f"{tmp_path / 'elsewhere'} (a linked folder; link its files, or copy it)",
         f"{tmp_path / 'lost.jsonl'} (a link to nowhere, which is missing)",
         f"{tmp_path / 'notes.txt'} (no .jsonl file)",
+        f"'{tmp_path}/o\\nther' (no .jsonl file)",
         f"{tmp_path / 'pipe.jsonl'} (a pipe, socket or device, no file)",
     ]
     assert list(read_texts(tmp_path)) == ["one", "two", "three"]

@@ -8,7 +8,7 @@ import typer
 from tqdm import tqdm
 
 from minimind.chat.tokenizer import ChatTokenizer
-from minimind.datasets.formats import unread_files
+from minimind.datasets.formats import shown_path, unread_files
 from minimind.datasets.lint import Against, LintFormat, detect_format
 from minimind.datasets.lint import lint as lint_rows
 from minimind.datasets.row_checks import UnreadKeys
@@ -45,35 +45,36 @@ def lint(
     rows: list[list[str]] = []
     levels = Counter[str]()
     for file in files:
+        name = shown_path(file)
         for unread_file in unread_files(file):
-            typer.echo(f"{file}: not read: {unread_file}")
+            typer.echo(f"{name}: not read: {unread_file}")
         counts, unread = Counter[tuple[str, str]](), UnreadKeys()
         num_rows, found_format = 0, "?"
         try:
             found_format = detect_format(file) if data_format == "auto" else data_format
             linted = lint_rows(file, found_format, evaluation, loaded, max_length, unread)
-            for findings in tqdm(linted, str(file), unit=" rows", leave=False, disable=None):
+            for findings in tqdm(linted, name, unit=" rows", leave=False, disable=None):
                 num_rows += 1
                 for finding in findings:
                     counts[finding.level, finding.kind] += 1
                     if counts[finding.level, finding.kind] <= show:
                         tqdm.write(str(finding))
         except UserError as error:
-            typer.echo(f"{file}: error: unreadable: {error}")
+            typer.echo(f"{name}: error: unreadable: {error}")
             counts["error", "unreadable"] += 1
         if keys := unread.shown(warned=False):
-            typer.echo(f"{file}: keys that are not read: {keys}")
+            typer.echo(f"{name}: keys that are not read: {keys}")
         if keys := unread.shown(warned=True):
-            typer.echo(f"{file}: warning: unread: keys that are not read: {keys}")
+            typer.echo(f"{name}: warning: unread: keys that are not read: {keys}")
             counts["warning", "unread"] = unread.num_warned
         for (level, kind), count in sorted(counts.items()):  # errors first
             if count > show and kind != "unread":
-                typer.echo(f"{file}: {level}: {kind}: {count - show} more (--show)")
+                typer.echo(f"{name}: {level}: {kind}: {count - show} more (--show)")
             levels[level] += count
             share = f"{count / num_rows:.2%}" if num_rows else ""
-            rows.append([str(file), found_format, level, kind, str(count), str(num_rows), share])
+            rows.append([name, found_format, level, kind, str(count), str(num_rows), share])
         if not counts:
-            rows.append([str(file), found_format, "-", "nothing found", "0", str(num_rows), ""])
+            rows.append([name, found_format, "-", "nothing found", "0", str(num_rows), ""])
     typer.echo(table(["file", "format", "level", "kind", "found", "rows", "share"], rows, 4))
     if levels["error"] or (strict and levels["warning"]):
         raise typer.Exit(1)

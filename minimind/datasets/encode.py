@@ -162,11 +162,12 @@ def encode_dataset(
                     num_skipped += not isinstance(sample, DroppedRow)
                     faults[sample.fault] += 1
                     examples.setdefault(sample.fault, sample)
-                    file, line = sample.place
-                    entry = {"file": str(file), "line": line}
+                    entry = {"file": str(sample.place.file), "line": sample.place.line}
                     entry |= {"fault": sample.fault, "reason": sample.reason}
-                    with (partial / "skipped.jsonl").open("a", encoding="utf-8") as skipped:
-                        skipped.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                    # Of a file's name, bytes that are not UTF-8 become JSON's escapes.
+                    line = json.dumps(entry, ensure_ascii=False) + "\n"
+                    with (partial / "skipped.jsonl").open("ab") as skipped:
+                        skipped.write(line.encode(errors="backslashreplace"))
                 else:
                     raise UserError(f"{sample} (data.on_bad_row: skip leaves such rows out).")
         if num_skipped + num_dropped == num_rows:

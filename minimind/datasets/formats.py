@@ -46,7 +46,7 @@ class Place(NamedTuple):
     line: int
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
+        return f"{shown_path(self.file)}:{self.line}"
 
 
 class FaultError(UserError):
@@ -134,17 +134,19 @@ def _source_files(source: Path) -> list[Path]:
     if source.is_dir():
         if shards := [file for file, why in _files_of(source) if not why]:
             return shards
-        raise UserError(f"{source} is a folder without *.jsonl files; put the shards into it.")
+        raise UserError(
+            f"{shown_path(source)} is a folder without *.jsonl files; put the shards into it."
+        )
     if why := unreadable(source):
         advice = "correct the path, or run the stage that writes it"
-        raise UserError(f"{source} is {why}; {advice}.")
+        raise UserError(f"{shown_path(source)} is {why}; {advice}.")
     return [source]
 
 
 def unread_files(source: Path) -> list[str]:
     """What a folder has and nobody reads, with the reasons; hidden files are not meant to be."""
     files = _files_of(source) if source.is_dir() else []
-    return [f"{file} ({why})" for file, why in files if why]
+    return [f"{shown_path(file)} ({why})" for file, why in files if why]
 
 
 def _files_of(folder: Path) -> list[tuple[Path, str]]:
@@ -273,7 +275,7 @@ def _read_lines(source: Path) -> Iterator[tuple[Place, bytes]]:
                     has_rows = True
                     yield place, line
         if not has_rows:
-            raise UserError(f"{path} has no rows; it must hold one JSON object a line.")
+            raise UserError(f"{shown_path(path)} has no rows; it must hold one JSON object a line.")
 
 
 def _parse_json(line: bytes) -> Record:
@@ -363,6 +365,12 @@ def _kind(value: Any) -> str:
             return "a list"
         case _:
             return "an object"
+
+
+def shown_path(path: Path) -> str:
+    """A path on one line, escaped if it holds line ends or other bytes that no terminal shows."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)
 
 
 def shown_keys(record: Record) -> str:
