@@ -4,6 +4,7 @@ import ast
 import pickle
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from minimind.lineage.paths import quoted
 from minimind.reinforcement.loop import ReinforcementConfig
 from tests.broken import build, contents, run
 from tests.graph import ROOT
@@ -220,6 +222,23 @@ def test_dvc_runs_no_part_of_a_parameter(tmp_path: Path) -> None:
         (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
         dvc(project, "repro", "--force", "encode@sft")
         assert not list(project.rglob("pwned*"))
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash", "zsh", "fish"])
+def test_a_path_in_a_command_of_ours_is_one_word_to_every_shell(shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not here")
+    odd = [
+        "数据/对话 [1].jsonl",
+        "it's",
+        '"q"',
+        "$(touch pwned)`touch pwned`",
+        "a\\'b\\\\c\\",
+        "{a,b}*~",
+    ]
+    for path in [*odd, "a\nb", "-x;&|<>#!", "\\n"]:
+        command = [shell, "-c", f"printf %s {quoted(path)}"]
+        assert subprocess.run(command, capture_output=True, check=True, text=True).stdout == path
 
 
 def test_a_checkpoint_from_outside_is_read_and_nothing_is_written_there(project: Path) -> None:

@@ -358,6 +358,18 @@ def test_what_is_not_here_is_no_break(project: Path, too: str) -> None:
     assert lines["models/sft"].startswith("not here: `dvc pull models/sft` or `dvc repro sft`")
 
 
+def test_paths_in_commands_are_quoted(project: Path) -> None:
+    for file in (project / "dvc.yaml", project / "dvc.lock"):
+        file.write_text(file.read_text("utf-8").replace("models/sft", "models/s f t"), "utf-8")
+    shutil.move(project / "models/sft", project / "models/s f t")
+    flip = project / "models/s f t/config.json"
+    flip.chmod(0o644)
+    flip.write_text("{}")
+    assert "`dvc checkout 'models/s f t'` brings that back" in verify(project)[2]
+    shutil.rmtree(project / "models/s f t")
+    assert "`dvc pull 'models/s f t'` or" in verify(project)[1]["models/s f t"]
+
+
 def test_a_record_of_another_run_is_no_evidence(project: Path) -> None:
     OTHER_INPUT(project)
     edit("runs/sft.json", '"metrics_md5": ".', '"metrics_md5": "x')(project)

@@ -6,6 +6,7 @@ does not name the parameter. At a pipe it waits for ever.
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
@@ -14,6 +15,12 @@ from typing import Any
 from minimind.lineage.dvc_files import output_paths, value_at, variants
 
 _PARAMETER = re.compile(r"\$\{(?!(?:item|key)\b)([\w.]+)\}")
+
+
+def quoted(word: str) -> str:
+    """A word of a command for people to run, as sh, zsh and fish take it."""
+    # Fish knows backslashes inside single quotes too: they stand in double quotes, in all three.
+    return shlex.quote(word).replace("\\", """'"\\\\"'""")
 
 
 def path_templates(stages: Mapping[str, Any]) -> list[str]:

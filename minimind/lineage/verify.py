@@ -23,6 +23,7 @@ from minimind.lineage.dvc_files import (
     value_at,
     variants,
 )
+from minimind.lineage.paths import quoted
 from minimind.lineage.records import MadeFrom, Record, record_name
 
 CHECKPOINT_FOLDERS = ("models", "exports")
@@ -95,7 +96,7 @@ class Project:
         if first := min(breaks, key=lambda found: found.verdict != "broken", default=None):
             return Finding(path, first.text, first.verdict)
         if self.digest(path) is None:
-            text = f"not here: `dvc pull {path}` or `dvc repro {stage}` brings it; recorded"
+            text = f"not here: `dvc pull {quoted(path)}` or `dvc repro {stage}` brings it; recorded"
         else:
             text = "as dvc.lock says;"
         return Finding(path, f"{text} from {' ← '.join(self._generations(stage))}", "whole")
@@ -160,7 +161,7 @@ class Project:
         tool = "git" if path in self.metrics[stage] else "dvc"  # who keeps it
         return (
             f"{path} is {_short(found)}, but dvc.lock says {_short(expected)}; `{tool} checkout "
-            f"{path}` brings that back, `dvc repro {stage}` makes it anew"
+            f"{quoted(path)}` brings that back, `dvc repro {stage}` makes it anew"
         )
 
     def _breaks_of_record(self, stage: str) -> Iterator[Break]:
