@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,8 @@ from minimind.chat.template import Message
 from minimind.chat.tokenizer import ChatTokenizer, EncodedRow
 from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
 from minimind.datasets import encode
+from minimind.datasets.augment import Augmentation, AugmentConfig
+from minimind.datasets.batches import split_samples
 from minimind.datasets.encode import encode_dataset, split_document
 from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import UserError
@@ -225,6 +228,33 @@ def test_samples_are_known_by_their_source_row(stage: Stage, tokenizer: ChatToke
         assert predicted == tokenizer.encode_document(text)[0][1:]
     dataset, _ = stage.encode(PAIRS, "preference")
     assert dataset.sources.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("data_format", ["text", "chat", "reason", "preference"])
+def test_nothing_of_a_row_is_both_trained_on_and_validated_on(
+    tmp_path: Path, tokenizer: ChatTokenizer, data_format: encode.Format
+) -> None:
+    """Pieces of a text, variations of a chat and sides of a pair stay together."""
+    marks = [f"the number ({n})" for n in range(30)]
+    answer = assistant("<think>a</think><answer>b</answer>")
+    rows: list[Any] = {
+        "text": [{"text": mark * 9} for mark in marks],
+        "preference": [{"prompt": mark, "chosen": "a", "rejected": "b"} for mark in marks],
+    }.get(data_format, chat_rows([[user(mark), answer] for mark in marks]))
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    varied = Augmentation(AugmentConfig(**NO_COPIES | {"augment_copies": 2}), [["the", "this"]])
+    augmentation = varied if data_format in ("chat", "reason") else None
+    length, output = 30 if data_format == "text" else 200, tmp_path / "out"
+    encode_dataset(source, output, tokenizer, data_format, length, "error", augmentation)
+    dataset = EncodedDataset.open(output)
+    found = []
+    for samples in split_samples(dataset.sources, 0.3, 1, dataset.copies):
+        numbers = (samples[:, None] * dataset.rows_per_sample + range(dataset.rows_per_sample)).flat
+        text = "".join(tokenizer.decode(dataset.row(index)[0].tolist()) for index in numbers)
+        found.append(set(re.findall(r"\((\d+)\)", text)))
+    train, held_out = found
+    assert (len(train), len(held_out)) == (21, 9)
+    assert not train & held_out
 
 
 @pytest.mark.parametrize("num_tokens", range(2, 60))
