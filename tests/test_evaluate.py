@@ -51,8 +51,8 @@ from tests.tiny import VOCAB_SIZE, tiny_model
         ("Tom now has 12 apples.", "12"),
         ("小明现在有12个苹果。", "12"),
         ("3+4=7, 7-2=5", "5"),
-        ("5-2", "2"),  # a difference, not a negative number
-        ("(5)-2", "2"),
+        ("5-2", None),  # a difference, or a range
+        ("(5)-2", None),
         ("it is -2", "-2"),
         ("是-2。", "-2"),
         ("x=-2", "-2"),
@@ -101,7 +101,7 @@ def test_numbers_are_told_from_other_answers(text: str, expected: bool) -> None:
 @pytest.mark.parametrize(
     ("expected", "output", "answer"),
     [
-        ("5", "apples: 3+5", "5"),
+        ("5", "apples: 3+5", None),
         ("5", "many", None),
         ("apples: 3+5", " apples: 3+5\n", "apples: 3+5"),
         ("apples: 3+5", "5", "5"),
@@ -420,7 +420,7 @@ def test_a_chat_model_is_asked_and_scored(learnt: Path, tmp_path: Path) -> None:
     said = [prediction.output for prediction in predictions]
     assert said[:3] == [reply for _, reply, _ in CHATS][:3]
     assert LONG.startswith(said[3]) and len(said[3]) > 30
-    assert [p.parsed for p in predictions] == ["7", "9", "5", said[3].split(" and")[-2].strip()]
+    assert [p.parsed for p in predictions] == ["7", "9", "5", None]  # the last is a list
     assert [p.correct for p in predictions] == [True, False, True, False]
     assert [p.choice for p in predictions] == ["7", "9", "5", None]
     assert [p.choice_correct for p in predictions] == [True, False, True, None]

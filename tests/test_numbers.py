@@ -49,6 +49,45 @@ SAME = [  # said, expected
     ("12:30", "12:30"),
     ("七枚贝壳", "七枚贝壳"),
     ("2 + x", "2 + x"),
+    ("1, 2, 3", "1,2,3"),
+    ("7 or 8", "7 or 8"),
+    ("3-5", "3-5"),
+    ("一样多", "一样多"),
+    # signs
+    ("- 5", "-5"),
+    ("–5", "-5"),
+    ("负5", "-5"),
+    ("负五", "-5"),
+    ("minus 5", "-5"),
+    # fractions and percent
+    ("\\frac34", "3/4"),
+    ("\\frac{-3}{4}", "-3/4"),
+    ("½", "1/2"),
+    ("1½", "1 1/2"),
+    ("三分之一", "1/3"),
+    ("25 percent", "25%"),
+    ("百分之25", "25%"),
+    ("百分之五十", "1/2"),
+    # units
+    ("12 m^2", "12"),
+    ("12 m²", "12"),
+    ("12 m2", "12"),
+    ("60 km/h", "60"),
+    ("5 km", "5"),
+    ("5千克", "5"),  # kilograms, not thousands
+    # multiples
+    ("5万", "50,000"),
+    ("3.5亿", "350000000"),
+    ("5百万", "5e6"),
+    ("5k", "5000"),
+    ("$5 million", "5000000"),
+    # Chinese numerals
+    ("三十二", "32"),
+    ("十二个", "12"),
+    ("三百零五", "305"),
+    ("一万二", "12000"),
+    ("3万5千", "35000"),
+    ("二〇二四", "2024"),
 ]
 OTHER = [
     ("12", "21"),
@@ -64,6 +103,50 @@ OTHER = [
     ("5/0", "5"),
     ("", "7"),
     ("9" * 50, "9" * 40),
+    ("- 5", "5"),
+    ("负5", "5"),
+    ("minus 5", "5"),
+    ("25 percent", "25"),
+    ("½", "2"),
+    ("\\frac34", "34"),
+    ("\\frac{x}{4}", "4"),
+    ("5万", "5"),
+    ("5k", "5"),
+    ("3万5千", "5"),
+    ("5²", "5"),
+    ("5^{2}", "2"),
+    ("x=5²", "x=52"),
+    ("\\sqrt{5}", "5"),
+    ("5π", "5"),
+    ("x+5", "5"),
+    ("5-2", "2"),
+    ("3-5", "5"),
+    ("3 - 5", "5"),
+    ("3 to 5", "5"),
+    ("3, 4, 5", "5"),
+    ("3 or 5", "5"),
+    ("3 apples or 5 apples", "5"),
+    ("3或5", "5"),
+    ("3、4、5", "5"),
+    ("1200 or 3", "1, 200 or 3"),
+    ("2024-05-12", "12"),
+    ("2024年5月12日", "12"),
+    ("May 12, 2024", "2024"),
+    ("一样多", "1"),
+]
+SENTENCES = [  # said, the answer, whether it is also found inside of answer tags
+    ("The answer is 12, which is 3 more than 9.", "12", True),
+    ("The final answer is: **12**", "12", True),
+    ("答案是12，比9多3。", "12", True),
+    ("答案：三十二。", "32", True),
+    ("The answer is - 5.", "-5", True),
+    ("#### 1,200", "1200", True),
+    ("So $\\boxed{12}$ of 15.", "12", True),
+    ("3+4=7, 7-2=5", "5", False),
+    ("3+4=7", "7", True),
+    ("Tom has 3 apples and Amy has 4, so 7 in all.", "7", False),
+    ("In 2020, 5 people came.", "5", False),
+    ("60 / 5 = 12 groups of 5 people and 12 pears", "12", False),
 ]
 
 
@@ -82,9 +165,48 @@ def test_other_answers_are_wrong(form: str, said: str, expected: str) -> None:
     assert not Problem.of("?", expected).score(form.format(said)).correct
 
 
-@given(st.text(min_size=1).filter(str.strip))
+@pytest.mark.parametrize(("said", "answer", "in_tags"), SENTENCES)
+def test_the_answer_of_a_sentence(said: str, answer: str, in_tags: bool) -> None:
+    assert Problem.of("?", answer).score(said).correct
+    assert Problem.of("?", answer).score(f"<answer>{said}</answer>").correct == in_tags
+    for other in {str(number.value) for number in find_numbers(said)} - {answer}:
+        assert not Problem.of("?", other).score(said).correct
+
+
+@given(st.fractions(max_denominator=1000), st.fractions(max_denominator=1000), st.data())
+def test_a_wrong_number_is_never_right(
+    said: Fraction, expected: Fraction, data: st.DataObject
+) -> None:
+    """However it is written, and whatever else is said."""
+    spellings = ["{}", " {} ", "{}个", "$\\boxed{{{}}}$", "The answer is {}.", "so {} apples"]
+    form = data.draw(st.sampled_from([*spellings, "<answer>{}</answer>", "<answer>{} kg</answer>"]))
+    score = Problem.of("?", written(expected)).score(form.format(written(said)))
+    assert score.correct == (said == expected)
+
+
+@given(
+    st.integers(1, 10**9), st.sampled_from([", ", "、", " or ", "或", "-", "~", " to ", " and "])
+)
+def test_of_several_guesses_none_is_right(number: int, between: str) -> None:
+    for said in (f"{number + 1}{between}{number}", f"{number}{between}{number + 1}"):
+        for form in ("{}", "<answer>{}</answer>", "The answer is {}."):
+            assert not Problem.of("?", str(number)).score(form.format(said)).correct
+
+
+@given(st.text(min_size=1) | st.text(min_size=1, alphabet="0123½²., -/+%xkm万千百十一二负年\\{}①"))
+@example("5 answer is")
+@example("① apples")
+def test_a_spelling_is_that_of_all_that_are_equal(answer: str) -> None:
+    assert normalise(normalise(answer)) == normalise(answer)
+
+
+@given(
+    st.text(min_size=1).filter(str.strip)
+    | st.text(min_size=1, alphabet="0123½²., -/+%xkm万千百十一二负年\\{}①").filter(str.strip)
+)
 @example("¹")
 @example("½.")
+@example("5 answer is")
 def test_any_gold_answer_given_back_is_right(gold: str) -> None:
     problem = Problem.of("?", gold)
     if "<" not in gold and normalise(gold):
@@ -110,7 +232,21 @@ def test_numbers_lie_in_the_text_in_order(text: str) -> None:
 
 @pytest.mark.parametrize(
     "piece",
-    ["<think>", "</think><answer>", "1,", "1/", "\\frac{1}{", " ", "9", "1+", "1=", "<answer>"],
+    [
+        "<think>",
+        "</think><answer>",
+        "1,",
+        "1/",
+        "\\frac{1}{",
+        " ",
+        "9",
+        "1+",
+        "1=",
+        "1%",
+        "一",
+        "-",
+        "<answer>",
+    ],
 )
 def test_long_outputs_take_no_longer_than_their_length(piece: str) -> None:
     """Ten times longer than any output; quadratic time would be minutes."""

@@ -4,11 +4,23 @@ import re
 from typing import NamedTuple
 from unicodedata import normalize
 
-from minimind.chat.numbers import find_numbers, number_of, written
+from minimind.chat.numbers import Number, find_numbers, number_of, written
 
 _TAGS = re.compile(r"</?(?:think|answer)>")
 _TAGGED_ANSWER = re.compile(r"<answer>(.*)</answer>", re.DOTALL)
 _TAGGED_PARTS = re.compile(r"<(think|answer)>.*?(</\1>|$)", re.DOTALL)
+_CUE = re.compile(
+    r"(?:\banswer(?: is|(?= ?[:：*]))|答案(?:是|为|(?=[:：]))|####|\\boxed\{)[ :：*]*",
+    re.IGNORECASE,
+)
+_LISTED = re.compile(
+    r" ?(?:[、;；]|,? ?\b(?:and|to)\b|和|与|到|至| ?[^\W\d]{0,12} ?,? ?(?:\bor\b|或者?)) ?",
+    re.IGNORECASE,
+)
+# NFKC alone would make 52 of 5², and 11/2 of 1½.
+_RAISED = {ord(c): f"^{normalize('NFKC', c)}" for c in "⁰¹²³⁴⁵⁶⁷⁸⁹"}
+_RAISED |= {ord(c): f" {normalize('NFKC', c)}" for c in "¼½¾⅓⅔⅛⅜⅝⅞"}
+_COMMA = re.compile(r" ?,(?!\d{3}(?!\d)) ?")  # of a list; that of 1,000 stays
 _SENTENCE_END = re.compile(r"[.!?。！？…][\"'”’」』)）]*\Z")
 
 
@@ -21,27 +33,53 @@ class Answer(NamedTuple):
 
 
 def find_answer(output: str) -> Answer | None:
-    """The last number inside the answer tags, if there is one pair of them; else in the output.
+    """The number that is the answer, inside the answer tags if there is one pair of them.
 
-    What stands between the tags is the answer as it is when there is no number in it.
+    What stands between the tags is the answer as it is when no number in it is.
     """
     tagged = _tagged_answer(output)
     start, end = tagged.span(1) if tagged else (0, len(output))
-    if numbers := find_numbers(output[start:end]):
-        value, first, last = numbers[-1]
-        return Answer(written(value), start + first, start + last)
+    if number := number_said(output[start:end], tagged is not None):
+        return Answer(written(number.value), start + number.start, start + number.end)
     if tagged and tagged.group(1).strip():
         return Answer(normalise(tagged.group(1)), start, end)
     return None
 
 
 def answer_like(expected: str, output: str) -> str | None:
-    """What an output answers, normalised: what is stated or, if a number is expected, its last."""
+    """What an output answers, normalised: all that is stated, or its number if one is expected."""
     said = stated_answer(output)
     if said is None or not is_number(expected):
         return None if said is None else normalise(said)
-    numbers = find_numbers(said)
-    return written(numbers[-1].value) if numbers else None
+    number = number_said(said, tagged_answer(output) is not None)
+    return written(number.value) if number else None
+
+
+def number_said(text: str, in_tags: bool) -> Number | None:
+    """The number that a text answers, and where it stands; None if it says none or several.
+
+    A text that is a number, be it with a unit, is that. Of others it is the first number after
+    "answer is", "answer:", 答案是, 答案：, #### or \\boxed{; without these it is the last one, but
+    inside of answer tags the only one. Numbers in a list (3, 4; 3 or 4) are guesses.
+    """
+    begin = len(text) - len(text.lstrip())
+    cue = max((cue.end() for cue in _CUE.finditer(text)), default=begin)
+    numbers = find_numbers(text, cue)
+    if not numbers and cue > begin:
+        cue, numbers = begin, find_numbers(text, begin)
+    if in_tags and cue == begin and len({number.value for number in numbers}) > 1:
+        return None
+    few = numbers[:2] if cue > begin else numbers[-2:]
+    if not few or _are_listed(text, few[0], few[-1]):
+        return None
+    return few[0 if cue > begin else -1]
+
+
+def _are_listed(text: str, one: Number, other: Number) -> bool:
+    between, behind = text[one.end : other.start], text[other.end : other.end + 2].strip()
+    ends = not behind[:1].isalpha()  # "In 2020, 5 people" lists nothing
+    is_list = _LISTED.fullmatch(between) or (between.strip() in (",", "，") and ends)
+    return one.value != other.value and bool(is_list)
 
 
 def first_thought(output: str) -> str | None:
@@ -83,13 +121,16 @@ def _tagged_answer(output: str) -> re.Match[str] | None:
 def normalise(answer: str) -> str:
     """One spelling for equal answers: 1,000, 1e3 and 1000 apples are 1000, 3/4 and 75% are 0.75.
 
-    Text is without outer space, full-width letters and the full stop at its end.
+    Text is without outer space, full-width letters, spaces around commas and the full stop at its
+    end.
     """
     value = number_of(answer)
     if value is not None:
         return written(value)
-    text = " ".join(normalize("NFKC", answer).split()).rstrip(".。")
-    return answer.strip() if is_number(text) else text  # ¹ is no number, and must not become one
+    text = " ".join(normalize("NFKC", answer.translate(_RAISED)).split())
+    text = _COMMA.sub(", ", text).rstrip(".。 ")
+    # ① is no number, and must not become one.
+    return text if number_of(text) is None else answer.strip()
 
 
 def is_number(text: str) -> bool:

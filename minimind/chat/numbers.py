@@ -1,4 +1,4 @@
-"""Numbers in what people and models write: 1,000, 3.5, -5, 1e3, 3/4, 1 1/2, 10%, \\frac{1}{2}.
+"""Numbers in what people and models write: 1,000, 3.5, -5, 1e3, 3/4, 1 1/2, 10%, \\frac{1}{2}, 5万.
 
 They are exact (fractions.Fraction) and compared as such. math-verify was tried instead: it takes
 12:30 for 12 and 1,5 for 1.5, knows neither +7 nor 1e3 nor full-width digits, and needs up to .2 s.
@@ -7,27 +7,60 @@ They are exact (fractions.Fraction) and compared as such. math-verify was tried 
 import re
 from fractions import Fraction
 from typing import NamedTuple
+from unicodedata import normalize
+
+# Of a longer text only the end is read: each number of it costs 10 µs.
+MOST_CHARACTERS = 10_000
 
 # Digits of any script; how many is limited, so that nothing long is computed with.
 _WHOLE = r"(?:\d{1,3}(?:,\d{3}){1,12}(?!\d)|\d{1,3}(?:，\d{3}){1,12}(?!\d)|\d{1,40})"
 _DECIMAL = rf"(?:{_WHOLE}(?:[.．]\d{{1,40}})?|[.．]\d{{1,40}})(?:[eE][-+]?\d{{1,3}}(?![A-Za-z]))?"
-_LATEX = (
-    rf"(?:(?P<before>{_WHOLE}) ?)?\\[dt]?frac *"
-    rf"\{{ ?(?P<over>{_DECIMAL}) ?\}} *\{{ ?(?P<under>{_DECIMAL}) ?\}}"
-)
+_PART = rf"\{{ ?[-−]?{_DECIMAL} ?\}}|\d"  # of \frac{3}{4} and \frac34
+_LATEX = rf"(?:(?P<before>{_WHOLE}) ?)?\\[cdt]?frac *(?P<over>{_PART}) *(?P<under>{_PART})"
 _PLAIN = (
     rf"(?:(?P<whole>{_WHOLE}) (?={_WHOLE}[/／]))?(?P<value>{_DECIMAL})"
     rf"(?: ?[/／] ?(?P<divisor>{_DECIMAL}))?"
 )
-_NUMBER = re.compile(
-    # A sign belongs to the number unless something to subtract from stands before it.
-    r"(?:(?<![0-9A-Za-z)}\]])(?P<sign>[-−－+＋])[$¥￥€£]?)?"
-    # 12:30, 1/2/3 and 1,5 are none: what has a digit and one of these signs beside it.
-    rf"(?<!\d)(?<!\d[.．,:：/／])(?:{_LATEX}|{_PLAIN})(?!\d|[.．,:：/／]\d)"
-    r"(?P<percent> ?\\?[%％])?"
+_VULGAR = rf"(?:(?P<beside>{_WHOLE}) ?)?(?P<vulgar>[¼-¾⅐-⅞])"
+
+_POWERS = {"亿": 8, "億": 8, "万": 4, "萬": 4, "千": 3, "百": 2, "十": 1}  # of ten, largest first
+_SCALES = _POWERS | {"k": 3, "K": 3, "M": 6}
+_SCALES |= {"hundred": 2, "thousand": 3, "million": 6, "billion": 9}
+# 5k, 5万 and 5百万, but neither 5 km nor 5千克, which are kilograms.
+_SCALE = (
+    r"(?P<scale>[kKM](?![A-Za-z])| ?(?:hundred|thousand|million|billion)\b"
+    r"|[百千万萬亿億]+(?![百千万萬亿億克米瓦卡]))"
 )
+
+_OPERAND = r"[0-9A-Za-z)}\]]"
+_MINUS = "[-−－–‑﹣]"
+_OPERATOR = "[-−－–‑~～+＋*×·÷^_]"
+_NUMBER = re.compile(
+    # A sign belongs to the number unless something to subtract from stands before it; one that
+    # space follows, which may be a dash, only where nothing or = stands before it.
+    rf"(?:(?:(?<!{_OPERAND})(?P<sign>{_MINUS}|[+＋])|(?P<minus>负 ?|(?i:\b(?:minus|negative) )"
+    rf"|(?:\A|(?<=[=:：是为])|(?<=[=:：是为] )){_MINUS} ))[$¥￥€£]?"
+    # Part of a difference, a range, a date or a power is none: 5 - 2, 3-5, 5^2, x_1.
+    rf"|(?<!{_OPERAND}{_OPERATOR})(?<!{_OPERAND} {_OPERATOR} )(?<![\^_]\{{))"
+    r"(?<!frac\{)(?<!\}\{)(?<!sqrt)(?<!sqrt\{)(?<!√)(?<!\bm)(?<!\b[kcd]m)"  # m2, km2
+    # 12:30, 1/2/3, 1,5 and 5月3日 are none: what has a digit and one of these signs beside it.
+    r"(?<!\d)(?<!\d[.．,:：/／年月])(?<![百千万萬亿億])(?P<hundredth>百分之)?"
+    rf"(?:{_LATEX}|{_VULGAR}|{_PLAIN})(?:{_SCALE})?+(?!\d|[.．,:：/／年月]\d|[⁰¹²³⁴-⁹¼-¾⅐-⅞])"
+    rf"(?![)}}\]]? ?{_OPERATOR} ?[-\\({{]*\d)(?! ?[+＋×·÷^] ?[A-Za-z])"
+    r"(?! ?(?:[xyz]\b|[π√]|\\(?:pi|sqrt|times|cdot|div|pm)\b))"
+    r"(?P<percent> ?(?:\\?[%％]|per ?cent\b))?"
+)
+_SEPARATORS = {ord(","): None, ord("，"): None, ord("．"): ".", ord("−"): "-"}
 _CURRENCY = r"\\?[$¥￥€£]?"
-_UNIT = re.compile(r"[^\d=:：/／+*×÷<>]{0,40}")
+_UNIT = re.compile(r"(?:\^\{?[23]\}?|(?<=m)[23]|(?<=[^\W\d])/(?=[^\W\d])|[^\d=:：/／+*×÷<>]){0,40}")
+
+# 一 stands in many words: Chinese numerals count where nothing but a measure word is with them.
+_DIGITS = str.maketrans("零〇一二两三四五六七八九", "001223456789")
+_NUMERAL = "[零〇一二两三四五六七八九十百千万萬亿億0-9]{1,30}"
+_CHINESE = re.compile(
+    rf"\s*(?P<all>(?P<sign>负?)(?:(?P<under>{_NUMERAL})分之)?(?P<over>(?![百千万萬亿億]){_NUMERAL}))"
+    r"[个只元枚本张支颗粒人岁天年次件条辆棵米克页]?[.。]?\s*"
+)
 
 
 class Number(NamedTuple):
@@ -38,18 +71,23 @@ class Number(NamedTuple):
     end: int
 
 
-def find_numbers(text: str) -> list[Number]:
-    """All numbers of a text, in their order; what divides by zero is none."""
-    found = []
-    for match in _NUMBER.finditer(text):
+def find_numbers(text: str, start: int = 0) -> list[Number]:
+    """All numbers of text[start:], or of its last characters; what divides by zero is none."""
+    rest, found = text[start:], []
+    for match in _NUMBER.finditer(rest, max(0, len(rest) - MOST_CHARACTERS)):
         value = _value(match)
         if value is not None:
-            found.append(Number(value, *match.span()))
+            found.append(Number(value, start + match.start(), start + match.end()))
+    chinese = None if found else _CHINESE.fullmatch(rest)
+    if chinese and (under := _chinese(chinese["under"] or "1")):
+        value = Fraction(_chinese(chinese["over"]), under) * (-1 if chinese["sign"] else 1)
+        found.append(Number(value, start + chinese.start("all"), start + chinese.end("all")))
     return found
 
 
 def number_of(text: str) -> Fraction | None:
     """The number that a text is, with at most a currency before and a unit behind: 5 apples."""
+    text = text.strip()
     numbers = find_numbers(text)
     if len(numbers) != 1:
         return None
@@ -77,17 +115,30 @@ def written(value: Fraction) -> str:
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    if match["over"] is not None:
-        whole, over, under = match["before"], match["over"], match["under"]
-    else:
-        whole, over, under = match["whole"], match["value"], match["divisor"]
-    divisor = _decimal(under) if under else Fraction(1)
+    whole = match["before"] or match["beside"] or match["whole"] or "0"
+    over, under = match["over"] or match["value"], match["under"] or match["divisor"] or "1"
+    if match["vulgar"]:
+        over, under = normalize("NFKC", match["vulgar"]).split("⁄")
+    divisor = _decimal(under)
     if divisor == 0:
         return None
-    value = _decimal(over) / divisor + (_decimal(whole) if whole else 0)
-    value = value / 100 if match["percent"] else value
-    return -value if match["sign"] and match["sign"] in "-−－" else value
+    value = _decimal(whole) + _decimal(over) / divisor
+    for scale in re.findall(r"[A-Za-z]+|\S", match["scale"] or ""):
+        value *= 10 ** _SCALES[scale]
+    value = value / 100 if match["percent"] or match["hundredth"] else value
+    return -value if match["minus"] or (match["sign"] or "+") not in "+＋" else value
 
 
 def _decimal(text: str) -> Fraction:
-    return Fraction(text.replace(",", "").replace("，", "").replace("．", "."))
+    return Fraction(text.strip("{} ").translate(_SEPARATORS))
+
+
+def _chinese(text: str) -> int:
+    """三百零五 is 305, 3万5千 is 35000, 二〇二四 is 2024; 一万二 is 12000, as people say."""
+    for unit, power in _POWERS.items():
+        many, found, rest = text.rpartition(unit)
+        if found:
+            value = _chinese(rest or "0")
+            is_short = power > 1 and len(rest) == 1 and rest != "十"
+            return _chinese(many or "1") * 10**power + value * 10 ** (power - 1 if is_short else 0)
+    return int(text.translate(_DIGITS))
