@@ -38,7 +38,7 @@ def main(
         values, answered = evaluate(
             load_model(checkpoint).to(run.device).eval(),
             ChatTokenizer.load(checkpoint),
-            read_problems(problems),
+            read_problems(problems, say=run.say),
             [row.value for row in read_rows(text, parse_text)],
             config,
             as_text=name in config.text_checkpoints,

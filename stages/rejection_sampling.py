@@ -34,7 +34,7 @@ def main(
     with start_run(
         "rejection_sampling", params, {"rejection_sampling": config}, [config.init, prompts]
     ) as run:
-        asked = read_problems(prompts, config.num_prompts)
+        asked = read_problems(prompts, config.num_prompts, say=run.say)
         prompts_at_a_time = max(1, config.batch_size // config.num_samples)
         source = open_source(config, run)
         sampled = RejectionSampling()

@@ -31,7 +31,7 @@ def main(
     config = load_section(params, "thinking", ThinkingConfig)
     prompts = load_path(params, "data.free_prompts")
     with start_run("thinking", params, {"thinking": config}, [config.init, prompts]) as run:
-        asked = read_problems(prompts, config.num_prompts, needs_answers=False)
+        asked = read_problems(prompts, config.num_prompts, needs_answers=False, say=run.say)
         tokenizer = ChatTokenizer.load(config.init)
         model = load_model(config.init).to(run.device).eval()
         source = Checkpoint(model, tokenizer, config, num_samples=1)

@@ -12,10 +12,8 @@ from minimind.datasets import formats
 from minimind.datasets.formats import (
     BadRowError,
     Preference,
-    Prompt,
     parse_chat,
     parse_preference,
-    parse_prompt,
     parse_reasoning,
     parse_text,
     read_rows,
@@ -24,7 +22,7 @@ from minimind.datasets.formats import (
 from minimind.errors import UserError
 
 Parse = Callable[[dict[str, Any]], Any]
-PARSERS: list[Parse] = [parse_text, parse_chat, parse_reasoning, parse_preference, parse_prompt]
+PARSERS: list[Parse] = [parse_text, parse_chat, parse_reasoning, parse_preference]
 
 
 def user(content: str) -> Message:
@@ -47,9 +45,6 @@ def test_rows_of_every_format() -> None:
     assert parse_text({"text": " 你好\n", "source": "web"}) == " 你好\n"
     turns = [{"role": "system", "content": "s"}, user("u"), assistant("a"), user("u2")]
     assert parse_chat(chat(*turns)) == turns
-    assert parse_prompt({"prompt": "2+3?", "answer": "5"}) == Prompt("2+3?", "5")
-    assert parse_prompt({"prompt": "2+3?"}) == Prompt("2+3?", None)
-    assert parse_prompt({"prompt": "2+3?", "answer": None}) == Prompt("2+3?", None)
     strings = {"prompt": "hi", "chosen": "hello", "rejected": "no"}
     assert parse_preference(strings) == Preference(
         [user("hi")], [assistant("hello")], [assistant("no")]
@@ -169,8 +164,6 @@ BAD_RECORDS: list[tuple[Parse, Any, str]] = [
         {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]},
         "prompt is a list; put its messages at the beginning of both",
     ),
-    (parse_prompt, {"answer": "5"}, "prompt is missing"),
-    (parse_prompt, {"prompt": "2+3?", "answer": 5}, "answer is the number 5; it must be a string"),
 ]
 
 

@@ -15,10 +15,11 @@ from minimind.chat.tokenizer import ChatTokenizer
 from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
 from minimind.cli.main import app
 from minimind.datasets.formats import Place, parse_chat
-from minimind.datasets.lint import Against, LintFormat, detect_format, lint
 from minimind.datasets.near_duplicates import NearDuplicates, jaccard, numbers, shingles
 from minimind.datasets.row_checks import FirstSeen, questions
 from minimind.errors import UserError
+from minimind.lint import Against, LintFormat, detect_format, lint
+from minimind.tasks.problem import read_problems
 
 NOTHING = Against.read([], 0.7)
 CAT = "Amy's cat sleeps all day; in the night it hunts mice behind the house."
@@ -102,7 +103,23 @@ FINDINGS: list[tuple[LintFormat, Any, list[tuple[str, str, str]]]] = [
         {"chosen": [A, B, A], "rejected": [A, B, user("c")]},
         [("error", "order", "chosen has no assistant turn after the 2 turns")],
     ),
-    ("prompts", {"prompt": "a", "answer": 5}, [("error", "schema", "answer is the number 5")]),
+    ("prompts", {"prompt": "", "answer": "5"}, [("error", "schema", "prompt")]),
+    (
+        "prompts",
+        {"prompt": "a", "answer": "B+", "scoring": "letter"},
+        [("error", "schema", "letter")],
+    ),
+    ("prompts", {"prompt": "a", "answer": "5", "choices": ["5"]}, [("error", "schema", "two or")]),
+    (
+        "prompts",
+        {"prompt": "a", "answer": "b</answer>"},
+        [("warning", "gold", "no 'b</answer>'")] * 2,
+    ),
+    (
+        "prompts",
+        {"prompt": "a", "answer": "5", "full": "There are 5 or 6."},
+        [("warning", "gold", "'There are 5 or 6.' should be right, but answers no '5'")],
+    ),
     ("chat", chat(A, A, B), [("warning", "order", "turn 2 is user; after user comes assistant")]),
     ("chat", chat(B, A, B), [("warning", "order", "turn 1 is assistant; first comes system")]),
     ("chat", chat(A, B, A), [("warning", "order", "the last turn is user; it is not trained")]),
@@ -154,6 +171,39 @@ def test_each_kind_of_finding_has_its_line(
     for (*_, message), (*_, part) in zip(findings, expected, strict=True):
         assert part in message
         assert message.isprintable()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "prompt": "a",
+            "answer": 5,
+            "level": 1,
+            "choices": ["5", "6"],
+            "label": 0,
+            "full": "It is 5.",
+        },
+        {"prompt": "a", "answer": "D", "scoring": "letter", "language": "en"},
+        chat(user("a"), assistant("<think>2+3</think><answer>5</answer>")) | {"level": 2},
+        chat(user("a"), assistant("Nobody knows.")),
+    ],
+)
+def test_lint_reads_problems_as_the_stages_do(tmp_path: Path, row: Any) -> None:
+    file = write(tmp_path / "data.jsonl", [row])
+    assert found(file, "prompts") == []
+    read_problems(file, needs_answers=False, say=pytest.fail)
+
+
+def test_keys_of_problems_that_are_not_known_are_told_once_a_file(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}?", "anwser": "5", "lable": n} for n in range(3)]
+    file, told = write(tmp_path / "data.jsonl", rows), list[str]()
+    read_problems(file, needs_answers=False, say=told.append)
+    result = run(file, "--show", 1)
+    (line,) = [line for line in result.stdout.splitlines() if "warning: unread: " in line]
+    assert told == [line.replace("warning: unread: ", "")]
+    assert all(part in line for part in ("'anwser' in 3 rows", "'lable' in 3 rows", " label,"))
+    assert run(file, "--strict").exit_code == 1
 
 
 @pytest.mark.parametrize("data_format", GOOD)

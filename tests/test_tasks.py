@@ -117,3 +117,13 @@ def test_a_missing_answer_is_named_only_where_it_is_needed(tmp_path: Path) -> No
     assert read_problems(file, needs_answers=False)[0].answer is None
     with pytest.raises(UserError, match=r"prompts.jsonl:1: answer is missing"):
         read_problems(file)
+
+
+def test_a_chat_may_say_of_its_problem_what_other_rows_say(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]
+    file = tmp_path / "problems.jsonl"
+    rows = [{"conversations": turns, "level": 2}, {"conversations": turns, "answer": "five"}]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    one, other = read_problems(file)
+    assert (one.answer, one.level, one.messages) == ("5", 2, turns[:1])
+    assert (other.answer, other.messages) == ("five", turns[:1])

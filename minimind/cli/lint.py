@@ -9,11 +9,12 @@ from tqdm import tqdm
 
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.formats import shown_path, unread_files
-from minimind.datasets.lint import Against, LintFormat, detect_format
-from minimind.datasets.lint import lint as lint_rows
-from minimind.datasets.row_checks import UnreadKeys
+from minimind.datasets.unread_keys import UnreadKeys
 from minimind.errors import UserError
+from minimind.lint import Against, LintFormat, detect_format
+from minimind.lint import lint as lint_rows
 from minimind.report.tables import table
+from minimind.tasks.problem import KNOWN_KEYS
 
 
 def lint(
@@ -52,6 +53,7 @@ def lint(
         num_rows, found_format = 0, "?"
         try:
             found_format = detect_format(file) if data_format == "auto" else data_format
+            unread = UnreadKeys(KNOWN_KEYS if found_format == "prompts" else ())
             linted = lint_rows(file, found_format, evaluation, loaded, max_length, unread)
             for findings in tqdm(linted, name, unit=" rows", leave=False, disable=None):
                 num_rows += 1

@@ -34,7 +34,8 @@ from minimind.datasets.formats import (
     parse_text,
     read_rows_and_bad_rows,
 )
-from minimind.datasets.row_checks import Doubt, EvaluationQuestions, RowChecks, UnreadKeys
+from minimind.datasets.row_checks import Doubt, EvaluationQuestions, RowChecks
+from minimind.datasets.unread_keys import UnreadKeys
 from minimind.errors import UserError
 from minimind.files import replacing
 from minimind.metrics import Number, rounded

@@ -9,7 +9,7 @@ import codecs
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -71,13 +71,6 @@ class Preference(NamedTuple):
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
-
-
-class Prompt(NamedTuple):
-    """A question for reinforcement; ``answer`` is None where the reward needs none."""
-
-    prompt: str
-    answer: str | None
 
 
 class Row(NamedTuple, Generic[T]):
@@ -165,9 +158,9 @@ def _files_of(folder: Path) -> list[tuple[Path, str]]:
     return files
 
 
-def parse_text(record: Record) -> str:
+def parse_text(record: Record, key: str = "text") -> str:
     """``{"text": ...}``"""
-    return _text(record, "text")
+    return _text(record, key)
 
 
 def parse_chat(record: Record) -> list[Message]:
@@ -233,14 +226,9 @@ def parse_preference(record: Record) -> Preference:
     return Preference(chosen[:num_shared], chosen[num_shared:], rejected[num_shared:])
 
 
-def parse_prompt(record: Record) -> Prompt:
-    """``{"prompt", "answer"}``; the answer may be missing or null."""
-    answer = None if record.get("answer") is None else _text(record, "answer")
-    return Prompt(_text(record, "prompt"), answer)
-
-
-# What is read of a row; of each turn in its lists, role and content.
-READ_KEYS: Mapping[Callable[[Record], Any], Sequence[str]] = {
+TURNS = ("conversations", "prompt", "chosen", "rejected")  # keys that may have lists of turns
+# What is read of a row, by who reads it; of each turn in its lists, role and content.
+READ_KEYS: dict[Callable[[Record], Any], Sequence[str]] = {
     parse_text: ["text"],
     parse_chat: ["conversations"],
     parse_reasoning: ["conversations"],
@@ -252,10 +240,11 @@ def unread_keys(record: Record, read: Sequence[str] | None) -> list[str]:
     """Keys beside those that are read, each once; ``chosen.weight`` for one of a turn."""
     if read is None:
         return []
-    lists = {key: record[key] for key in read if isinstance(record.get(key), list)}
+    in_turns = [key for key in read if key in TURNS and isinstance(record.get(key), list)]
+    turns_of = {key: record[key] for key in in_turns}
     # Two lists begin with their prompt: a text beside them is not looked at.
-    names = [key for key in record if key not in read or (key == "prompt" and lists)]
-    for key, turns in lists.items():
+    names = [key for key in record if key not in read or (key == "prompt" and "chosen" in turns_of)]
+    for key, turns in turns_of.items():
         names += [f"{key}.{name}" for turn in turns for name in turn.keys() - {"role", "content"}]
     return sorted(set(names))
 

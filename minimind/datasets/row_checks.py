@@ -5,8 +5,7 @@ is a hash and a place, 16 bytes of a table that is up to two thirds full.
 """
 
 from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
@@ -18,14 +17,10 @@ from minimind.datasets.formats import (
     FaultError,
     Place,
     Preference,
-    Prompt,
     Record,
-    Row,
     parse_chat,
-    parse_prompt,
     parse_text,
     read_rows,
-    shown,
     shown_keys,
 )
 
@@ -40,34 +35,12 @@ Doubt = Literal[
     "damaged",
     "control",
     "unread",
+    "gold",
 ]
 """What may be wrong with a row, in a word; docs/data.md has their meaning."""
 
-# What it means in data for TRL, MiniMind, OpenAI, LLaMA-Factory that no format here reads.
-ELSEWHERE: Mapping[str, str] = {
-    "completion": "what is learned after a prompt",
-    "label": "whether a completion is wanted",
-    "reasoning_content": "a thought before the content",
-    "tool_calls": "calls of tools",
-    "tools": "what can be called",
-    "functions": "what can be called",
-    "system": "the system turn",
-    "history": "earlier turns",
-    "images": "what is asked about",
-    "weight": "how much it counts",
-    "loss": "whether it is trained on",
-    "mask": "whether it is trained on",
-    "train": "whether it is trained on",
-    "margin": "how much better chosen is",
-    "chosen_score": "how good chosen is",
-    "rejected_score": "how good rejected is",
-    "score_chosen": "how good chosen is",
-    "score_rejected": "how good rejected is",
-}
-
 _LINE_BITS = 40
 _SHOWN_CHARACTERS = 8
-_SHOWN_KEYS = 12
 
 
 class Warned(NamedTuple):
@@ -93,35 +66,6 @@ class RowChecks:
             yield Warned("overlap", f"asks what {asked} asks, which is for evaluation")
         if self._lost_characters and (lost := self._lost_characters.of(texts(value))):
             yield Warned("lossy", f"the tokenizer does not give back {shown_characters(lost)}")
-
-
-class UnreadKeys:
-    """Keys that a source's format does not read: how many rows have each, and the first of them."""
-
-    def __init__(self) -> None:
-        self.num_warned = 0  # rows with one that means something elsewhere
-        self._num_rows: Counter[str] = Counter()
-        self._first: dict[str, Place] = {}
-
-    def add(self, row: Row[Any]) -> None:
-        for key in row.unread:
-            self._num_rows[key] += 1
-            self._first.setdefault(key, row.place)
-        self.num_warned += any(map(_meaning, row.unread))
-
-    def shown(self, warned: bool) -> str:
-        """The most frequent ones that mean something elsewhere, or others; "" if there are none."""
-        found = [
-            f"{shown(key)} in {count} rows, first {self._first[key]}"
-            + (f" (elsewhere {_meaning(key)})" if warned else "")
-            for key, count in self._num_rows.most_common()
-            if bool(_meaning(key)) == warned
-        ]
-        return "; ".join(found[:_SHOWN_KEYS]) + ("; ..." if len(found) > _SHOWN_KEYS else "")
-
-
-def _meaning(key: str) -> str | None:
-    return ELSEWHERE.get(key.rpartition(".")[2])
 
 
 class FirstSeen:
@@ -210,7 +154,7 @@ def parse_question(record: Record) -> str:
     if "conversations" in record:
         return "\n".join(_user_turns(parse_chat(record)))
     if "prompt" in record:
-        return parse_prompt({"prompt": record["prompt"]}).prompt
+        return parse_text(record, "prompt")
     if "text" in record:
         return parse_text(record)
     found = f"the keys found are {shown_keys(record)}"
@@ -221,8 +165,6 @@ def questions(value: Any) -> list[str]:
     """What a row asks: a text as a whole; a user's turns, each and all together."""
     if isinstance(value, str):
         return [value]
-    if isinstance(value, Prompt):
-        return [value.prompt]
     turns = _user_turns(value.prompt if isinstance(value, Preference) else value)
     return turns if len(turns) < 2 else [*turns, "\n".join(turns)]
 
@@ -231,8 +173,6 @@ def texts(value: Any) -> list[str]:
     """All text of a row."""
     if isinstance(value, str):
         return [value]
-    if isinstance(value, Prompt):
-        return [value.prompt, value.answer or ""]
     messages = chain(*value) if isinstance(value, Preference) else value
     return [message["content"] for message in messages]
 

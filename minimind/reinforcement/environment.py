@@ -55,7 +55,7 @@ class Environment:
         """
         limit_matmul_cache()  # every rollout has other numbers of rows and tokens
         weights = config.rewards.weights()
-        problems = read_problems(prompts, needs_answers="answer" in weights)
+        problems = read_problems(prompts, needs_answers="answer" in weights, say=run.say)
         encoded = encode_prompts(problems, tokenizer, model.config.max_positions)
         reward_model = custom = None
         if "reward_model" in weights:

@@ -12,11 +12,13 @@
  "full"                   the answer as a whole sentence
  "choices", "label"       answers to choose from, and the index of the right one
  "completion_prompt"      how raw text would begin that goes on with the answer
-{"conversations"}         the chat format: the last turn's answer is the expected one
+ "language"               for whoever looks at the rows; nobody reads it
+{"conversations"}         in place of "prompt", a chat: without an "answer", its last turn has it
 """
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,7 +30,17 @@ from pydantic_core import ErrorDetails
 from minimind.chat.answers import find_answer, normalise
 from minimind.chat.template import Message
 from minimind.chat.tokenizer import ChatTokenizer
-from minimind.datasets.formats import Place, parse_chat, read_rows, shown, shown_keys
+from minimind.datasets.formats import (
+    READ_KEYS,
+    BadRowError,
+    Place,
+    Row,
+    parse_chat,
+    read_rows,
+    shown,
+    shown_keys,
+)
+from minimind.datasets.unread_keys import UnreadKeys
 from minimind.errors import UserError, complaint
 from minimind.tasks.task import Score, task_names, task_of
 
@@ -57,6 +69,19 @@ class Problem:
         """A question that stands in no file."""
         name, messages = str(number + 1), [{"role": "user", "content": prompt}]
         return cls(number, Place(Path("-"), number + 1), name, name, messages, answer)
+
+    @classmethod
+    def of_row(cls, row: Row[dict[str, Any]], number: int = 0) -> "Problem":
+        """What :func:`parse_problem` made of a row."""
+        name = row.value.get("id", str(number + 1))
+        fields = {"id": name, "problem": name} | row.value
+        return cls(number=number, place=row.place, **fields)
+
+    @property
+    def chat(self) -> list[Message]:
+        """All that is said, with the answer as the last turn if there is one."""
+        answer: Message = {"role": "assistant", "content": self.answer or ""}
+        return [*self.messages, answer] if self.answer else [*self.messages]
 
     @property
     def prompt(self) -> str:
@@ -108,29 +133,33 @@ class _Row(BaseModel):
         return self
 
 
+KNOWN_KEYS = sorted({*_Row.model_fields, "conversations", "language"})
+
+
 def read_problems(
-    source: Path | str, limit: int | None = None, needs_answers: bool = True
+    source: Path | str,
+    limit: int | None = None,
+    needs_answers: bool = True,
+    say: Callable[[str], object] = warnings.warn,
 ) -> list[Problem]:
     """The problems of a JSONL file or folder of shards, or its first ones.
 
     needs_answers: whether somebody is going to score outputs.
+    say: is told of keys that are not known, which may be misspelt ones.
 
     Raises:
         UserError: the source is missing or empty.
         BadRowError: a row cannot be used; it says where and why.
     """
-
-    def parse(record: dict[str, Any]) -> dict[str, Any]:
-        fields = _fields(record)
-        if needs_answers and "answer" not in fields:
-            raise UserError("answer is missing; add it, outputs are compared with it")
-        return fields
-
-    problems = []
-    for number, row in enumerate(islice(read_rows(Path(source), parse), limit)):
-        name = row.value.get("id", str(number + 1))
-        fields = {"id": name, "problem": name} | row.value
-        problems.append(Problem(number=number, place=row.place, **fields))
+    problems, unread = [], UnreadKeys(KNOWN_KEYS)
+    for number, row in enumerate(islice(read_rows(Path(source), parse_problem), limit)):
+        unread.add(row)
+        if needs_answers and "answer" not in row.value:
+            reason = "answer is missing; add it, outputs are compared with it"
+            raise BadRowError(row.place, reason)
+        problems.append(Problem.of_row(row, number))
+    if keys := unread.shown(warned=True):
+        say(f"{source}: keys that are not read: {keys}")
     return problems
 
 
@@ -157,19 +186,21 @@ def encode_prompts(
     return prompts
 
 
-def _fields(record: dict[str, Any]) -> dict[str, Any]:
+def parse_problem(record: dict[str, Any]) -> dict[str, Any]:
     """What a row says of its problem, by the names of fields."""
     try:
         json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise UserError("it has half a character (as \\ud800); write both halves") from None
+    messages: list[Message] = []
     if "conversations" in record:
         *messages, last = parse_chat(record)
-        expected = find_answer(last["content"])
-        if last["role"] != "assistant" or not messages or expected is None:
+        if last["role"] != "assistant" or not messages:
             found = f"the last of {len(messages) + 1} turns is {last['role']}'s"
             raise UserError(f"{found}; it must be an assistant turn that answers the one before")
-        return {"messages": messages, "answer": expected.value}
+        record = {"prompt": messages[-1]["content"]} | record
+        if expected := find_answer(last["content"]):
+            record = {"answer": expected.value} | record
     try:
         row = _Row.model_validate(record)
     except ValidationError as error:
@@ -179,7 +210,10 @@ def _fields(record: dict[str, Any]) -> dict[str, Any]:
     if row.answer is not None and (fault := task_of(row.scoring).fault(normalise(row.answer))):
         raise UserError(f"answer is {row.answer!r}; scored as {row.scoring}, {fault}")
     said = row.model_dump(exclude={"prompt"}, exclude_none=True)
-    return said | {"messages": [{"role": "user", "content": row.prompt}]}
+    return said | {"messages": messages or [{"role": "user", "content": row.prompt}]}
+
+
+READ_KEYS[parse_problem] = KNOWN_KEYS
 
 
 def _wrong(detail: ErrorDetails, record: dict[str, Any]) -> str:

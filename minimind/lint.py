@@ -21,7 +21,6 @@ from minimind.datasets.formats import (
     Place,
     Preference,
     Row,
-    parse_prompt,
     read_rows_and_bad_rows,
     shown_keys,
 )
@@ -30,12 +29,13 @@ from minimind.datasets.row_checks import (
     Doubt,
     EvaluationQuestions,
     RowChecks,
-    UnreadKeys,
     Warned,
     shown_characters,
     texts,
 )
+from minimind.datasets.unread_keys import UnreadKeys
 from minimind.errors import UserError
+from minimind.tasks.problem import Problem, parse_problem
 
 LintFormat = Literal["text", "chat", "reason", "preference", "prompts"]
 Level = Literal["error", "warning"]
@@ -131,7 +131,7 @@ def lint(
     """
     assert max_length is None or tokenizer, "lengths are counted in tokens"
     checks = RowChecks(tokenizer, against.exact)
-    parse = parse_prompt if data_format == "prompts" else ENCODINGS[data_format].parse
+    parse = parse_problem if data_format == "prompts" else ENCODINGS[data_format].parse
     for batch in row_batches(read_rows_and_bad_rows(source, parse), 1):
         encoded: Sequence[Row[Any] | EncodedSample | BadRowError] = batch
         if tokenizer and max_length and data_format != "prompts":
@@ -148,9 +148,13 @@ def lint(
             if isinstance(row, Row):
                 if unread:
                     unread.add(row)
-                warned = [*checks.warnings(row.place, row.value), *_doubts(row.value, data_format)]
+                value, warned = row.value, []
+                if data_format == "prompts":
+                    problem = Problem.of_row(row)
+                    value, warned = problem.chat, list(_gold_doubts(problem))
+                warned += [*checks.warnings(row.place, value), *_doubts(value, data_format)]
                 is_overlap = any(one.doubt == "overlap" for one in warned)
-                if against.near and not is_overlap and (near := against.near.find(row.value)):
+                if against.near and not is_overlap and (near := against.near.find(value)):
                     message = f"asks nearly what {near[0]} asks ({near[1]:.0%} the same)"
                     warned.append(Warned("near_overlap", f"{message}, which is for evaluation"))
                 findings += [Finding(row.place, "warning", *one) for one in warned]
@@ -174,6 +178,21 @@ def _doubts(value: Any, data_format: LintFormat) -> Iterator[Warned]:
             yield Warned("damaged", f"{shown} {where} of a text looks like a wrong decoding")
         if control := _CONTROL_PATTERN.search(text):
             yield Warned("control", f"{control.group()} is no token there, but trained on as text")
+
+
+def _gold_doubts(problem: Problem) -> Iterator[Warned]:
+    """Whether the answer that a problem expects is right: alone, in its tags, as a sentence."""
+    if problem.answer is None:
+        return
+    for said in (
+        problem.answer,
+        f"<think>.</think>\n<answer>{problem.answer}</answer>",
+        problem.full,
+    ):
+        if said is not None and not problem.score(said).correct:
+            yield Warned(
+                "gold", f"{said[:80]!r} should be right, but answers no {problem.expected!r}"
+            )
 
 
 def _turn_doubts(messages: Sequence[Message], side: str) -> Iterator[Warned]:
