@@ -133,6 +133,8 @@ OTHER = [
     ("2024年5月12日", "12"),
     ("May 12, 2024", "2024"),
     ("一样多", "1"),
+    ("The answer is 3. The answer is 5.", "5"),
+    ("\\boxed{3} \\boxed{5}", "5"),
 ]
 SENTENCES = [  # said, the answer, whether it is also found inside of answer tags
     ("The answer is 12, which is 3 more than 9.", "12", True),
@@ -141,6 +143,7 @@ SENTENCES = [  # said, the answer, whether it is also found inside of answer tag
     ("答案：三十二。", "32", True),
     ("The answer is - 5.", "-5", True),
     ("#### 1,200", "1200", True),
+    ("The answer is $\\boxed{12}$, not 9.", "12", True),
     ("So $\\boxed{12}$ of 15.", "12", True),
     ("3+4=7, 7-2=5", "5", False),
     ("3+4=7", "7", True),

@@ -60,19 +60,18 @@ def number_said(text: str, in_tags: bool) -> Number | None:
 
     A text that is a number, be it with a unit, is that. Of others it is the first number after
     "answer is", "answer:", 答案是, 答案：, #### or \\boxed{; without these it is the last one, but
-    inside of answer tags the only one. Numbers in a list (3, 4; 3 or 4) are guesses.
+    inside of answer tags the only one. Numbers in a list (3, 4; 3 or 4) are guesses, and so are
+    two that both follow such words.
     """
-    begin = len(text) - len(text.lstrip())
-    cue = max((cue.end() for cue in _CUE.finditer(text)), default=begin)
-    numbers = find_numbers(text, cue)
-    if not numbers and cue > begin:
-        cue, numbers = begin, find_numbers(text, begin)
-    if in_tags and cue == begin and len({number.value for number in numbers}) > 1:
+    cues = [cue.end() for cue in _CUE.finditer(text)][-2:]
+    after = [found for cue in cues if (found := find_numbers(text, cue))]
+    numbers = after[-1] if after else find_numbers(text, len(text) - len(text.lstrip()))
+    few = numbers[:2] if after else numbers[-2:]
+    rivals = [found[0] for found in after] if after else numbers if in_tags else []
+    is_one = len({number.value for number in rivals}) < 2
+    if not few or not is_one or _are_listed(text, few[0], few[-1]):
         return None
-    few = numbers[:2] if cue > begin else numbers[-2:]
-    if not few or _are_listed(text, few[0], few[-1]):
-        return None
-    return few[0 if cue > begin else -1]
+    return few[0 if after else -1]
 
 
 def _are_listed(text: str, one: Number, other: Number) -> bool:

@@ -32,22 +32,32 @@ _SCALE = (
     r"|[百千万萬亿億]+(?![百千万萬亿億克米瓦卡]))"
 )
 
+# A sign belongs to the number unless something to subtract from stands before it. A dash with space
+# behind it is one only where nothing, = or 是 stands before it.
 _OPERAND = r"[0-9A-Za-z)}\]]"
 _MINUS = "[-−－–‑﹣]"
-_OPERATOR = "[-−－–‑~～+＋*×·÷^_]"
-_NUMBER = re.compile(
-    # A sign belongs to the number unless something to subtract from stands before it; one that
-    # space follows, which may be a dash, only where nothing or = stands before it.
-    rf"(?:(?:(?<!{_OPERAND})(?P<sign>{_MINUS}|[+＋])|(?P<minus>负 ?|(?i:\b(?:minus|negative) )"
+_SIGN = (
+    rf"(?:(?<!{_OPERAND})(?P<sign>{_MINUS}|[+＋])|(?P<minus>负 ?|(?i:\b(?:minus|negative) )"
     rf"|(?:\A|(?<=[=:：是为])|(?<=[=:：是为] )){_MINUS} ))[$¥￥€£]?"
-    # Part of a difference, a range, a date or a power is none: 5 - 2, 3-5, 5^2, x_1.
-    rf"|(?<!{_OPERAND}{_OPERATOR})(?<!{_OPERAND} {_OPERATOR} )(?<![\^_]\{{))"
-    r"(?<!frac\{)(?<!\}\{)(?<!sqrt)(?<!sqrt\{)(?<!√)(?<!\bm)(?<!\b[kcd]m)"  # m2, km2
-    # 12:30, 1/2/3, 1,5 and 5月3日 are none: what has a digit and one of these signs beside it.
-    r"(?<!\d)(?<!\d[.．,:：/／年月])(?<![百千万萬亿億])(?P<hundredth>百分之)?"
-    rf"(?:{_LATEX}|{_VULGAR}|{_PLAIN})(?:{_SCALE})?+(?!\d|[.．,:：/／年月]\d|[⁰¹²³⁴-⁹¼-¾⅐-⅞])"
-    rf"(?![)}}\]]? ?{_OPERATOR} ?[-\\({{]*\d)(?! ?[+＋×·÷^] ?[A-Za-z])"
+)
+
+# No numbers are the parts of sums and powers (5 - 2, 5^2), ranges (3-5), dates (2024-05-12,
+# 5月3日), times (12:30), other notations (1,5 and 1/2/3), roots, fractions of letters, multiples of
+# letters and π, names (x_1), squared units (m2).
+_OPERATOR = "[-−－–‑~～+＋*×·÷^_]"
+_NOT_BEHIND_OPERATOR = rf"(?<!{_OPERAND}{_OPERATOR})(?<!{_OPERAND} {_OPERATOR} )(?<![\^_]\{{)"
+_NOT_BEHIND = (
+    r"(?<!\d)(?<!\d[.．,:：/／年月])(?<![百千万萬亿億√])(?<!sqrt)(?<!sqrt\{)(?<!frac\{)(?<!\}\{)"
+    r"(?<!\bm)(?<!\b[kcd]m)"
+)
+_NOT_BEFORE = (
+    r"(?!\d|[.．,:：/／年月]\d|[⁰¹²³⁴-⁹¼-¾⅐-⅞])"
     r"(?! ?(?:[xyz]\b|[π√]|\\(?:pi|sqrt|times|cdot|div|pm)\b))"
+    rf"(?![)}}\]]? ?{_OPERATOR} ?[-\\({{]*\d)(?! ?[+＋×·÷^] ?[A-Za-z])"
+)
+_NUMBER = re.compile(
+    rf"(?:{_SIGN}|{_NOT_BEHIND_OPERATOR}){_NOT_BEHIND}(?P<hundredth>百分之)?"
+    rf"(?:{_LATEX}|{_VULGAR}|{_PLAIN})(?:{_SCALE})?+{_NOT_BEFORE}"
     r"(?P<percent> ?(?:\\?[%％]|per ?cent\b))?"
 )
 _SEPARATORS = {ord(","): None, ord("，"): None, ord("．"): ".", ord("−"): "-"}
