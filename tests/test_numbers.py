@@ -176,15 +176,28 @@ def test_the_answer_of_a_sentence(said: str, answer: str, in_tags: bool) -> None
         assert not Problem.of("?", other).score(said).correct
 
 
-@given(st.fractions(max_denominator=1000), st.fractions(max_denominator=1000), st.data())
-def test_a_wrong_number_is_never_right(
-    said: Fraction, expected: Fraction, data: st.DataObject
-) -> None:
-    """However it is written, and whatever else is said."""
-    spellings = ["{}", " {} ", "{}个", "$\\boxed{{{}}}$", "The answer is {}.", "so {} apples"]
-    form = data.draw(st.sampled_from([*spellings, "<answer>{}</answer>", "<answer>{} kg</answer>"]))
-    score = Problem.of("?", written(expected)).score(form.format(written(said)))
-    assert score.correct == (said == expected)
+PLAIN = ["{}", " {} ", "{}个", "$\\boxed{{{}}}$", "The answer is {}.", "so {} kg"]
+SPELLINGS: dict[str, Fraction] = {  # and what they multiply by
+    **dict.fromkeys(PLAIN, Fraction(1)),
+    **dict.fromkeys(["-{}", "- {}", "负{}", "–{}", "minus {}"], Fraction(-1)),
+    **dict.fromkeys(["{}%", "{} percent", "百分之{}"], Fraction(1, 100)),
+    **dict.fromkeys(["{}万", "{}万个"], Fraction(10**4)),
+    "{}k": Fraction(10**3),
+    "{} million": Fraction(10**6),
+}
+
+
+@given(
+    st.fractions(0, 10**9, max_denominator=1000),
+    st.sampled_from(list(SPELLINGS)),
+    st.fractions(max_denominator=1000),
+)
+def test_a_wrong_number_is_never_right(number: Fraction, form: str, other: Fraction) -> None:
+    said, value = form.format(written(number)), number * SPELLINGS[form]
+    for output in (said, f"<answer>{said}</answer>"):
+        assert Problem.of("?", written(value)).score(output).correct
+        for expected in {number, -number, other} - {value}:
+            assert not Problem.of("?", written(expected)).score(output).correct
 
 
 @given(
