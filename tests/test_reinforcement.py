@@ -42,7 +42,7 @@ def random_completions(num_rows: int, seed: int = 0) -> tuple[list[list[int]], l
 
 
 def policy_batches(num_rows: int, rows_at_a_time: int, spread: float) -> list[PackedBatch]:
-    """Batches whose sampled and reference log-probabilities are off the model's by `spread`."""
+    """Batches whose old and reference log-probabilities are off the model's by `spread`."""
     prompts, answers = random_completions(num_rows)
     rng = np.random.default_rng(1)
     now = completion_logprobs(tiny_model(), prompts, answers, 1.0, "float32", num_rows)
@@ -54,7 +54,7 @@ def policy_batches(num_rows: int, rows_at_a_time: int, spread: float) -> list[Pa
         span = slice(start, start + rows_at_a_time)
         extras = {
             "advantages": advantages[span],
-            "sampled": torch.cat(sampled[span]),
+            "old": torch.cat(sampled[span]),
             "reference": torch.cat(reference[span]),
         }
         batches.append(pack_completions(prompts[span], answers[span], extras))
@@ -124,7 +124,7 @@ def test_the_loss_is_the_plain_formula(loss_type: str, beta: float) -> None:
     loss = objective(tiny_model(), batch, 0.0)
     logits = tiny_model()(batch.tokens, batch.predict_at).logits
     now = token_logprobs(logits, batch.targets).detach().double().numpy()
-    sampled, reference = (batch.extras[n].double().numpy() for n in ("sampled", "reference"))
+    sampled, reference = (batch.extras[n].double().numpy() for n in ("old", "reference"))
     ratio = np.exp(now - sampled)
     advantage = batch.extras["advantages"].double().numpy()[batch.row_of_target]
     kl = np.exp(reference - now) - (reference - now) - 1
@@ -169,7 +169,7 @@ def test_a_clipped_token_has_no_gradient_in_grpo_and_keeps_it_in_cispo() -> None
     # As if every token had become e times likelier since it was drawn, and good at that.
     moved = replace(
         batch,
-        extras={"sampled": batch.extras["sampled"] - 1, "advantages": torch.ones(4)},
+        extras={"old": batch.extras["old"] - 1, "advantages": torch.ones(4)},
     )
     _, clipped = loss_and_gradient(PolicyGradient("grpo", 0.2, 0.0, 1.0, 40), [moved])
     _, kept = loss_and_gradient(PolicyGradient("cispo", 0.2, 0.0, 1.0, 40), [moved])

@@ -16,6 +16,7 @@ from minimind.datasets.encode import encode_dataset
 from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import Stopped, UserError
 from minimind.model.checkpoint import load_model, save_checkpoint
+from minimind.objectives.policy import PolicyGradient
 from minimind.params import load_section
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.group_relative import GroupRelative
@@ -277,6 +278,68 @@ def test_at_first_nothing_has_moved_and_then_it_has(project: Path) -> None:
     write_params(grpo={"max_steps": 2, "updates_per_rollout": 4})
     assert run_stage("grpo", "often").exit_code == 0
     assert all(row["clip_share"] > 0 for row in history_of("often"))
+
+
+def save_with_experts(num_experts: int) -> None:
+    """With large weights, so that rounding to bfloat16 changes what the router chooses."""
+    model = tiny_model(vocab_size=SMALLEST_VOCAB, num_experts=num_experts)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6 if parameter.dim() > 1 else 1)
+    save_checkpoint(Path("models/start"), model, Path("models/tokenizer"))
+
+
+@pytest.mark.parametrize("num_experts", [0, 4])
+@pytest.mark.parametrize("stage", ["grpo", "spo"])
+def test_how_far_decoding_is_off_training_is_reported(
+    project: Path, stage: str, num_experts: int
+) -> None:
+    save_with_experts(num_experts)
+    for dtype, low, high in (("float32", 0, 1e-4), ("bfloat16", 1e-2, 10)):
+        write_params(**{stage: {"max_steps": 1, "max_new_tokens": 24, "dtype": dtype}})
+        assert run_stage(stage, dtype).exit_code == 0
+        (row,) = history_of(dtype)
+        mean, largest = (row[f"sampling_logp_difference_{kind}"] for kind in ("mean", "max"))
+        assert low < largest < high
+        assert 0 < mean < largest
+        metrics = json.loads(Path(f"{dtype}.json").read_text())[stage]
+        assert metrics["sampling_logp_difference_max"] == pytest.approx(largest, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["grpo", "spo"])
+def test_with_experts_the_ratio_is_to_the_first_update(
+    project: Path, stage: str, monkeypatch
+) -> None:
+    """In bfloat16, where decoding and training choose other experts for many a token."""
+    save_with_experts(4)
+    changes = {"max_steps": 2, "updates_per_rollout": 3, "max_new_tokens": 24, "lr": 1e-4}
+    write_params(**{stage: changes | {"dtype": "bfloat16"}})
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    surrogate = PolicyGradient._surrogate
+
+    def watched(self: PolicyGradient, logprobs: Any, ratio: Any, advantages: Any) -> Any:
+        seen.append((logprobs.detach(), ratio.detach()))
+        return surrogate(self, logprobs, ratio, advantages)
+
+    monkeypatch.setattr(PolicyGradient, "_surrogate", watched)
+    assert run_stage(stage).exit_code == 0
+    micro_batches = 2
+    assert len(seen) == 2 * 3 * micro_batches
+    for k, (logprobs, ratio) in enumerate(seen):
+        update, micro_batch = divmod(k, micro_batches)
+        old, _ = seen[(update - update % 3) * micro_batches + micro_batch]
+        torch.testing.assert_close(ratio, (logprobs - old).exp())
+        if update % 3:
+            assert (ratio - 1).abs().max() > 1e-2
+
+
+def test_other_experts_in_decoding_are_no_change_of_the_policy(project: Path) -> None:
+    save_with_experts(4)
+    write_params(spo={"max_steps": 1, "max_new_tokens": 24, "dtype": "bfloat16"})
+    assert run_stage("spo").exit_code == 0
+    (row,) = history_of("out")
+    assert row["change"] < 1e-6
+    assert row["rho"] == pytest.approx(TRACKER["rho_max"])
 
 
 def test_rows_without_advantage_are_left_out_only_where_they_do_not_count(project: Path) -> None:

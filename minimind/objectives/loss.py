@@ -26,6 +26,7 @@ class Loss(NamedTuple):
 
     terms: dict[str, Term]
     metrics: dict[str, Term]
+    logprobs: Tensor | None = None  # of the targets, float32 [M]: what a policy now says of them
 
     @classmethod
     def mean(cls, values: Tensor, per: Unit, name: str = "loss", **metrics: Tensor) -> "Loss":
@@ -71,4 +72,4 @@ def with_aux_loss(loss: Loss, output: Output) -> Loss:
     loads = output.expert_load.mean(0)
     load_terms = {f"load_expert_{e}": Term(load, "rows") for e, load in enumerate(loads)}
     aux_loss = {"aux_loss": Term(output.aux_loss, "rows")}
-    return Loss(loss.terms | aux_loss, loss.metrics | load_terms)
+    return loss._replace(terms=loss.terms | aux_loss, metrics=loss.metrics | load_terms)

@@ -32,9 +32,9 @@ class PolicyGradient:
     - ``cispo`` (arXiv:2506.13585, eq. 4): −min(ratio, 1 + ε) · A · log π with the weight held
       constant, so that every token keeps a gradient; mean over all tokens
 
-    `batch.extras` hold log-probabilities ``sampled`` [M] as recorded when the tokens were drawn,
+    `batch.extras` hold log-probabilities ``old`` [M] of before the rollout's first update,
     ``reference`` [M] unless beta is 0, and ``advantages`` [N] of rows. All log-probabilities are
-    at the sampling `temperature`.
+    at the sampling `temperature`. Without ``old`` the update is the first: the ratio is 1.
     """
 
     loss_type: LossType
@@ -47,12 +47,13 @@ class PolicyGradient:
         output = model(batch.tokens, batch.predict_at)
         logprobs = token_logprobs(output.raw_logits, batch.targets, self.temperature)
         advantages = batch.extras["advantages"][batch.row_of_target]
-        ratio = torch.exp(logprobs - batch.extras["sampled"])
+        ratio = torch.exp(logprobs - batch.extras.get("old", logprobs.detach()))
         losses, clipped = self._surrogate(logprobs, ratio, advantages)
         metrics = {"clip_share": Term(clipped.float().sum(), "tokens")}
         if self.beta:
             losses = losses + self.beta * k3(logprobs, batch.extras["reference"])
-        return with_aux_loss(Loss({"policy": self._reduce(losses, batch)}, metrics), output)
+        terms = {"policy": self._reduce(losses, batch)}
+        return with_aux_loss(Loss(terms, metrics, logprobs.detach()), output)
 
     def _surrogate(
         self, logprobs: Tensor, ratio: Tensor, advantages: Tensor

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.compute.device import limit_matmul_cache
@@ -14,7 +15,7 @@ from minimind.model.generate import Sampling, generate
 from minimind.model.transformer import Transformer
 from minimind.reinforcement.config import ReinforcementConfig
 from minimind.reinforcement.draws import Indices
-from minimind.reinforcement.rollout import Rollout
+from minimind.reinforcement.rollout import Rollout, completion_logprobs
 from minimind.rewards.custom import load_custom_reward
 from minimind.rewards.reward import Given, Sample, Values
 from minimind.rewards.reward_model import load_reward_model
@@ -97,6 +98,19 @@ class Environment:
         )
         rows = self._of_all_prompts(list(own_rows), num_samples)
         return Rollout(*map(list, zip(*rows, strict=True)))
+
+    def logprobs(
+        self,
+        model: Transformer,
+        prompts: Sequence[list[int]],
+        completions: Sequence[list[int]],
+        rows_at_a_time: int,
+    ) -> list[Tensor]:
+        """Log-probabilities of completions as training computes them, each process its share."""
+        share, config = self.processes.share, self.config
+        rows = share(prompts), share(completions)
+        own = completion_logprobs(model, *rows, config.temperature, config.dtype, rows_at_a_time)
+        return self.processes.in_order(own)
 
     def score(self, indices: Indices, rollout: Rollout) -> dict[str, Values]:
         """Unweighted reward parts of a rollout of these prompts: [B] by the part's name."""

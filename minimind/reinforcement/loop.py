@@ -6,14 +6,14 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from minimind.compute.sharding import gather, shard
-from minimind.datasets.batches import Step
+from minimind.datasets.batches import PackedBatch, Step
 from minimind.metrics import Number
 from minimind.model.transformer import Layer, Transformer
-from minimind.objectives.loss import Objective
+from minimind.objectives.loss import Loss, Objective
 from minimind.reinforcement.config import ReinforcementConfig
 from minimind.reinforcement.draws import Draws, Indices
 from minimind.reinforcement.environment import Environment
-from minimind.reinforcement.rollout import Rollout, completion_logprobs, pack_step, statistics
+from minimind.reinforcement.rollout import Rollout, pack_step, sampling_difference, statistics
 from minimind.rewards.reward import Values
 from minimind.training.optimizer import Optimizer
 from minimind.training.run import Run
@@ -94,20 +94,17 @@ def reinforce(
         parts_of_reward = environment.score(indices, rollout)
         rewards = environment.rewards.total(parts_of_reward)
         advantages, own_values = algorithm.advantages(model, environment, indices, rollout, rewards)
-        reference_logprobs = run.processes.in_order(
-            completion_logprobs(
-                reference,
-                run.processes.share(rollout.prompts),
-                run.processes.share(rollout.completions),
-                config.temperature,
-                config.dtype,
-                rows_at_a_time,
-            )
+        reference_logprobs = environment.logprobs(
+            reference, rollout.prompts, rollout.completions, rows_at_a_time
         )
-        # Experts have a loss of their own.
-        advantages_alone = not config.beta and not model.config.num_experts
         micro_batches = pack_step(
-            rollout, advantages, reference_logprobs, advantages_alone, rows_at_a_time, run.processes
+            rollout,
+            advantages,
+            reference_logprobs,
+            config.beta,
+            model.config.num_experts > 0,
+            rows_at_a_time,
+            run.processes,
         )
         values = _update(
             forward, algorithm.objective, optimizer, micro_batches, config, step, num_steps, run
@@ -126,9 +123,10 @@ def reinforce(
 
 def summary(history: History) -> dict[str, Number]:
     """The few numbers that stand for a run: its last stretch, and the reward of its first."""
-    shown = ("reward", "kl", "completion_length", "unfinished", "frac_reward_zero_std")
+    shown = ["reward", "kl", "completion_length", "unfinished", "frac_reward_zero_std"]
+    shown += ["sampling_logp_difference_mean", "sampling_logp_difference_max", "skipped_steps"]
     row = history.rows[-1]
-    last = {name: row[name] for name in (*shown, "skipped_steps") if name in row}
+    last = {name: row[name] for name in shown if name in row}
     first_reward = history.rows[0]["reward"]
     return {"steps": history.step, "tokens": history.tokens, "first_reward": first_reward, **last}
 
@@ -144,15 +142,28 @@ def _update(
     run: Run,
 ) -> dict[str, float]:
     """The gradient steps on one rollout; means of their losses and metrics."""
+    logprobs: list[Tensor] = []
+
+    def first_objective(model: nn.Module, batch: PackedBatch, progress: float) -> Loss:
+        loss = objective(model, batch, progress)
+        assert loss.logprobs is not None
+        logprobs.append(loss.logprobs.cpu())
+        return loss
+
     sums: dict[str, float] = {"lr": 0.0}
     num_updates = num_steps * config.updates_per_rollout
     for k in range(config.updates_per_rollout):
         update = number * config.updates_per_rollout + k
         factor = lr_factor(config.schedule, update, num_updates, config.warmup_steps)
-        values = take_step(model, objective, optimizer, step, update / num_updates, factor, run)
+        own = objective if k else first_objective
+        values = take_step(model, own, optimizer, step, update / num_updates, factor, run)
+        # Where decoding is no measure of it: see pack_step.
+        for batch, old in zip(step.micro_batches, logprobs, strict=True):
+            batch.extras.setdefault("old", old)
         for name, value in {**values, "lr": factor * config.lr}.items():
             sums[name] = sums.get(name, 0.0) + value
-    return {name: total / config.updates_per_rollout for name, total in sums.items()}
+    means = {name: total / config.updates_per_rollout for name, total in sums.items()}
+    return means | sampling_difference(step, logprobs, run.processes)
 
 
 def _named(indices: Indices, environment: Environment) -> str:

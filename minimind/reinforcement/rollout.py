@@ -94,16 +94,17 @@ def pack_step(
     rollout: Rollout,
     advantages: Values,
     reference_logprobs: list[Tensor],
-    advantages_alone: bool,
+    beta: float,
+    has_experts: bool,
     rows_at_a_time: int,
     processes: Processes,
 ) -> Step:
     """A process's micro-batches of a step, with all that the loss compares the policy with.
 
-    advantages_alone: whether the loss has no part but that of the advantages.
+    beta, has_experts: of the loss and the policy; with either, rows without advantage count too.
     """
     rows = np.arange(len(rollout.completions))
-    if advantages_alone and advantages.any():
+    if not beta and not has_experts and advantages.any():
         rows = np.flatnonzero(advantages)  # the others have no gradient, and need not be computed
     micro_batches = []
     for part, weight in divide(rows, rows_at_a_time, processes.rank, processes.world):
@@ -112,6 +113,10 @@ def pack_step(
             "reference": torch.cat([reference_logprobs[row] for row in part]),
             "advantages": torch.from_numpy(advantages[part].astype(np.float32)),
         }
+        # Rounding in 16 bits makes decoding choose other experts than training does, so there the
+        # first update's own log-probabilities are the old ones.
+        if not has_experts:
+            extras["old"] = extras["sampled"]
         micro_batches.append(
             pack_completions(
                 [rollout.prompts[row] for row in part],
@@ -122,6 +127,27 @@ def pack_step(
         )
     num_rows = len(rollout.completions)
     return Step(micro_batches, Counts(rollout.num_tokens, num_rows, num_rows))
+
+
+def sampling_difference(
+    step: Step, logprobs: Sequence[Tensor], processes: Processes
+) -> dict[str, float]:
+    """How far log-probabilities are off those recorded in decoding, by the same weights.
+
+    Absolute, mean and largest over the step's tokens, named as in TRL. Rounding alone makes them.
+
+    logprobs: of each micro-batch's targets, [M] on the CPU, in the first update of a rollout.
+    """
+    own = [
+        (now - batch.extras["sampled"]).abs()
+        for batch, now in zip(step.micro_batches, logprobs, strict=True)
+        if batch.weight
+    ]
+    differences = torch.cat([part for parts in processes.gather(own) for part in parts])
+    return {
+        "sampling_logp_difference_mean": float(differences.mean()),
+        "sampling_logp_difference_max": float(differences.max()),
+    }
 
 
 def statistics(

@@ -8,7 +8,7 @@ from minimind.reinforcement.advantages import single_stream_advantages
 from minimind.reinforcement.config import ReinforcementConfig
 from minimind.reinforcement.draws import Indices
 from minimind.reinforcement.environment import Environment
-from minimind.reinforcement.rollout import Rollout, completion_logprobs
+from minimind.reinforcement.rollout import Rollout
 from minimind.reinforcement.value_tracker import TrackerConfig, ValueTracker, Visit, mean_change
 from minimind.rewards.reward import Values
 from minimind.training.run import Run
@@ -46,7 +46,7 @@ class SingleStream:
             rollout = environment.rollout(model, indices, num_samples, first_key)
             rewards = environment.rewards
             scaled = rewards.scaled(rewards.total(environment.score(indices, rollout)))
-            visits = _visits(rollout)[num_samples - 1 :: num_samples]
+            visits = _visits(model, environment, indices, rollout)
             self.tracker.initialize(indices, scaled.reshape(-1, num_samples), visits)
 
     def draw(self, step: int) -> Indices:
@@ -65,7 +65,8 @@ class SingleStream:
         values = self.tracker.values()[indices]
         advantages = single_stream_advantages(scaled, values)
         change = self._change(model, environment, indices)
-        rho = self.tracker.update(indices, scaled, change, _visits(rollout))
+        visits = _visits(model, environment, indices, rollout)
+        rho = self.tracker.update(indices, scaled, change, visits)
         return advantages, {
             "value": float(values.mean()),
             "value_error": float(np.abs(scaled - values).mean()),
@@ -75,18 +76,11 @@ class SingleStream:
 
     def _change(self, model: Transformer, environment: Environment, indices: Indices) -> Values:
         """How far the policy has moved on each prompt since it last answered it."""
-        own = environment.processes.share(indices.tolist())
-        visits = [self.tracker.visits[index] for index in own]
-        now = completion_logprobs(
-            model,
-            [environment.prompts[index] for index in own],
-            [visit.completion for visit in visits],
-            environment.config.temperature,
-            environment.config.dtype,
-            ROWS_AT_A_TIME,
-        )
-        changes = [mean_change(v.logprobs, n) for v, n in zip(visits, now, strict=True)]
-        return np.array(environment.processes.in_order(changes))
+        visits = [self.tracker.visits[index] for index in indices]
+        prompts = [environment.prompts[index] for index in indices]
+        completions = [visit.completion for visit in visits]
+        now = environment.logprobs(model, prompts, completions, ROWS_AT_A_TIME)
+        return np.array([mean_change(v.logprobs, n) for v, n in zip(visits, now, strict=True)])
 
     def state_tensors(self) -> dict[str, Tensor]:
         return self.tracker.state_tensors()
@@ -95,5 +89,14 @@ class SingleStream:
         self.tracker.load_state_tensors(tensors)
 
 
-def _visits(rollout: Rollout) -> list[Visit]:
-    return [Visit(ids, p) for ids, p in zip(rollout.completions, rollout.logprobs, strict=True)]
+def _visits(
+    model: Transformer, environment: Environment, indices: Indices, rollout: Rollout
+) -> list[Visit]:
+    """The last completion of each of these prompts, and how likely it is."""
+    num_samples = len(rollout.completions) // len(indices)
+    last = slice(num_samples - 1, None, num_samples)
+    completions, logprobs = rollout.completions[last], rollout.logprobs[last]
+    if model.config.num_experts:  # decoding chooses other experts, which is no change of the policy
+        now = environment.logprobs(model, rollout.prompts[last], completions, ROWS_AT_A_TIME)
+        logprobs = [row.tolist() for row in now]
+    return [Visit(ids, values) for ids, values in zip(completions, logprobs, strict=True)]
