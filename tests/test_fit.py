@@ -5,6 +5,7 @@ import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from minimind.training.bits import bits_per_byte
 from minimind.training.fit import FitConfig, fit, split, summary
 from minimind.training.optimizer import Optimizer, OptimizerConfig
 from minimind.training.run import Run, start_run
-from minimind.training.session import History
+from minimind.training.session import Generators, History
 from tests.tiny import random_rows, tiny_model, tiny_tokenizer, write_rows
 
 CONFIG = {
@@ -173,8 +174,24 @@ def test_a_warm_up_longer_than_the_training_is_said(
     assert "warmup" not in capsys.readouterr().err
     train(tmp_path, data, warmup_steps=1000)
     said = capsys.readouterr().err
-    assert "warmup_steps is 1000 of only 20 steps" in said
+    assert "warmup_steps is 1000 of only 20 optimizer steps" in said
     assert "with warmup_steps 2 it would" in said
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_resumed_run_draws_on_as_it_would_have_on_every_device(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = {"state": torch.arange(16, dtype=torch.uint8)}  # stands for a generator that is absent
+    module = getattr(torch, device)
+    monkeypatch.setattr(module, "get_rng_state", lambda: there["state"])
+    monkeypatch.setattr(module, "set_rng_state", lambda state: there.update(state=state))
+    generators = Generators(replace(Run.alone(), device=torch.device(device)))
+    saved, expected = generators.state_tensors(), torch.rand(3)
+    there["state"] = torch.zeros(16, dtype=torch.uint8)
+    generators.load_state_tensors(saved)
+    assert there["state"].tolist() == list(range(16))
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_rows_longer_than_the_models_positions_are_one_line(tmp_path: Path) -> None:

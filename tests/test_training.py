@@ -18,7 +18,7 @@ from minimind.objectives.loss import token_logprobs
 from minimind.objectives.next_token import NextToken
 from minimind.objectives.preference import row_logprobs
 from minimind.training.muon import Muon
-from minimind.training.schedule import lr_factor
+from minimind.training.schedule import lr_factor, never_reached
 from tests.tiny import random_pairs, random_rows, tiny_model, write_rows
 
 
@@ -42,6 +42,14 @@ def test_warmup_rises_to_the_schedules_start_and_never_stands_still(name) -> Non
     assert rates[9] == pytest.approx(lr_factor(name, 10, 100, 10))
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] > 0
+
+
+@pytest.mark.parametrize("name", ["minimind_cosine", "cosine", "linear", "step", "constant"])
+def test_a_warm_up_is_warned_of_if_and_only_if_no_step_has_all_of_lr(name) -> None:
+    for num_steps in (1, 4, 20):
+        for warmup_steps in range(2 * num_steps + 2):
+            highest = max(lr_factor(name, k, num_steps, warmup_steps) for k in range(num_steps))
+            assert (never_reached(name, warmup_steps, num_steps) is not None) == (highest < 1)
 
 
 def test_step_schedule_falls_tenfold_at_half_and_three_quarters() -> None:

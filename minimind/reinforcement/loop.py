@@ -82,7 +82,7 @@ def reinforce(
     if session.history.step == 0:
         algorithm.start(model, environment, run)
     num_updates = num_steps * config.updates_per_rollout
-    if warning := never_reached(config.warmup_steps, num_updates):
+    if warning := never_reached(config.schedule, config.warmup_steps, num_updates):
         run.say(warning)
     rows_at_a_time = config.batch_size * algorithm.num_samples
     for step in session.steps():

@@ -108,7 +108,7 @@ def fit(
                 history.evaluations_without_gain += 1
             return _prefixed(losses)
 
-        if warning := never_reached(config.warmup_steps, num_steps):
+        if warning := never_reached(config.schedule, config.warmup_steps, num_steps):
             run.say(warning)
         if session.is_new and len(held_out):
             history.rows.append({"step": 0, **validate(0)})

@@ -6,13 +6,13 @@ from typing import Literal
 ScheduleName = Literal["minimind_cosine", "cosine", "linear", "step", "constant"]
 
 
-def never_reached(warmup_steps: int, num_steps: int) -> str | None:
-    """A line of warning where the warm-up is not over when training is."""
-    if warmup_steps <= num_steps:  # the last step of as many has all of lr
+def never_reached(name: ScheduleName, warmup_steps: int, num_steps: int) -> str | None:
+    """A line of warning where the warm-up ends so late that no step has all of lr."""
+    if warmup_steps <= num_steps or lr_factor(name, num_steps - 1, num_steps, warmup_steps) >= 1:
         return None
     return (
-        f"warmup_steps is {warmup_steps} of only {num_steps} steps: the learning rate never "
-        f"reaches lr; with warmup_steps {num_steps // 10} it would"
+        f"warmup_steps is {warmup_steps} of only {num_steps} optimizer steps: the learning rate "
+        f"never reaches lr; with warmup_steps {num_steps // 10} it would"
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, get_device_module, nn
 
 from minimind.compute.precision import DType
 from minimind.compute.sharding import full_tensor, part_like, trained_parameters
@@ -95,8 +95,9 @@ class Generators:
     def state_tensors(self) -> dict[str, Tensor]:
         gather = self.run.processes.gather
         tensors = {"cpu": torch.stack(gather(torch.get_rng_state()))}
-        if self.run.device.type == "cuda":
-            tensors["cuda"] = torch.stack(gather(torch.cuda.get_rng_state()))
+        device = self.run.device
+        if device.type != "cpu":
+            tensors[device.type] = torch.stack(gather(get_device_module(device).get_rng_state()))
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -104,8 +105,9 @@ class Generators:
         if rank < len(tensors["cpu"]):
             # Cloned: PyTorch reads a generator's state from where the whole tensor begins.
             torch.set_rng_state(tensors["cpu"][rank].clone())
-            if self.run.device.type == "cuda" and "cuda" in tensors:
-                torch.cuda.set_rng_state(tensors["cuda"][rank].clone())
+            device = self.run.device
+            if device.type != "cpu" and device.type in tensors:
+                get_device_module(device).set_rng_state(tensors[device.type][rank].clone())
 
 
 class Session:
