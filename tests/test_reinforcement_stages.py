@@ -381,6 +381,25 @@ def test_mistakes_are_one_line(project: Path) -> None:
     assert result.stderr.count("\n") == 1
 
 
+def test_settings_that_cannot_do_what_they_say_are_said(project: Path) -> None:
+    changes = {"max_steps": 1, "updates_per_rollout": 1, "max_new_tokens": 200, "batch_size": 11}
+    write_params(grpo=changes | {"hub_reward_model": "owner/name@" + 40 * "0"})
+    said = run_stage("grpo").stderr
+    for line in (
+        "grpo: epsilon is 0.2, but in a rollout's first update all ratios are 1",
+        "grpo: batch_size x accumulation_steps is 22, more prompts than there are: each",
+        "grpo: max_new_tokens is 200, but the longest prompt leaves 1",
+        "grpo: hub_reward_model is not read while rewards.reward_model is 0",
+    ):
+        assert line in said
+    write_params(grpo={"max_steps": 1, "batch_size": 10, "max_new_tokens": 6})
+    result = run_stage("grpo")
+    assert result.exit_code == 0
+    assert "grpo: " not in result.stderr.replace("grpo: step", "")
+    write_params(spo={"tracker": TRACKER | {"rho_min": 0.97}})
+    assert "rho_min 0.97 must be at most rho_max 0.96" in run_stage("spo").stderr
+
+
 def test_an_infinite_loss_stops_the_run_and_names_step_and_prompts(project: Path) -> None:
     write_params(grpo={"lr": 1e30, "beta": 0.0, "grad_clip": 1e30})
     result = run_stage("grpo")

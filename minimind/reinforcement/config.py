@@ -44,6 +44,33 @@ class ReinforcementConfig(OptimizerConfig):
         """Which of so many prompts each step takes."""
         return Draws(num_prompts, self.batch_size * self.accumulation_steps, self.seed)
 
+    def without_effect(self, num_prompts: int, longest: int, max_positions: int) -> list[str]:
+        """A line of warning for each setting that cannot do what it says.
+
+        longest: tokens of the longest prompt; max_positions: of the model.
+        """
+        lines = []
+        if "epsilon" in self.model_fields_set and self.updates_per_rollout == 1:
+            lines.append(
+                f"epsilon is {self.epsilon:g}, but in a rollout's first update all ratios are 1, "
+                "rounding aside; with updates_per_rollout 2 it would clip"
+            )
+        if (size := self.batch_size * self.accumulation_steps) > num_prompts:
+            lines.append(
+                f"batch_size x accumulation_steps is {size}, more prompts than there are: "
+                f"each step takes all {num_prompts}"
+            )
+        if self.max_new_tokens > (room := max_positions - longest):
+            lines.append(
+                f"max_new_tokens is {self.max_new_tokens}, but the longest prompt leaves {room} of "
+                f"the model's {max_positions} positions; with max_new_tokens {room} all are alike"
+            )
+        if self.hub_reward_model and not self.rewards.weights().get("reward_model"):
+            lines.append(
+                "hub_reward_model is not read while rewards.reward_model is 0; with 1 it would be"
+            )
+        return lines
+
     def objective(self) -> Objective:
         """The loss of a rollout."""
         return PolicyGradient(

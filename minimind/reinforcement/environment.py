@@ -65,6 +65,9 @@ class Environment:
         if "custom" in weights:
             custom = load_custom_reward(config.custom_reward)
         rewards = Rewards(config.rewards, Given(config.max_new_tokens, reward_model, custom))
+        longest = max(map(len, encoded))
+        for line in config.without_effect(len(encoded), longest, model.config.max_positions):
+            run.say(line)
         return cls(problems, encoded, tokenizer, config, rewards, run.processes)
 
     def rollout(

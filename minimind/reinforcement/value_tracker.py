@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from minimind.params import Section
@@ -24,6 +24,12 @@ class TrackerConfig(Section):
     rho_max: float = Field(0.96, gt=0, lt=1)  # and at most
     initial_samples: int = Field(2, gt=0)  # completions of each prompt to start from
     exploration: float = Field(0.05, gt=0)  # added to every prompt's weight
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TrackerConfig":
+        if self.rho_min > self.rho_max:
+            raise ValueError(f"rho_min {self.rho_min} must be at most rho_max {self.rho_max}")
+        return self
 
 
 class Visit(NamedTuple):
