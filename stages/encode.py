@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from minimind.chat.agreement import is_asked_by_our_template, require_agreement
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.augment import Augmentation, load_synonyms
 from minimind.datasets.encode import (
@@ -41,6 +42,8 @@ def main(
     tokenizer = load_path(params, "encode.tokenizer")
     evaluation = [load_path(params, "data.problems"), load_path(params, "data.text")]
     with unchanged("encode", params, sections, [source, tokenizer, synonyms, *evaluation]):
+        if not is_asked_by_our_template(tokenizer):
+            require_agreement(tokenizer, tokenizer)
         augmentation = None
         if isinstance(config, ChatEncodeConfig) and config.augment_copies:
             augmentation = Augmentation(config, load_synonyms(synonyms))

@@ -4,17 +4,19 @@ What a chat's turns are, :mod:`minimind.chat.template` says.
 Starts fast: needs ``tokenizers`` only, neither transformers nor torch.
 """
 
+import copy
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tokenizers
 
-from minimind.chat.template import Message, turns
+from minimind.chat.template import CHAT_TEMPLATE, Message, turns
 from minimind.errors import UserError
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -22,10 +24,19 @@ CONTROL_TOKENS = (PAD, START, END)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 TOOL_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
+TEMPLATE_FILE = "chat_template.jinja"
+# Of a directory that may hold a model too.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt"),
+)
+
 # Class of a token: is it predicted in training, given the tokens before it?
 CONTEXT, TRAINED, TAG = 0, 1, 2
 
 _TAG_PATTERN = re.compile(f"({'|'.join(TAGS + TOOL_TAGS)})")
+# What some tokenizers put before a text, as attributes of their normalizers and pre-tokenizers.
+_PREFIXES = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
 
 
 class EncodedRow(NamedTuple):
@@ -42,23 +53,44 @@ class EncodedRow(NamedTuple):
 class ChatTokenizer:
     """Encodes documents and chats with any tokenizer that has the three control tokens.
 
-    Header and text of a turn are encoded apart, so that white space never merges with the header,
-    and control tokens written inside a content stay text. So are tags and the text between them: a
-    tag's tokens are exactly the tag, also with a tokenizer that has no single token for it. With a
-    tokenizer trained here the ids are those of the rendered template encoded as a whole.
+    The ids are those of the rendered template encoded as a whole, but that control tokens written
+    inside a content stay text, and an assistant's turns are encoded in parts: the header apart, as
+    in a prompt, and tags apart, so that a tag's tokens are exactly the tag, also with a tokenizer
+    that has no single token for it. With a tokenizer trained here this makes no difference.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, name: str = "the tokenizer") -> None:
+        """name: how messages name it.
+
+        Raises:
+            UserError: it cannot encode a tag or header.
+        """
+        self._name = name
         tokenizer.no_padding()
         tokenizer.no_truncation()
+        for part in _parts(tokenizer.normalizer, tokenizer.pre_tokenizer):
+            # At the beginning of a whole text, where there is always a control token.
+            if getattr(part, "prepend_scheme", None) == "first":
+                part.prepend_scheme = "never"
+        # Two tokenizers: for text behind a single token, and for text that goes on behind other
+        # text, before which nothing may be put. Few put anything, and need a second one.
+        self._tokenizer = self._within = tokenizer
+        if any(map(_prefixes, _parts(tokenizer.normalizer, tokenizer.pre_tokenizer))):
+            self._within = copy.deepcopy(tokenizer)
+            for part in _parts(self._within.normalizer, self._within.pre_tokenizer):
+                for prefix in _prefixes(part):
+                    setattr(part, prefix, _PREFIXES[prefix])
         # Encoded before special tokens become plain text: a foreign tag may be a special token.
-        self._tag_ids = {tag: _encode(tokenizer, tag) for tag in TAGS + TOOL_TAGS}
-        tokenizer.encode_special_tokens = True
-        self._tokenizer = tokenizer
-        self._newline_ids = _encode(tokenizer, "\n")
-        self._header_ids: dict[str, list[int]] = {}
+        self._tag_ids = {tag: self._encode(tag, self._within) for tag in TAGS + TOOL_TAGS}
+        # Tags that split any text, whoever encodes it.
+        added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        self.added_tags = added.intersection(self._tag_ids)
+        self._added_pattern = re.compile(f"({'|'.join(sorted(self.added_tags)) or '(?!)'})")
+        self._tokenizer.encode_special_tokens = self._within.encode_special_tokens = True
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.pad_id, self.start_id, self.end_id = (vocabulary[token] for token in CONTROL_TOKENS)
+        self._newline_ids = self.encode_text("\n")
+        self._spoken_ids = [self.start_id, *self.encode_text("assistant\n")]
         self.vocab_size = max(vocabulary.values()) + 1  # rows an embedding needs
 
     @classmethod
@@ -66,7 +98,8 @@ class ChatTokenizer:
         """Open the ``tokenizer.json`` of a tokenizer's or checkpoint's directory.
 
         Raises:
-            UserError: it is missing or broken, or lacks one of the control tokens.
+            UserError: it is missing or broken, lacks one of the control tokens, or cannot encode
+                a tag or header.
         """
         file = Path(directory) / "tokenizer.json"
         if not file.is_file():
@@ -84,7 +117,7 @@ class ChatTokenizer:
                 f"{file} has no special token {' '.join(missing)}; "
                 f"a tokenizer must have {' '.join(CONTROL_TOKENS)}."
             )
-        return cls(tokenizer)
+        return cls(tokenizer, str(file))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -99,8 +132,12 @@ class ChatTokenizer:
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text; control tokens written in it stay text."""
-        return _encode(self._tokenizer, text)
+        """Ids of plain text behind a control token; control tokens written in it stay text.
+
+        Raises:
+            UserError: the tokenizer has nothing for a part of it.
+        """
+        return self._encode(text, self._tokenizer)
 
     def encode_document(self, text: str) -> tuple[list[int], list[int]]:
         """Ids and loss mask of ``<|im_start|> text <|im_end|>``; all but the first are trained."""
@@ -115,7 +152,7 @@ class ChatTokenizer:
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a chat so far and of the header that makes the assistant speak."""
         (row,) = self.encode_chats([messages])
-        return row.ids + self._header("assistant")
+        return row.ids + self._spoken_ids
 
     def encode_documents(self, texts: Sequence[str]) -> list[EncodedRow]:
         """:meth:`encode_document` of many, on all cores."""
@@ -123,7 +160,7 @@ class ChatTokenizer:
             EncodedRow(
                 [self.start_id, *ids, self.end_id], bytes([CONTEXT, *[TRAINED] * (len(ids) + 1)])
             )
-            for ids in self._encode_batch(texts)
+            for ids in self._encode_batch(texts, self._tokenizer)
         ]
 
     def encode_chats(
@@ -139,14 +176,20 @@ class ChatTokenizer:
             list(self._pieces(chat, n))
             for chat, n in zip(chats, num_context or [0] * len(chats), strict=True)
         ]
-        texts = [piece for plan in plans for piece, _ in plan if isinstance(piece, str)]
-        encoded = self._encode_batch(texts)
+        pieces = [piece for plan in plans for piece in plan]
+        encoded = [
+            self._encode_batch(
+                [p.content for p in pieces if p.goes_on is goes_on and isinstance(p.content, str)],
+                tokenizer,
+            )
+            for goes_on, tokenizer in ((False, self._tokenizer), (True, self._within))
+        ]
         rows = []
         for plan in plans:
             ids: list[int] = []
             loss_mask = bytearray()
-            for piece, token_class in plan:
-                piece_ids = next(encoded) if isinstance(piece, str) else piece
+            for content, token_class, goes_on in plan:
+                piece_ids = next(encoded[goes_on]) if isinstance(content, str) else content
                 ids += piece_ids
                 loss_mask += bytes([token_class]) * len(piece_ids)
             rows.append(EncodedRow(ids, bytes(loss_mask)))
@@ -158,32 +201,67 @@ class ChatTokenizer:
         text_ids = [int(id) for id in ids if int(id) not in control]
         return str(self._tokenizer.decode(text_ids, skip_special_tokens=False))
 
-    def _pieces(
-        self, messages: Sequence[Message], num_context: int
-    ) -> Iterator[tuple[str | list[int], int]]:
-        """A chat as text still to encode, or ids, each with the class of its tokens."""
+    def _pieces(self, messages: Sequence[Message], num_context: int) -> Iterator["_Piece"]:
         for turn in turns(messages):
             is_trained = turn.role == "assistant" and turn.position >= num_context
             trained = TRAINED if is_trained else CONTEXT
-            yield self._header(turn.role), CONTEXT
-            for text in _TAG_PATTERN.split(turn.text):
-                if text in self._tag_ids:
-                    yield self._tag_ids[text], TAG if trained and text in TAGS else trained
-                elif text:
-                    yield text, trained
-            yield [self.end_id], trained
-            yield self._newline_ids, CONTEXT
+            # An answer is generated behind its header, and all of its tags are tokens of their own.
+            goes_on = spoken = turn.role == "assistant"
+            yield _Piece(self._spoken_ids if spoken else [self.start_id], CONTEXT)
+            text = turn.text if spoken else f"{turn.role}\n{turn.text}"
+            pattern = _TAG_PATTERN if spoken else self._added_pattern
+            for number, part in enumerate(pattern.split(text)):
+                if number % 2:  # a tag
+                    token_class = TAG if trained and part in TAGS else trained
+                    yield _Piece(self._tag_ids[part], token_class)
+                    goes_on = part not in self.added_tags
+                elif part:
+                    yield _Piece(part, trained, goes_on)
+            yield _Piece([self.end_id], trained)
+            yield _Piece(self._newline_ids, CONTEXT)
 
-    def _header(self, role: str) -> list[int]:
-        if role not in self._header_ids:
-            self._header_ids[role] = [self.start_id, *self.encode_text(f"{role}\n")]
-        return self._header_ids[role]
+    def _encode(self, text: str, tokenizer: tokenizers.Tokenizer) -> list[int]:
+        try:
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(
+                f"{self._name} cannot encode {text[:60]!r}: {error}; take a tokenizer with byte "
+                "fallback, or with an unknown token that is in its vocabulary."
+            ) from None
 
-    def _encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        # The fast variant leaves out offsets; it releases the GIL and uses all cores.
-        batch = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    def _encode_batch(
+        self, texts: Sequence[str], tokenizer: tokenizers.Tokenizer
+    ) -> Iterator[list[int]]:
+        try:
+            # The fast variant leaves out offsets; it releases the GIL and uses all cores.
+            batch = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception:  # one by one: the first that cannot be encoded is named
+            return iter([self._encode(text, tokenizer) for text in texts])
         return (encoding.ids for encoding in batch)
 
 
-def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """Copy a tokenizer's files, but for its template: ours, by which all chats are encoded."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            # Contents only: DVC makes files of its cache read-only.
+            shutil.copyfile(source / name, directory / name)
+    (directory / TEMPLATE_FILE).write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+class _Piece(NamedTuple):
+    """A part of a chat."""
+
+    content: str | list[int]  # text still to encode, or ids
+    token_class: int
+    goes_on: bool = False  # behind other text, not a single token
+
+
+def _parts(*components: Any) -> list[Any]:
+    """Normalizers and pre-tokenizers, one by one: what can be indexed is a Sequence of them."""
+    nested = (_parts(*part) if hasattr(part, "__getitem__") else [part] for part in components)
+    return [part for parts in nested for part in parts]
+
+
+def _prefixes(part: Any) -> list[str]:
+    return [name for name, none in _PREFIXES.items() if getattr(part, name, none) != none]

@@ -6,7 +6,6 @@ given its tokenizer.
 
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,17 +15,22 @@ import tokenizers
 from pydantic import Field
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from minimind.chat.agreement import require_agreement
 from minimind.chat.template import CHAT_TEMPLATE
-from minimind.chat.tokenizer import CONTROL_TOKENS, END, PAD, START, TAGS, TOOL_TAGS, ChatTokenizer
+from minimind.chat.tokenizer import (
+    CONTROL_TOKENS,
+    END,
+    PAD,
+    START,
+    TAGS,
+    TEMPLATE_FILE,
+    TOOL_TAGS,
+    ChatTokenizer,
+    copy_tokenizer,
+)
 from minimind.errors import UserError
 from minimind.files import replacing
 from minimind.params import Section
-
-# Of a directory that is taken over: a checkpoint's holds weights too.
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt"),
-)
 
 SMALLEST_VOCAB = 256 + len(CONTROL_TOKENS) + len(TAGS + TOOL_TAGS)
 """One piece for every byte, so that any text can be encoded, and the tokens added by name."""
@@ -81,6 +85,7 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, directory: Path | str) -> No
     with replacing(Path(directory)) as partial:
         partial.mkdir()
         tokenizer.save(str(partial / "tokenizer.json"))
+        (partial / TEMPLATE_FILE).write_text(CHAT_TEMPLATE, encoding="utf-8")
         _write_config(partial, config)
 
 
@@ -90,7 +95,8 @@ def adopt_tokenizer(source: Path, directory: Path) -> None:
     Ours whatever it had: a checkpoint's template must be the one it was trained with.
 
     Raises:
-        UserError: it lacks a control token, or one of its files is broken.
+        UserError: it lacks a control token, one of its files is broken, or transformers gives
+            chats other ids.
     """
     ChatTokenizer.load(source)
     config_file = source / "tokenizer_config.json"
@@ -102,11 +108,9 @@ def adopt_tokenizer(source: Path, directory: Path) -> None:
         raise UserError(f"{config_file} must hold a JSON object.")
     with replacing(directory) as partial:
         partial.mkdir()
-        for name in TOKENIZER_FILES:
-            if (source / name).exists():
-                # Contents only: DVC makes files of its cache read-only.
-                shutil.copyfile(source / name, partial / name)
+        copy_tokenizer(source, partial)
         _write_config(partial, config)
+        require_agreement(partial, source)
 
 
 def measure_tokenizer(tokenizer: ChatTokenizer, texts: Iterable[str]) -> dict[str, int | float]:
@@ -134,4 +138,3 @@ def _write_config(directory: Path, config: dict[str, Any]) -> None:
     config |= {"pad_token": PAD, "eos_token": END, "chat_template": CHAT_TEMPLATE}
     content = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
     (directory / "tokenizer_config.json").write_text(content, encoding="utf-8")
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
