@@ -1,16 +1,22 @@
 """Ways to score outputs: one object for evaluation, rewards and rejection sampling."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+import minimind.rewards
+import minimind.tasks
+import stages
 from minimind.chat.answers import normalise
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.errors import UserError
 from minimind.evaluation.evaluate import EvaluateConfig, evaluate
+from minimind.rewards import weighted
 from minimind.rewards.reward import Given, Sample
 from minimind.rewards.weighted import Rewards, RewardsConfig
+from minimind.tasks import task
 from minimind.tasks.problem import Problem, read_problems
 from minimind.tasks.task import task_names, task_of
 from minimind.thinking.completions import Completion
@@ -127,3 +133,33 @@ def test_a_chat_may_say_of_its_problem_what_other_rows_say(tmp_path: Path) -> No
     one, other = read_problems(file)
     assert (one.answer, one.level, one.messages) == ("5", 2, turns[:1])
     assert (other.answer, other.messages) == ("five", turns[:1])
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("\n\ndef score(:\n", ":3 cannot be imported: SyntaxError"),
+        ("\n1 / 0\n", ":2 cannot be imported: ZeroDivisionError"),
+        ("class A: ...\nclass B: ...\n", " has no "),
+    ],
+)
+def test_a_broken_file_among_rewards_and_tasks_is_named(
+    code: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text(code)
+    for package, module in ((minimind.rewards, weighted), (minimind.tasks, task)):
+        monkeypatch.setattr(package, "__path__", [str(tmp_path)])
+        monkeypatch.setattr(module, "__file__", str(tmp_path / "it.py"))
+    for load in (weighted.reward_classes.__wrapped__, lambda: task_of("broken")):
+        with pytest.raises(UserError, match=f"{tmp_path / 'broken.py'}{said}"):
+            load()
+    for name in ("minimind.rewards.broken", "minimind.tasks.broken"):
+        sys.modules.pop(name, None)
+
+
+def test_what_is_wrong_while_a_stage_is_imported_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert sys.excepthook is stages.complain
+    sys.excepthook(UserError, UserError("rewards/x.py:3:\n no."), None)
+    assert capsys.readouterr().err == "rewards/x.py:3: no.\n"

@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from minimind.errors import UserError
+from minimind.errors import UserError, importing
 from minimind.rewards.reward import CustomReward, Given, Reward, Sample
 
 
@@ -50,10 +50,8 @@ def load_custom_reward(file: Path) -> CustomReward:
     spec = importlib.util.spec_from_file_location("minimind_custom_reward", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    try:
+    with importing(file):
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise UserError(f"{file} cannot be imported: {type(error).__name__}: {error}.") from error
     score = getattr(module, "score", None)
     if not callable(score):
         raise UserError(f"{file} has no function score(prompt, completion, answer); define it.")

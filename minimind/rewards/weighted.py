@@ -4,22 +4,37 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
+from inspect import getfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import Field, create_model, model_validator
 
-from minimind.errors import UserError
+from minimind.errors import UserError, importing
 from minimind.params import Section
 from minimind.rewards.reward import Given, Reward, Sample, Values
 
 
 @cache
 def reward_classes() -> dict[str, type[Reward]]:
-    """The class REWARD of every module of this package that has one, by the module's name."""
-    names = {path.stem for path in Path(__file__).parent.glob("[!_]*.py")} - {"reward", "weighted"}
-    return {name: import_module(f"minimind.rewards.{name}").REWARD for name in sorted(names)}
+    """The class REWARD of every other module of this package, by the module's name.
+
+    Raises:
+        UserError: a module cannot be imported, or has no such class.
+    """
+    classes: dict[str, type[Reward]] = {}
+    for file in sorted(Path(__file__).parent.glob("[!_]*.py")):
+        if (name := file.stem) not in ("reward", "weighted"):
+            with importing(file):
+                module = import_module(f"minimind.rewards.{name}")
+            reward = getattr(module, "REWARD", None)
+            if not (isinstance(reward, type) and issubclass(reward, Reward)):
+                raise UserError(
+                    f"{file} has no class REWARD; end it with REWARD = and its subclass of Reward."
+                )
+            classes[name] = reward
+    return classes
 
 
 def _keys() -> dict[str, Any]:
@@ -29,7 +44,11 @@ def _keys() -> dict[str, Any]:
         keys[name] = (float, Field(reward.default_weight, ge=0))
     for reward in reward_classes().values():
         for option, field in reward.model_fields.items():
-            assert option not in keys, f"{option} is an option or part already"
+            if option in keys:
+                raise UserError(
+                    f"{getfile(reward)}: the option {option} is one of another reward, or its "
+                    "name; give it another name."
+                )
             keys[option] = (field.annotation, field)
     return keys
 

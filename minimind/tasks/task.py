@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from minimind.errors import UserError, importing
+
 
 class Score(NamedTuple):
     """What an output answers."""
@@ -27,8 +29,16 @@ class Task(Protocol):
 
 
 def task_of(name: str) -> Task:
-    """The object TASK of ``minimind/tasks/<name>.py``."""
-    task: Task = import_module(f"minimind.tasks.{name}").TASK
+    """The object TASK of ``minimind/tasks/<name>.py``.
+
+    Raises:
+        UserError: the module cannot be imported, or has no such object.
+    """
+    file = Path(__file__).with_name(f"{name}.py")
+    with importing(file):
+        task: Task | None = getattr(import_module(f"minimind.tasks.{name}"), "TASK", None)
+    if task is None:
+        raise UserError(f"{file} has no object TASK; end it with TASK = and one that scores.")
     return task
 
 
