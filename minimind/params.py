@@ -162,7 +162,10 @@ def _describe(name: str, detail: ErrorDetails, section: type[Section], inherited
     key = ".".join([*where, *map(str, detail["loc"])])
     match detail["type"]:
         case "extra_forbidden":
-            allowed = ", ".join(sorted(section.model_fields))
+            keys: Any = section  # the one that does not know it
+            for part in detail["loc"][:-1]:
+                keys = keys.model_fields[part].annotation
+            allowed = ", ".join(sorted(keys.model_fields))
             return f"{key} is not a known key; allowed are {allowed}"
         case "missing":
             return f"{key} is missing; add it"

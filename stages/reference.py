@@ -47,6 +47,7 @@ def main(
     with start_run("reference", params, {"dpo": config}, inputs, saves_states=False) as run:
         model = load_model(config.init).to(run.device).eval()
         dataset = open_dataset(preferences, config.init, "preference")
+        dataset.check_positions(model.config.max_positions, str(config.init))
         pairs = np.arange(dataset.num_samples)
         with torch.inference_mode(), autocast(run.device, config.dtype):
             scores = [

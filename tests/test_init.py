@@ -8,7 +8,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from minimind.model.checkpoint import load_model
+from minimind.chat.template import CHAT_TEMPLATE
+from minimind.model.checkpoint import load_model, save_checkpoint
 from tests.broken import SHAPE, build, run, write_params
 
 
@@ -79,6 +80,26 @@ def test_a_foreign_checkpoint_is_a_start(workspace: Path, foreign: Path, stage: 
     for weight in before.keys() & after.keys():
         torch.testing.assert_close(after[weight], before[weight], atol=1e-6, rtol=0)
     assert "model.embed_tokens.weight" in before.keys() & after.keys()
+
+
+def test_a_start_may_have_its_weights_in_parts(foreign: Path, tmp_path: Path) -> None:
+    """Of its files, a checkpoint gets the tokenizer's and no other."""
+    parts = tmp_path / "parts"
+    stock = LlamaForCausalLM.from_pretrained(foreign)
+    stock.save_pretrained(parts, max_shard_size="4KB")
+    assert len(list(parts.glob("model-*.safetensors"))) > 1
+    AutoTokenizer.from_pretrained(foreign).save_pretrained(parts)
+    (parts / "chat_template.jinja").write_text("another")
+    (parts / "modeling.py").write_text("1 / 0")
+    whole, loaded = load_model(foreign).state_dict(), load_model(parts).state_dict()
+    assert all(torch.equal(whole[name], loaded[name]) for name in whole)
+    save_checkpoint(tmp_path / "saved", load_model(parts), parts)
+    assert sorted(file.name for file in (tmp_path / "saved").iterdir()) == [
+        "chat_template.jinja",
+        *("config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    ]
+    assert (tmp_path / "saved/chat_template.jinja").read_text() == CHAT_TEMPLATE
 
 
 def test_a_directory_with_a_tokenizer_alone_gives_a_new_model(workspace: Path) -> None:

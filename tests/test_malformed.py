@@ -313,6 +313,8 @@ CAUSES["sections that do not fit together"] = [
         ("num_eval_per_level",),
     ),
     key_case(("grpo", "grpo.num_generations"), 1, "2"),
+    Case("grpo", with_params(grpo__rewards__langage=1.0), ("rewards.langage", ", language, ")),
+    Case("distill", with_params(distill__student__layers=1), (".layers", ", num_layers, ")),
     key_case(("rejection_sampling", "rejection_sampling.endpoint"), "ftp://x", "http"),
     Case(
         "rejection_sampling",
@@ -893,6 +895,7 @@ def poisoned(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return change
 
 
+NORM = "model.norm.weight"
 CAUSES["weights hold NaN or infinity"] = st.builds(
     lambda command, name, value: weight_case(command, name, poisoned(value)),
     a_loader,
@@ -938,7 +941,7 @@ CAUSES["a head of its own"] = [
 CONFIG: dict[str, list[Any]] = {
     "model_type": ["gpt2", None, [], 7],
     "vocab_size": [0, -1, 10**12, 100, 1.5, "x"],
-    "hidden_size": [0, 7, 16, None, 10**12],
+    "hidden_size": [0, 7, 16, None, 10**12, "8", 8.0, float("inf")],
     "num_hidden_layers": [0, 2, 10**9, "one"],
     "num_attention_heads": [3, 0, None],
     "num_key_value_heads": [2, 3],
@@ -947,7 +950,72 @@ CONFIG: dict[str, list[Any]] = {
     "rope_parameters": ["x", {"rope_type": "default"}, 7],
     "max_position_embeddings": [0, -5],
     "hidden_act": ["gelu"],
+    "auto_map": [{"AutoModelForCausalLM": "modeling.Model"}],
 }
+CAUSES["weights that float32 does not hold"] = [
+    base_case(
+        command,
+        with_weights(BASE, lambda w: w.update({NORM: w[NORM].double().fill_(1e308)})),
+        BASE,
+        NORM,
+    )
+    for command in LOADERS
+]
+
+
+def sharded(change: Callable[[dict[str, str]], object]) -> Callable[[Path], None]:
+    """Weights in two files, and an index of them that is then changed."""
+
+    def broken(directory: Path) -> None:
+        weights = load_file(directory / BASE_WEIGHTS)
+        (directory / BASE_WEIGHTS).unlink()
+        files = {name: f"part-{name == NORM:d}.safetensors" for name in weights}
+        for file in set(files.values()):
+            part = {name: weights[name] for name in weights if files[name] == file}
+            save_file(part, directory / BASE / file)
+        change(files)
+        index = directory / f"{BASE_WEIGHTS}.index.json"
+        index.write_text(json.dumps({"weight_map": files}))
+
+    return broken
+
+
+CAUSES["parts of weights that are not whole"] = [
+    base_case(command, broken, f"{BASE}/{named}")
+    for command in ("sft", "teacher_outputs")
+    for broken, named in [
+        (sharded(lambda files: files.update({NORM: "../part-1.safetensors"})), "model"),
+        (sharded(lambda files: files.update({NORM: "part-0.safetensors"})), "model"),
+        (sharded(lambda files: files.update({NORM: 7})), "model"),  # type: ignore[dict-item]
+        (sharded(lambda files: files.update({NORM: "part-2.safetensors"})), "part-2.safetensors"),
+        (sharded(lambda files: files.update(more="part-3.safetensors")), "part-3.safetensors"),
+        (sharded(lambda files: files.clear()), "model.safetensors.index.json"),
+        (sharded(lambda files: files.pop(NORM)), "model.safetensors"),
+    ]
+]
+OTHER_FILES = ("pytorch_model.bin", "model.gguf", "adapter_config.json", "tf_model.h5")
+
+
+def instead_of(file: str, other: str) -> Callable[[Path], object]:
+    return lambda directory: (directory / BASE / file).rename(directory / BASE / other)
+
+
+CAUSES["a checkpoint of another kind"] = [
+    base_case(command, instead_of("model.safetensors", other), other)
+    for command in ("sft", "teacher_outputs")
+    for other in OTHER_FILES
+] + [base_case("grpo", instead_of("config.json", other), other) for other in OTHER_FILES]
+CAUSES["no tokenizer alone and no checkpoint either"] = [
+    Case(
+        "pretrain",
+        lambda directory, other=other: (  # type: ignore[misc]
+            with_params(pretrain__init=BASE)(directory),
+            instead_of("config.json", other)(directory),
+        ),
+        (BASE, other if other in OTHER_FILES else "model.safetensors"),
+    )
+    for other in (*OTHER_FILES, "config.jsn")
+]
 CAUSES["config.json is of another model"] = st.builds(
     lambda command, change: base_case(
         command, with_json(f"{BASE}/config.json", **{change[0]: change[1]})
@@ -1008,6 +1076,17 @@ CAUSES["tokenizer.json is no tokenizer of ours"] = [
     for (command, folder), change in zip(
         list(TOKENIZERS.items()) * 2, TOKENIZER_CHANGES, strict=False
     )
+]
+CAUSES["a tokenizer without an unknown token"] = [
+    Case(
+        command,
+        with_json(
+            f"{folder}/tokenizer.json",
+            model={"type": "WordLevel", "vocab": {"user": 0}, "unk_token": "?"},
+        ),
+        (folder, "unknown token"),
+    )
+    for command, folder in TOKENIZERS.items()
 ]
 CAUSES["tokenizer_config.json cannot be read"] = [
     Case("adopt", with_text("foreign/tokenizer_config.json", text), ("foreign/tokenizer_config",))
@@ -1085,6 +1164,11 @@ CAUSES["a teacher that does not fit"] = [
         ("teacher_outputs", with_json(f"{BASE}/config.json", vocab_size="x"), BASE),
         ("teacher_outputs", with_json(f"{BASE}/config.json", hidden_size=10), BASE),
         ("distill", without(BASE), BASE),
+        (
+            "teacher_outputs",
+            with_json(f"{BASE}/config.json", max_position_embeddings=4),
+            "max_positions 4",
+        ),
     ]
 ]
 CAUSES["a student of another shape than its checkpoint"] = [
@@ -1163,6 +1247,8 @@ CAUSES["a reward model that is none"] = [
             with_json("models/reward/config.json", model_type="nonsense"),
             with_json("models/reward/config.json", hidden_size=16),
             with_text("models/reward/tokenizer.json", b"{}"),
+            with_text("models/reward/chat_template.jinja", "{{ raise_exception('no') }}"),
+            with_text("models/reward/chat_template.jinja", "{{ messages"),
         ],
         strict=False,
     )

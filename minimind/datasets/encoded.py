@@ -165,6 +165,16 @@ class EncodedDataset:
                 f"{' or '.join(allowed)}; give it another data set."
             )
 
+    def check_positions(self, max_positions: int, model: str = "the model") -> None:
+        """Raise UserError where a row is longer than the model has positions."""
+        longest = int(np.diff(self.offsets).max())
+        if longest > max_positions:
+            raise UserError(
+                f"{self.directory} has a row of {longest} tokens, but {model} has max_positions "
+                f"{max_positions}; encode it with a max_length of at most {max_positions}, or "
+                "take a model with more positions."
+            )
+
     def _check_rows(self) -> None:
         """Each source row has a sample, each row a token, and as many trained as indexed."""
         damaged = UserError(f"{self.directory} contradicts itself; encode it again.")

@@ -11,8 +11,9 @@ from minimind.chat.tokenizer import ChatTokenizer
 from minimind.compute.precision import DType, autocast
 from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import UserError
-from minimind.model.checkpoint import WEIGHTS, config_json, load_config, load_model
-from minimind.model.transformer import Output, PackedTokens
+from minimind.model.checkpoint import config_json, load_config, load_model
+from minimind.model.stock import load_stock
+from minimind.model.transformer import Output, PackedTokens, Transformer
 
 
 class Teacher(nn.Module):
@@ -54,7 +55,8 @@ def load_teacher(directory: Path, dataset: EncodedDataset, dtype: DType) -> Teac
     """Load any Hugging Face directory whose tokenizer is the one that encoded `dataset`.
 
     Raises:
-        UserError: it has another tokenizer, or is not a model that can be loaded.
+        UserError: it has another tokenizer, fewer positions than rows have tokens, or is not a
+            model that can be loaded.
     """
     tokenizer = ChatTokenizer.load(directory)
     if tokenizer.fingerprint != dataset.tokenizer:
@@ -63,7 +65,15 @@ def load_teacher(directory: Path, dataset: EncodedDataset, dtype: DType) -> Teac
             "teacher must share one: take another teacher, or adopt its by data.tokenizer."
         )
     dataset.check_tokenizer_of(directory)
-    model = load_model(directory) if _is_ours(directory) else _load_foreign(directory)
+    model: Transformer | PaddedModel
+    if _is_ours(directory):
+        model = load_model(directory)
+        positions: int | None = model.config.max_positions
+    else:
+        model = _load_foreign(directory)
+        positions = getattr(model.model.config, "max_position_embeddings", None)
+    if positions is not None:
+        dataset.check_positions(positions, f"the teacher {directory}")
     return Teacher(model, tokenizer.vocab_size, dtype)
 
 
@@ -74,25 +84,19 @@ def _is_ours(directory: Path) -> bool:
     except UserError:
         return False
     found = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    same = all(found.get(name) == value for name, value in ours.items())
-    return same and (directory / WEIGHTS).exists()  # without that file the weights are in shards
+    return all(found.get(name) == value for name, value in ours.items())
 
 
 def _load_foreign(directory: Path) -> PaddedModel:
     # Imported here: it takes seconds, and only foreign architectures need it.
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # what is wrong is said in one line
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=torch.float32,
+    return PaddedModel(
+        load_stock(
+            AutoModelForCausalLM,
+            str(directory),
+            f"the teacher {directory}",
             local_files_only=True,
             trust_remote_code=False,
-            use_safetensors=True,
         )
-    except Exception as error:  # transformers raises whatever its parts raise
-        raise UserError(f"the teacher {directory} cannot be loaded: {error}") from None
-    return PaddedModel(model)
+    )

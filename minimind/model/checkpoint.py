@@ -5,25 +5,23 @@ config.json  generation_config.json  model.safetensors  and the tokenizer's file
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minimind.chat.tokenizer import ChatTokenizer
+from minimind.chat.tokenizer import ChatTokenizer, copy_tokenizer
 from minimind.errors import UserError, complaint
 from minimind.files import replacing
 from minimind.model.transformer import ModelConfig, ModelShape, Transformer
 
 WEIGHTS = "model.safetensors"
-# Everything else in a checkpoint's directory belongs to the tokenizer.
-MODEL_FILES = ("config.json", "generation_config.json", WEIGHTS)
+INDEX = f"{WEIGHTS}.index.json"  # where weights are in several files
 # model_type in config.json, without and with experts.
 DENSE, MIXTURE = "llama", "ernie4_5_moe"
 EMBEDDING = "model.embed_tokens.weight"
@@ -45,6 +43,18 @@ EXPERTS = {
     "num_experts_per_token": "moe_k",
     "num_shared_experts": "moe_num_shared_experts",
     "router_aux_loss_coef": "router_aux_loss_coef",
+}
+
+
+# What else there may be instead of a checkpoint, and what to do with it.
+FOREIGN = {
+    "adapter_config.json": "is an adapter's; merge it into its base with peft",
+    "*.gguf": "is llama.cpp's; take the checkpoint that it was made from",
+    "*.bin": "is pickled, which may run anything; save the model as safetensors",
+    "*.pt*": "is pickled, which may run anything; save the model as safetensors",
+    "*.h5": "is TensorFlow's; save the model as safetensors",
+    "*.msgpack": "is Flax's; save the model as safetensors",
+    "*.safetensors*": "is of a checkpoint that is not whole; take it from its source again",
 }
 
 
@@ -71,11 +81,7 @@ def save_checkpoint(
             weights[f"model.layers.{layer}.mlp.{SELECTION_BIAS}"] = torch.zeros(1, num_experts)
     with replacing(directory) as partial:
         partial.mkdir()
-        for source in sorted(tokenizer_directory.iterdir()):
-            if source.is_file() and source.name not in MODEL_FILES:
-                # copyfile, not copy: files that DVC links into the workspace are read-only,
-                # and their mode must not come along.
-                shutil.copyfile(source, partial / source.name)
+        copy_tokenizer(tokenizer_directory, partial)
         write_json(partial / "config.json", config_json(model.config) | control_ids)
         write_json(partial / "generation_config.json", control_ids)
         # More metadata than this would change the file's bytes from run to run.
@@ -103,11 +109,8 @@ def load_model(directory: Path | str) -> Transformer:
             config.json says or not finite, or the tokenizer has more tokens than the model.
     """
     directory = Path(directory)
-    config, path = load_config(directory), directory / WEIGHTS
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}; run its stage again.") from None
+    config, weights = load_config(directory), _read_weights(directory)
+    path = directory / WEIGHTS  # or its parts
     with torch.device("meta"):
         model = Transformer(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -130,9 +133,9 @@ def load_model(directory: Path | str) -> Transformer:
             f"calls for {expected.get(name, 'no such weight')}; these are not of one checkpoint."
         )
     for name, tensor in weights.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
             raise UserError(
-                f"{path}: {name} holds NaN, infinite or whole values; "
+                f"{path}: {name} holds NaN, values that are infinite in float32, or whole ones; "
                 "take a checkpoint from before they came in."
             )
     if (directory / "tokenizer.json").is_file():
@@ -147,13 +150,70 @@ def load_model(directory: Path | str) -> Transformer:
     return model
 
 
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    """All weights, of one file or of the several that an index names.
+
+    Raises:
+        UserError: a file is missing or damaged, or the index names what is not so.
+    """
+    index = directory / INDEX
+    if (directory / WEIGHTS).exists() or not index.is_file():
+        return _read_file(directory / WEIGHTS)
+    try:
+        weight_map = _Index.model_validate_json(index.read_bytes()).weight_map
+    except ValidationError as error:
+        detail = error.errors()[0]
+        where = "".join(f"{part}: " for part in detail["loc"])
+        raise UserError(
+            f"{index}: {where}{complaint(detail)}; take the checkpoint from its source again."
+        ) from None
+    weights: dict[str, Tensor] = {}
+    for file in sorted(set(weight_map.values())):
+        part = _read_file(directory / file)
+        if wrong := sorted(part.keys() ^ {name for name in weight_map if weight_map[name] == file}):
+            raise UserError(
+                f"{index}: {wrong[0]} is said to be in {weight_map.get(wrong[0], 'no file')}, but "
+                f"{file} {'has' if wrong[0] in part else 'does not have'} it; "
+                "these files are not of one checkpoint."
+            )
+        weights |= part
+    return weights
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        advice = _advice(path.parent) or "run its stage again"
+        raise UserError(f"{path} is missing; {advice}.") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}; run its stage again.") from None
+
+
+class _Index(BaseModel):
+    """model.safetensors.index.json: the file beside it that has a weight."""
+
+    weight_map: dict[str, Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")]] = Field(
+        min_length=1
+    )
+
+
+def _advice(directory: Path) -> str:
+    """What to do with a directory that is not a whole checkpoint; nothing where there is none."""
+    for pattern, advice in FOREIGN.items():
+        if found := sorted(directory.glob(pattern)):
+            return f"{found[0].name} {advice}"
+    return ""
+
+
 def start_model(init: Path, shape: ModelShape, seed: int, asked_by: str) -> Transformer:
     """The checkpoint in `init`; a new model where there is nothing but a tokenizer.
 
     asked_by: the section that `shape` is of.
 
     Raises:
-        UserError: the checkpoint has another shape, or cannot be read.
+        UserError: the checkpoint has another shape, or cannot be read; or there is what is left of
+            one, or of another kind.
     """
     if (init / "config.json").exists():
         model = load_model(init)
@@ -164,6 +224,8 @@ def start_model(init: Path, shape: ModelShape, seed: int, asked_by: str) -> Tran
                     f"{asked_by}.{key} is {value}, but {init} has {found}; make them agree."
                 )
         return model
+    if advice := _advice(init):
+        raise UserError(f"{init} is no tokenizer alone: {advice}.")
     vocab_size = ChatTokenizer.load(init).vocab_size
     model = Transformer(ModelConfig(vocab_size=vocab_size, **shape.model_dump()))
     model.initialize(seed)
@@ -178,7 +240,8 @@ def load_config(directory: Path) -> ModelConfig:
     """
     path = directory / "config.json"
     if not path.is_file():
-        raise UserError(f"{path} is missing; {directory} is not a checkpoint: run its stage first.")
+        advice = _advice(directory) or "run its stage first"
+        raise UserError(f"{path} is missing; {directory} is not a checkpoint: {advice}.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config["model_type"] not in (DENSE, MIXTURE):
@@ -186,18 +249,18 @@ def load_config(directory: Path) -> ModelConfig:
                 f"{path}: model_type is {config['model_type']!r}; "
                 f"allowed is {DENSE!r} or {MIXTURE!r}."
             )
-        _require_our_arithmetic(config, path)
         mixture = config["model_type"] == MIXTURE
-        loaded = ModelConfig(
-            **{field: config[key] for field, key in SHAPE.items()},
-            rope_theta=(config.get("rope_parameters") or config)["rope_theta"],
-            **{field: config[key] if mixture else 0 for field, key in EXPERTS.items()},
-        )
+        shape = {field: config[key] for field, key in SHAPE.items()}
+        shape["rope_theta"] = (config.get("rope_parameters") or config)["rope_theta"]
+        shape |= {field: config[key] if mixture else 0 for field, key in EXPERTS.items()}
+        loaded = ModelConfig.model_validate(shape, strict=True)
+        _require_our_arithmetic(config, loaded, path)
     except KeyError as error:
         raise UserError(f"{path}: the key {error} is missing.") from None
     except ValidationError as error:
         detail = error.errors()[0]
-        where = f"{detail['loc'][0]} is {detail['input']!r}; " if detail["loc"] else ""
+        keys = [(SHAPE | EXPERTS).get(str(field), field) for field in detail["loc"]]
+        where = f"{keys[0]} is {detail['input']!r}; " if keys else ""
         raise UserError(f"{path}: {where}{complaint(detail)}.") from None
     except UserError:
         raise
@@ -214,7 +277,7 @@ def load_config(directory: Path) -> ModelConfig:
     return loaded
 
 
-def _require_our_arithmetic(config: dict[str, Any], path: Path) -> None:
+def _require_our_arithmetic(config: dict[str, Any], loaded: ModelConfig, path: Path) -> None:
     """Raises UserError where a model of our shape would compute something else with its weights."""
     rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
     found = {
@@ -226,8 +289,9 @@ def _require_our_arithmetic(config: dict[str, Any], path: Path) -> None:
         },
     }
     if config.get("head_dim") is not None:
-        head_size = config["hidden_size"] // (config["num_attention_heads"] or 1)
-        found["head_dim"] = (config["head_dim"], head_size)
+        found["head_dim"] = (config["head_dim"], loaded.head_size)
+    if config.get("auto_map"):  # code that comes with a model
+        found["auto_map"] = (config["auto_map"], None)
     for key, (value, supported) in found.items():
         if value != supported:
             raise UserError(f"{path}: {key} is {value!r}; only {supported!r} is supported.")

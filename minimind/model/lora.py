@@ -111,7 +111,7 @@ def merge_adapter(base: Transformer, directory: Path) -> Transformer:
             f"{found.get(name, 'missing')}, but the base calls for {expected.get(name, 'none')}."
         )
     for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.float()).all():
             raise UserError(f"{directory / WEIGHTS}: {name} holds NaN or infinite values.")
     set_peft_model_state_dict(model, weights)
     for layer in model.modules():  # what peft's merge_and_unload does, but for Hugging Face models

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from minimind.chat.template import Message
 from minimind.errors import UserError
+from minimind.model.stock import load_stock
 from minimind.rewards.reward import Given, Reward, Sample, Values
 
 ROWS_AT_A_TIME = 64
@@ -80,11 +81,10 @@ class RewardScorer:
         it must not end its turn and write a better one of the user's.
         """
         if not any(token in turn["content"] for turn in chat for token in self.control_tokens):
-            encoded = self.tokenizer.apply_chat_template(chat, return_dict=True)
-            return list(encoded["input_ids"])
+            return list(self._rendered(chat, return_dict=True)["input_ids"])
         places = [f"\ue000{number}\ue001" for number in range(len(chat))]
         marked = [{**turn, "content": place} for turn, place in zip(chat, places, strict=True)]
-        rendered = self.tokenizer.apply_chat_template(marked, tokenize=False)
+        rendered = self._rendered(marked, tokenize=False)
         ids: list[int] = []
         for piece in re.split("(\ue000[0-9]+\ue001)", rendered):
             is_text = piece in places
@@ -92,6 +92,16 @@ class RewardScorer:
             options = {"add_special_tokens": False, "split_special_tokens": is_text}
             ids += self.tokenizer(text, **options)["input_ids"]
         return ids
+
+    def _rendered(self, chat: Sequence[Message], **options: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(chat, **options)
+        except Exception as error:  # templates raise what they like
+            roles = ", ".join(turn["role"] for turn in chat)
+            raise UserError(
+                f"the chat template of the reward model {self.tokenizer.name_or_path} fails on "
+                f"turns of {roles}: {error}; correct it."
+            ) from None
 
     def _broken(self, chat: list[Message]) -> list[Message]:
         """Control tokens in texts broken by a space of no width: for other people's code."""
@@ -119,27 +129,15 @@ def load_reward_model(
     # Imported here: it takes a second, and most runs have no reward model.
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # what matters is checked below
     source, options = _source(directory, hub_id)
     options |= {"trust_remote_code": trust_remote_code}
+    name = f"the reward model {hub_id or directory}"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        # Weights as safetensors alone: nothing is unpickled.
-        options |= {"use_safetensors": True, "dtype": torch.float32}
-        model, loaded = _auto_class(transformers, config).from_pretrained(
-            source, output_loading_info=True, **options
-        )
     except Exception as error:  # transformers raises whatever its parts raise
-        raise UserError(
-            f"the reward model {hub_id or directory} cannot be loaded: {error!r}"
-        ) from None
-    if missing := sorted(loaded["missing_keys"]):  # they would be random
-        raise UserError(
-            f"the reward model {hub_id or directory} has no weights {', '.join(missing[:4])}; "
-            "it is not whole, or not a reward model."
-        )
+        raise UserError(f"{name} cannot be loaded: {error!r}") from None
+    model = load_stock(_auto_class(transformers, config), source, name, **options)
     if not hasattr(model, "get_scores"):
         if model.config.num_labels != 1:
             raise UserError(

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
@@ -78,7 +77,7 @@ def fit(
         for module in model.modules():
             if isinstance(module, Decoder):
                 module.recompute_layers = config.gradient_checkpointing
-                _require_positions(dataset, module.max_positions)
+                dataset.check_positions(module.max_positions)
         trained, forward = shard(model, Layer, run.device, run.processes, run.settings)
         optimizer = Optimizer(trained, config, run.device, run.processes.world)
         best = BestWeights(trained)
@@ -176,16 +175,6 @@ def _require_samples(
             f"patience is {config.patience}, but validation_share {config.validation_share} of "
             f"{dataset.num_sources} source rows holds none out; raise the share, or set patience "
             "to 0."
-        )
-
-
-def _require_positions(dataset: EncodedDataset, max_positions: int) -> None:
-    longest = int(np.diff(dataset.offsets).max())
-    if longest > max_positions:
-        raise UserError(
-            f"{dataset.directory} has a row of {longest} tokens, but the model has max_positions "
-            f"{max_positions}; encode it with a max_length of at most {max_positions}, or train a "
-            "model with more positions."
         )
 
 
