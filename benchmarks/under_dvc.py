@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import yaml
+from filelock import SoftFileLease
 
 from benchmarks.tiny_project import dvc, git
 from benchmarks.victims import Stage, Tally, digests, newest_checkpoint, phase_on_disk
@@ -257,8 +258,9 @@ def kill_under_experiments(project: Path, stages: Mapping[str, Stage], tally: Ta
     starter, _ = start_dvc(project, "queue", "start")  # which may return after the stage has ended
     while newest_checkpoint(project) is None:
         time.sleep(0.005)
-    (lock,) = project.glob(".resume/sft/*/lock")
-    pid = int(lock.read_text(encoding="utf-8").split()[1])
+    (lease,) = project.glob(".resume/sft/*.lease")
+    pid = SoftFileLease(lease).pid
+    assert pid is not None
     os.kill(pid, signal.SIGKILL)
     phase = phase_on_disk(project, stage, pid, started)
     starter.wait()

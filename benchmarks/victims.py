@@ -191,8 +191,8 @@ def phase_on_disk(project: Path, stage: Stage, pid: int, started: float) -> str:
     if any_of(".resume/*/*/partial-0*"):
         return "state write"
     is_at_work = any(
-        f"process {pid} " in lock.read_text(encoding="utf-8")
-        for lock in project.glob(".resume/*/*/lock")
+        f"pid={pid}\n" in lease.read_text(encoding="utf-8")
+        for lease in project.glob(".resume/*/*.lease")
     )
     has_begun = stage.kind in NOTHING_TO_RESUME or newest_checkpoint(project) is not None
     return "step" if is_at_work and has_begun else "start"

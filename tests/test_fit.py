@@ -300,13 +300,6 @@ def test_a_loss_that_is_not_finite_names_step_rows_and_rate(
     assert "\n" not in str(error.value)
 
 
-def test_two_processes_never_share_a_state(tmp_path: Path, data: EncodedDataset) -> None:
-    config = FitConfig.model_validate(CONFIG)
-    in_use = pytest.raises(UserError, match="in use by process")
-    with a_run(tmp_path, config), in_use, a_run(tmp_path, config):
-        pass
-
-
 def test_too_little_data_is_said(tmp_path: Path) -> None:
     one = write_rows(tmp_path / "data", random_rows(1))
     with pytest.raises(UserError, match="holds none out"):

@@ -2,6 +2,7 @@
 
     .resume/<stage>/<fingerprint>/checkpoint-<step>/tensors.safetensors, values.json
     .resume/<stage>/<fingerprint>/finished.json      once the stage's outputs are written
+    .resume/<stage>/<fingerprint>.lease              while a process uses them
 
 DVC deletes a stage's outputs before it runs it, so checkpoints cannot lie among them. The
 fingerprint covers parameters, inputs and code: a checkpoint never meets a run of another kind.
@@ -10,7 +11,6 @@ fingerprint covers parameters, inputs and code: a checkpoint never meets a run o
 import hashlib
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
 from minimind.errors import UserError
+from minimind.lineage.lease import hold, refuse_if_lost
 
 CHECKPOINT_FORMAT = 1  # part of the fingerprint: checkpoints of another format are never read
 CHECKPOINTS_KEPT = 2
@@ -44,13 +43,21 @@ class ResumeCheckpoint:
 class ResumeStore:
     """The checkpoints of one run; one process at a time."""
 
-    def __init__(self, directory: Path, check: Callable[[], None] = lambda: None) -> None:
-        """check: called before a checkpoint becomes visible; what it raises keeps it from that."""
+    def __init__(
+        self,
+        directory: Path,
+        check: Callable[[], None] = lambda: None,
+        wait: Callable[[str], None] | None = None,
+    ) -> None:
+        """Waits for the process that has them.
+
+        check: called before a checkpoint becomes visible; what it raises keeps it from that.
+        wait: as in :func:`minimind.lineage.lease.hold`.
+        """
         self.directory, self._check = directory, check
-        directory.mkdir(parents=True, exist_ok=True)
+        self._lease = hold(directory, wait)
         for parent in list(directory.parents)[:3]:  # .resume/<stage>/ and what holds it
             _sync_directory(parent)
-        self._lock = _lock(directory)
         for unfinished in directory.glob("partial-*/"):  # left by a kill, and never read
             shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -71,6 +78,7 @@ class ResumeStore:
             ) from None
         try:
             self._check()
+            refuse_if_lost(self._lease)
         except UserError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -104,7 +112,7 @@ class ResumeStore:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def close(self) -> None:
-        self._lock.release()
+        self._lease.release()
 
     def _checkpoints(self) -> list[Path]:
         return sorted(self.directory.glob("checkpoint-*"))
@@ -138,9 +146,7 @@ def stored_runs(resume_root: Path) -> list[StoredRun]:
 
 def remove_run(run: StoredRun) -> None:
     """Raises UserError where a process is using it."""
-    in_use = _lock(run.directory)
-    shutil.rmtree(run.directory, ignore_errors=True)
-    in_use.release()
+    _remove(run.directory)
 
 
 def forget_recorded(resume_root: Path, wanted: Path) -> None:
@@ -171,9 +177,7 @@ def forget_recorded(resume_root: Path, wanted: Path) -> None:
         os.sync()  # what DVC recorded, which it does not do itself: a power cut must find one
     for directory in recorded:
         with suppress(OSError, UserError):
-            in_use = _lock(directory)
-            shutil.rmtree(directory, ignore_errors=True)
-            in_use.release()
+            _remove(directory)
 
 
 def _write_checkpoint(directory: Path, checkpoint: ResumeCheckpoint) -> None:
@@ -210,22 +214,10 @@ def _read_checkpoint(directory: Path) -> ResumeCheckpoint:
     return ResumeCheckpoint(contents.pop("step"), load(data), contents)
 
 
-def _lock(directory: Path) -> BaseFileLock:
-    """A lock that its process's death releases; beside it stands whose it is."""
-    lock, holder = FileLock(directory / "lock", timeout=0), directory / "holder.json"
-    try:
-        lock.acquire()
-    except Timeout:
-        who = "another process"
-        with suppress(OSError, ValueError, KeyError):  # it is about to be written
-            of = json.loads(holder.read_text(encoding="utf-8"))
-            who = f"process {of['pid']} on {of['host']} ({of['program']})"
-        raise UserError(
-            f"{directory} is in use by {who}; wait for it to end, or stop it."
-        ) from None
-    of = {"pid": os.getpid(), "host": platform.node(), "program": psutil.Process().name()}
-    holder.write_text(json.dumps(of), encoding="utf-8")
-    return lock
+def _remove(directory: Path) -> None:
+    lease = hold(directory)
+    shutil.rmtree(directory, ignore_errors=True)
+    lease.release()
 
 
 def _sync_directory(directory: Path) -> None:

@@ -218,8 +218,18 @@ def start_run(
     states = settings.root / ".resume" / stage / fingerprint
     if processes.is_main:
         forget_recorded(settings.root / ".resume", wanted=states)
+    told: set[str] = set()
+
+    def wait(holder: str) -> None:
+        if stop.requested:
+            raise Stopped("stopped while waiting. Run the same command again.", stop.exit_code)
+        if holder not in told:
+            line = f"{stage}: waiting for {holder}, which runs the same, to go on from what it has"
+            print(line, file=sys.stderr, flush=True)
+        told.add(holder)
+
     check, many = provenance.check_inputs, processes.world > 1
-    store = SharedStore(states, check, processes) if many else ResumeStore(states, check)
+    store = SharedStore(states, check, processes) if many else ResumeStore(states, check, wait)
     run = StageRun(
         stage,
         settings,
