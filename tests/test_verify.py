@@ -215,7 +215,21 @@ BREAKS: dict[str, tuple[Callable[[Path], None], set[str], list[str]]] = {
     "a stage that dvc.lock does not have": (
         forget("pretrain"),
         ALL,
-        ["dvc.lock does not say that stage pretrain made models/pretrain", "`dvc repro pretrain`"],
+        [
+            "dvc.lock does not say that stage pretrain made metrics/pretrain.json: "
+            "metrics/pretrain.json is there, so its entry is lost",
+            "`dvc repro pretrain`",
+        ],
+    ),
+    "a stage that dvc.lock does not have, nor anything else": (
+        lambda p: (forget("report")(p), (p / "report.md").unlink()),
+        {"report"},
+        ["stage report made report.md: it was never run, or its entry is lost; `dvc repro report`"],
+    ),
+    "a stage that dvc.lock does not have, but its record": (
+        lambda p: (leave_record("report", "report.md")(p), forget("report")(p)),
+        {"report"},
+        ["stage report made report.md: runs/report.json is there, so its entry is lost, or the"],
     ),
     "an upstream stage that ran again": (run_upstream_alone, ALL, ["stage world", "step.py"]),
     "a file of the data that was edited": (
@@ -268,7 +282,8 @@ OUT_OF_DATE = {  # DVC sees it, and runs the stages again; all else nobody may r
     "missing data",
     "a changed parameter",
     "a parameter that is gone",
-    "a stage that dvc.lock does not have",
+    "a stage that dvc.lock does not have, nor anything else",
+    "a stage that dvc.lock does not have, but its record",
     "an upstream stage that ran again",
 }
 
@@ -306,6 +321,14 @@ def test_a_lock_that_is_cut_off_is_one_line(project: Path, size: int) -> None:
         if whole[end - 1 : end] != b"\n":
             assert not lines
             assert re.search(r"dvc\.lock is (cut off after|not valid YAML)", first)
+
+
+def test_a_lock_that_is_cut_off_at_the_end_of_a_line_is_found(project: Path) -> None:
+    lines = (project / "dvc.lock").read_bytes().splitlines(keepends=True)
+    hashes = [number for number, line in enumerate(lines) if b"md5: " in line]
+    for end in range(1, hashes[-1], 5):
+        (project / "dvc.lock").write_bytes(b"".join(lines[:end]))
+        assert verify(project)[0] == 1, b"".join(lines[:end])
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])
@@ -403,45 +426,96 @@ def test_without_a_lock_there_is_nothing_to_verify(project: Path, text: str | No
     assert "dvc.lock" in first
 
 
-def test_git_checks_the_workspace_once_the_hook_is_there(project: Path) -> None:
-    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-        command = ["git", *identity, *arguments]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
+def git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
 
+
+def with_hook(project: Path, top: Path) -> None:
+    """All that git is to keep is committed, and git checks each commit from now on."""
+    ignored = ["/models", "/exports", "/data/world", "/.dvc", "/report.md", "/runs"]
+    (project / ".gitignore").write_text("\n".join(ignored), encoding="utf-8")
+    git(top, "init", "-q")
+    git(top, "add", "-A")
+    assert git(top, "commit", "-qm", "whole").returncode == 0
+    assert CliRunner().invoke(app, ["verify", str(project), "--install-hook"]).exit_code == 0
+
+
+def run_again(project: Path) -> None:
+    edit("params.yaml", "5.0e-4", "6.0e-4")(project)
+    edit("step.py", "len\\(texts\\)", "7")(project)
+    edit("step.py", "name, [*]texts", "name, *texts, name")(project)
+    dvc(project, "repro", "-q")
+
+
+@pytest.mark.parametrize("below", [False, True])
+@pytest.mark.parametrize("staged", ["metrics", "dvc.lock"])
+def test_git_commits_only_what_agrees(project: Path, staged: str, below: bool) -> None:
+    """Whatever lies in the workspace: it is whole here."""
+    top = project.parent if below else project
+    with_hook(project, top)
+    run_again(project)
+    assert verify(project)[0] == 0
+    git(project, "add", staged)
+    refused = git(project, "commit", "-qm", "half")
+    assert refused.returncode == 1
+    assert re.search(r"broken; the first: metrics/.* is \(", refused.stderr)
+    git(project, "reset", "-q")
+    assert git(project, "commit", "-qm", "half", staged).returncode == 1  # an index of its own
+    assert git(project, "commit", "-qam", "whole").returncode == 0
+    assert git(project, "status", "--porcelain").stdout == ""
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_what_is_not_staged_keeps_git_from_nothing(project: Path, below: bool) -> None:
+    with_hook(project, project.parent if below else project)
+    (project / "notes.md").write_text("staged")
+    git(project, "add", "notes.md")
+    run_again(project)
+    edit("metrics/sft.json", "$", "0")(project)
+    assert verify(project)[0] == 1
+    done = git(project, "commit", "-qm", "notes")
+    assert done.returncode == 0, done.stderr
+    git(project, "add", "-A")
+    assert git(project, "commit", "-qm", "edited metrics").returncode == 1
+
+
+def test_weights_that_are_not_what_they_were_are_found_by_the_hook(project: Path) -> None:
+    with_hook(project, project)
+    edit("params.yaml", "5.0e-4", "6.0e-4")(project)
+    assert git(project, "commit", "-qam", "out of date").returncode == 0
+    flip_a_byte(project)
+    refused = git(project, "commit", "-q", "--allow-empty", "-m", "false")
+    assert refused.returncode == 1
+    assert "models/pretrain is (" in refused.stderr
+    (project / "dvc.lock").write_text("stages: {", encoding="utf-8")
+    assert "staged dvc.lock is" in git(project, "commit", "-qam", "cut off").stderr
+
+
+def test_the_hook_works_in_a_worktree(project: Path, tmp_path: Path) -> None:
+    with_hook(project, project)
+    tree = tmp_path / "tree"
+    assert git(project, "worktree", "add", "-q", str(tree)).returncode == 0
+    edit("params.yaml", "5.0e-4", "6.0e-4")(tree)
+    assert git(tree, "commit", "-qam", "out of date").returncode == 0
+    edit("metrics/sft.json", "$", "0")(tree)
+    git(tree, "add", "metrics")
+    edit("metrics/sft.json", "0$", "")(tree)
+    assert "metrics/sft.json is (" in git(tree, "commit", "-qm", "false").stderr
+
+
+def test_another_hook_is_left_alone(project: Path) -> None:
     install = ["verify", str(project), "--install-hook"]
     assert "in no git repository" in CliRunner().invoke(app, install).stderr
-    git("init", "-q")
-    git("add", "dvc.lock", "params.yaml")
-    assert CliRunner().invoke(app, install).exit_code == 0
-    assert git("commit", "-qm", "whole").returncode == 0
-    edit("params.yaml", "5.0e-4", "6.0e-4")(project)
-    assert git("commit", "-qam", "out of date").returncode == 0
-    edit("models/sft/model.safetensors", "^.", "x")(project)
-    edit("params.yaml", "6.0e-4", "7.0e-4")(project)
-    refused = git("commit", "-qam", "false")
-    assert refused.returncode == 1
-    assert "models/sft is (" in refused.stderr
-    assert git("log", "--format=%s").stdout.split("\n")[0] == "out of date"
+    with_hook(project, project)
     assert CliRunner().invoke(app, install).exit_code == 0  # it is ours
-    (project / ".git/hooks/pre-commit").write_bytes(b"\xff\xfe")
-    assert "is there already" in CliRunner().invoke(app, install).stderr
-    (project / ".git/hooks/pre-commit").write_text("#!/bin/sh\ntrue\n")
-    refused_install = CliRunner().invoke(app, install)
-    assert refused_install.exit_code == 1
-    assert "is there already; add this line to it" in refused_install.stderr
-    assert (project / ".git/hooks/pre-commit").read_text() == "#!/bin/sh\ntrue\n"
-
-
-def test_the_hook_finds_a_project_below_the_top_of_the_repository(project: Path) -> None:
-    top = project.parent
-    subprocess.run(["git", "init", "-q"], cwd=top, check=True)
-    assert CliRunner().invoke(app, ["verify", str(project), "--install-hook"]).exit_code == 0
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    hook = [str(top / ".git/hooks/pre-commit")]
-    assert subprocess.run(hook, cwd=top, env=environment, capture_output=True).returncode == 0
-    empty = CliRunner().invoke(app, ["verify", str(top), "--install-hook"])
+    hook = project / ".git/hooks/pre-commit"
+    for other in (b"\xff\xfe", b"#!/bin/sh\ntrue\n"):
+        hook.write_bytes(other)
+        assert "is there already; add this line to it" in CliRunner().invoke(app, install).stderr
+        assert hook.read_bytes() == other
+    empty = CliRunner().invoke(app, ["verify", str(project.parent), "--install-hook"])
     assert "dvc.lock is missing" in empty.stderr
 
 

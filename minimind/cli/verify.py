@@ -1,15 +1,17 @@
 """`minimind verify`: whether checkpoints are what dvc.lock says, back to the data."""
 
+import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
 from minimind.errors import UserError
-from minimind.lineage.verify import Project
+from minimind.lineage.verify import Finding, Project
 
 MARK = "# minimind verify --install-hook"
 
@@ -19,15 +21,18 @@ def verify(
     allow_older: Annotated[
         bool, typer.Option("--allow-older", help="what `dvc repro` would run again is no error")
     ] = False,
+    staged: Annotated[
+        bool, typer.Option("--staged", help="what git would commit, in place of what is here")
+    ] = False,
     install_hook: Annotated[
         bool, typer.Option("--install-hook", help="have git check this before each commit")
     ] = False,
 ) -> None:
     """Check checkpoints against dvc.lock, and what they come of, back to the data."""
     if install_hook:
-        typer.echo(f"{_install_hook(root)}: git checks the workspace before each commit.")
+        typer.echo(f"{_install_hook(root)}: git checks what is staged before each commit.")
         return
-    findings = list(Project(root).findings())
+    findings = _findings_of_staged(root) if staged else list(Project(root).findings())
     for finding in findings:
         verdict = "" if finding.verdict == "whole" else f"{finding.verdict.upper()}: "
         typer.echo(f"{finding.subject}: {verdict}{finding.text}")
@@ -41,6 +46,30 @@ def verify(
         )
 
 
+def _findings_of_staged(root: Path) -> list[Finding]:
+    """Of what is in git's index; of what DVC keeps, and git does not, as it lies here.
+
+    Git runs hooks at the top of the repository, and names there which index it commits.
+    """
+    with TemporaryDirectory() as folder:
+        below = _git("rev-parse", "--show-prefix").strip()
+        _git("checkout-index", "--all", f"--prefix={folder}/")
+        copy = Path(folder, below, os.path.relpath(root))
+        try:
+            return list(Project(root, copy).findings())
+        except UserError as error:
+            raise UserError(str(error).replace(f"{copy}/", "staged ")) from None
+
+
+def _git(*arguments: str, folder: Path | None = None) -> str:
+    """What git says; raises UserError with what it complains of, OSError where there is no git."""
+    command = ["git", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{shlex.join(command)}: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
 def _install_hook(root: Path) -> Path:
     """The git hook that was written.
 
@@ -49,14 +78,14 @@ def _install_hook(root: Path) -> Path:
     """
     if not (root / "dvc.lock").is_file():
         raise UserError(f"{root / 'dvc.lock'} is missing; run from the project's root folder.")
-    asked = ["git", "rev-parse", "--git-path", "hooks/pre-commit", "--show-prefix"]
+    asked = ["rev-parse", "--git-path", "hooks/pre-commit", "--show-prefix"]
     try:
-        said = subprocess.run(asked, cwd=root, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
+        said = _git(*asked, folder=root)
+    except (OSError, UserError):
         raise UserError(f"{root} is in no git repository; run `git init` first.") from None
     path, below = said.splitlines()  # git runs hooks at the top of the repository
     hook = root / path
-    command = f"{shlex.quote(sys.executable)} -m minimind.cli.main verify --allow-older"
+    command = f"{shlex.quote(sys.executable)} -m minimind.cli.main verify --staged --allow-older"
     command += f" {shlex.quote(below)}" if below else ""
     if hook.exists() and MARK.encode() not in hook.read_bytes():
         raise UserError(f"{hook} is there already; add this line to it: {command} || exit 1")

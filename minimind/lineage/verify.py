@@ -20,6 +20,7 @@ from minimind.lineage.dvc_files import (
     md5_of,
     md5_of_file,
     output_paths,
+    stages_as_written,
     value_at,
     variants,
 )
@@ -52,25 +53,31 @@ class Finding(NamedTuple):
 class Project:
     """What dvc.yaml, dvc.lock, params.yaml and the records of runs say, and what there is."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.lock = _stages_of(root / "dvc.lock")
+    def __init__(self, root: Path, staged: Path | None = None) -> None:
+        """staged: a copy of what git has of the project, which counts for what is in it."""
+        self.root, self.staged = root, staged
+        file = self._place("dvc.lock")
+        self.lock = _stages_of(file)
         for name, entry in self.lock.items():
             if not _is_as_dvc_writes(entry):
-                raise UserError(f"{root / 'dvc.lock'}: the entry of stage {name} is not as {_DVCS}")
+                raise UserError(f"{file}: the entry of stage {name} is not as {_DVCS}")
         self.outputs: dict[str, list[str]] = {}  # of each stage
         self.metrics: dict[str, list[str]] = {}
-        for name, stage, variant in variants(_stages_of(root / "dvc.yaml")):
+        for name, stage, variant in variants(_stages_of(self._place("dvc.yaml"))):
             self.metrics[name] = output_paths(stage.get("metrics"), variant)
             self.outputs[name] = output_paths(stage.get("outs"), variant) + self.metrics[name]
         self.maker = {path: name for name, paths in self.outputs.items() for path in paths}
         # DVC's hash of a file or folder, None if it is not there; and what a params file holds.
-        self.digest = cache(lambda path: md5_of(root / path))
-        self._params = cache(lambda file: _read(root / file))
+        self.digest = cache(lambda path: md5_of(self._place(path)))
+        self._params = cache(lambda file: _read(self._place(file)))
+
+    def _place(self, path: str) -> Path:
+        staged = self.staged and self.staged / path
+        return staged if staged and staged.exists() else self.root / path
 
     def findings(self) -> Iterator[Finding]:
         """Of each checkpoint in the graph, in its order, of the metrics, and of false entries."""
-        others = list(self.lock)
+        others = [*dict.fromkeys([*self.outputs, *self.lock])]
         for path, stage in self.maker.items():
             if PurePosixPath(path).parts[0] in CHECKPOINT_FOLDERS:
                 yield self._checkpoint(path, stage)
@@ -88,7 +95,9 @@ class Project:
         for stage in others:
             if found := self._break_of_entry(stage):
                 yield Finding(stage, found, "broken")
-        if fault := _fault_of_dvcs_locks(self.root / ".dvc" / "tmp" / "rwlock"):
+            elif lost := next(self._breaks_of_outputs(stage), None):
+                yield Finding(stage, lost.text, lost.verdict)
+        if not self.staged and (fault := _fault_of_dvcs_locks(self.root / ".dvc/tmp/rwlock")):
             yield Finding("DVC", fault, "broken")
 
     def _checkpoint(self, path: str, stage: str) -> Finding:
@@ -120,11 +129,7 @@ class Project:
     def breaks(self, stage: str) -> Iterator[Break]:
         """Where a stage's entry of dvc.lock does not agree with others', or with what there is."""
         again = f"`dvc repro {stage}` makes it anew"
-        recorded = {out["path"]: out.get("md5") for out in self._entries(stage, "outs")}
-        for path in self.outputs[stage]:
-            if path not in recorded:
-                text = f"dvc.lock does not say that stage {stage} made {path}; {again}"
-                yield Break("out of date", text)
+        yield from self._breaks_of_outputs(stage)
         for dep in self._entries(stage, "deps"):
             path, expected = dep["path"], dep.get("md5")
             upstream = self._maker_of(path)
@@ -149,14 +154,34 @@ class Project:
                         f"stage {stage} was run with {name} {before!r}, which now is {now!r} in "
                         f"{file}; {again}, or bring the former back",
                     )
+        recorded = [out["path"] for out in self._entries(stage, "outs")]
         for text in filter(None, map(self._break_of_output, recorded)):
             yield Break("broken", text)
         yield from self._breaks_of_record(stage)
+
+    def _breaks_of_outputs(self, stage: str) -> Iterator[Break]:
+        """Outputs without a hash in dvc.lock, which may have been cut off at the end of a line."""
+        recorded = [out["path"] for out in self._entries(stage, "outs") if "md5" in out]
+        for path in self.outputs.get(stage, []):
+            if path not in recorded:
+                metrics = path if path in self.metrics[stage] and self.digest(path) else None
+                record = f"runs/{record_name(stage)}"
+                if ran := metrics or (record if (self.root / record).exists() else None):
+                    why = f"{ran} is there, so its entry is lost, or the run was not recorded"
+                else:
+                    why = "it was never run, or its entry is lost"
+                yield Break(
+                    "broken" if metrics else "out of date",  # git keeps metrics: whose are they?
+                    f"dvc.lock does not say that stage {stage} made {path}: {why}; "
+                    f"`dvc repro {stage}` makes it anew",
+                )
 
     def _break_of_output(self, path: str) -> str | None:
         """What is wrong with an output that is here."""
         stage, found = self.maker.get(path), self.digest(path)
         if stage is None or found is None or found == (expected := self._recorded(path, stage)):
+            return None
+        if self._is_of_workspace(path, found):
             return None
         tool = "git" if path in self.metrics[stage] else "dvc"  # who keeps it
         return (
@@ -171,7 +196,7 @@ class Project:
         if false := self._break_of_entry(stage):
             yield Break("broken", false)
         for path, expected in record.files.items():
-            file = self.root / path
+            file = self._place(path)
             if file.is_file() and (found := md5_of_file(file)) != expected:
                 yield Break(
                     "out of date",
@@ -201,11 +226,18 @@ class Project:
             if out["path"] == path:
                 return out.get("md5")
             if PurePosixPath(path).is_relative_to(out["path"]):
-                folder = self.digest(out["path"])
-                if folder is None:
-                    return self._in_cache(str(out.get("md5")), path.removeprefix(out["path"] + "/"))
-                return self.digest(path) if folder == out.get("md5") else None
+                if self.digest(out["path"]) == out.get("md5"):
+                    return self.digest(path)
+                return self._in_cache(str(out.get("md5")), path.removeprefix(out["path"] + "/"))
         return None
+
+    def _is_of_workspace(self, path: str, digest: str) -> bool:
+        """Whether DVC keeps an output that is here, and it is of another dvc.lock than git has."""
+        if not self.staged or (self.staged / path).exists():
+            return False
+        entries = stages_as_written(self.root / "dvc.lock").values()
+        outs = [out for e in entries if _is_as_dvc_writes(e) for out in e.get("outs", [])]
+        return (path, digest) in [(out["path"], out.get("md5")) for out in outs]
 
     def _in_cache(self, folder: str, name: str) -> str | None:
         """A file's hash by DVC's list of its folder, if that is here."""
