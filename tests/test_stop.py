@@ -1,4 +1,4 @@
-"""No orphans: a stage whose DVC is gone ends, whenever that was."""
+"""Asked to stop; and no orphans: a stage whose DVC is gone ends, whenever that was."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from minimind.terminal.signals import NAMES, StopRequest
 from tests.graph import ROOT
 
 WATCHING = """
@@ -69,3 +70,34 @@ def test_a_stage_ends_when_its_dvc_is_killed(tmp_path: Path) -> None:
     assert dvc.stdout.readline() == "watching\n"
     dvc.kill()
     assert dvc.communicate()[0] == ""  # all that was printed until the stage let go of the pipe
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_signal_again_acts_at_once(name: str) -> None:
+    number, acted = getattr(signal, name), []
+    before = signal.signal(number, lambda number, _: acted.append(number))
+    stop = StopRequest()
+    try:
+        signal.raise_signal(number)
+        assert (stop.exit_code, acted) == (128 + number, [])
+        signal.raise_signal(number)
+        assert acted == [number]
+    finally:
+        stop.restore()
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_signal_that_is_ignored_stays_ignored(name: str) -> None:
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_IGN)  # as by nohup, or for what a shell runs with &
+    stop = StopRequest()
+    try:
+        assert signal.getsignal(number) == signal.SIG_IGN
+        signal.raise_signal(number)
+        assert not stop.requested
+        stop.restore()
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        stop.restore()
+        signal.signal(number, before)
