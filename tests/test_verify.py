@@ -393,6 +393,12 @@ def test_paths_in_commands_are_quoted(project: Path) -> None:
     assert "`dvc pull 'models/s f t'` or" in verify(project)[1]["models/s f t"]
 
 
+def test_what_python_leaves_beside_code_is_no_break(project: Path) -> None:
+    (project / "data/world/__pycache__").mkdir()
+    (project / "data/world/__pycache__/step.pyc").write_bytes(b"compiled")
+    assert verify(project)[0] == 0
+
+
 def test_a_record_of_another_run_is_no_evidence(project: Path) -> None:
     OTHER_INPUT(project)
     edit("runs/sft.json", '"metrics_md5": ".', '"metrics_md5": "x')(project)

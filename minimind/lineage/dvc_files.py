@@ -84,8 +84,8 @@ def md5_of_content(content: BufferedReader) -> str:
 
 
 def listing_of(folder: Path) -> dict[str, str]:
-    """MD5 of each file below a folder, by its path there."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    """MD5 of each file below a folder, by its path there; without *.pyc, as in .dvcignore."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     return {path.relative_to(folder).as_posix(): md5_of_file(path) for path in files}
 
 
