@@ -1,11 +1,12 @@
 """Kill every kind of stage at random moments, run it again, compare with a run left in peace.
 
-    python -m benchmarks.kill                 # 400 kills of commands, 60 under DVC: 10 minutes
-    python -m benchmarks.kill --kills 20 --dvc-kills 0 --stages sft,grpo
+    python -m benchmarks.kill                 # 400 kills of commands, 60 under DVC: 20 minutes
+    python -m benchmarks.kill --kills 20 --dvc-kills 0 --stages sft,grpo --seed 7
 
 Kills are drawn by phase (start, step, state write, final save, DVC's commit) and by means
-(SIGKILL, SIGTERM, SIGINT, a full disk); each is counted by the phase that it really hit, which
-is read from what lies on disk. A run is killed several times before it may end. Its outputs must
+(any signal that ends a process, or a full disk); each is counted by the phase that it really hit,
+which is read from what lies on disk. What a run draws depends on the seed, the stage and how many
+runs it had before. A run is killed several times before it may end. Its outputs must
 then have the bytes of an uninterrupted run, and each run must have gone on from the newest
 checkpoint that the one before it had completed; all else is a loss.
 """
@@ -32,6 +33,7 @@ from benchmarks.under_dvc import (
 )
 from benchmarks.victims import (
     NOTHING_TO_RESUME,
+    SIGNALS,
     Stage,
     Tally,
     build_project,
@@ -44,7 +46,7 @@ from benchmarks.warm import StageProcess
 
 # Weights in the draw; under DVC there is its commit, too.
 PHASES = {"start": 3, "step": 3, "state write": 4, "final save": 2}
-MEANS = {"SIGKILL": 5, "SIGTERM": 2, "SIGINT": 2, "full disk": 2}  # weights in the draw
+MEANS = dict.fromkeys(SIGNALS, 2) | {"SIGKILL": 5, "full disk": 2}  # weights in the draw
 MAX_KILLS_PER_RUN = 6
 RUN_AGAIN = "same command again"  # said by whatever stops in good order
 
@@ -93,7 +95,7 @@ def kill_commands(
         process = start(project, stage, full, under_dvc)
 
         def phase_now(process: StageProcess = process) -> str:
-            return phase_on_disk(project, stage, process.pid, process.started)
+            return phase_on_disk(project, stage, process.started)
 
         moment = draw_moment(project, stage, planned, phase_now, rng)
         hit = ""
@@ -147,7 +149,7 @@ def main() -> None:
     parser.add_argument("--add-to", type=Path, help="such a JSON: its numbers are added")
     arguments = parser.parse_args()
     before = json.loads(arguments.add_to.read_text("utf-8")) if arguments.add_to else {}
-    rng = random.Random(arguments.seed)
+    print(f"seed {arguments.seed}", flush=True)
     started = time.monotonic()
     tallies: dict[str, Tally] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -161,6 +163,15 @@ def main() -> None:
         def total() -> int:
             return sum(tally.kills for tally in tallies.values())
 
+        def next_run() -> tuple[Stage, random.Random]:
+            """A stage that had the fewest runs, and what all of its next one is drawn from."""
+            runs = {stage.name: tallies[stage.kind].runs for stage in chosen}
+            draws = {
+                name: random.Random(f"{arguments.seed} {name} {n}") for name, n in runs.items()
+            }
+            stage = min(chosen, key=lambda stage: (runs[stage.name], draws[stage.name].random()))
+            return stage, draws[stage.name]
+
         def report(stage: Stage) -> None:
             print(f"{time.monotonic() - started:.0f} s: {total()} kills, {stage.name}", flush=True)
             if arguments.output:  # now and not at the end: someone may kill us, too
@@ -169,7 +180,7 @@ def main() -> None:
                 arguments.output.write_text(text, encoding="utf-8")
 
         while total() < arguments.kills:
-            stage = min(chosen, key=lambda stage: (tallies[stage.kind].runs, rng.random()))
+            stage, rng = next_run()
             wanted = min(rng.randint(3, MAX_KILLS_PER_RUN), arguments.kills - total())
             kill_commands(project, stage, wanted, rng, tallies[stage.kind])
             report(stage)
@@ -179,7 +190,7 @@ def main() -> None:
             become_reaper()
             record(project, stages)
         while total() < enough:
-            stage = rng.choice(chosen)
+            stage, rng = next_run()
             wanted = min(rng.randint(1, 4), enough - total())
             kill_under_dvc(project, stage, wanted, rng, tallies[stage.kind])
             report(stage)
@@ -209,8 +220,13 @@ def summarize(tallies: dict[str, Tally]) -> dict[str, Any]:
         sums = sum((getattr(tally, name) for tally in tallies.values()), Counter[str]())
         return dict(sorted(sums.items()))
 
+    signals = Counter[str]()
+    for means, count in counted("means").items():
+        if means != "full disk":
+            signals[means.split()[-1]] += count
     return {
         **{name: sum(getattr(tally, name) for tally in tallies.values()) for name in numbers},
+        "signals": dict(sorted(signals.items())),
         "phases": counted("phases"),
         "means": counted("means"),
         "stages": {

@@ -17,17 +17,17 @@ import yaml
 from filelock import SoftFileLease
 
 from benchmarks.tiny_project import dvc, git
-from benchmarks.victims import Stage, Tally, digests, newest_checkpoint, phase_on_disk
+from benchmarks.victims import (
+    SIGNALS,
+    Stage,
+    Tally,
+    digests,
+    newest_checkpoint,
+    phase_on_disk,
+)
 
-# Who is struck, by what. With dvc alone, the stage has to notice it and to end by itself.
-BLOWS = {
-    "dvc and stage, SIGKILL": signal.SIGKILL,
-    "dvc, SIGKILL": signal.SIGKILL,
-    "dvc, SIGTERM": signal.SIGTERM,
-    "dvc and stage, SIGINT": signal.SIGINT,  # what Ctrl-C does
-    "stage, SIGKILL": signal.SIGKILL,
-    "stage, SIGTERM": signal.SIGTERM,
-}
+# Who is struck. With dvc alone, the stage has to notice it and to end by itself.
+STRUCK = ("dvc and stage", "dvc", "stage")  # the first is the whole process group, as by Ctrl-C
 ORPHAN_SECONDS = 60  # to save and to end, on a busy machine
 PR_SET_CHILD_SUBREAPER = 36
 SETTINGS = {"MINIMIND_SAVE_SECONDS": "0", "MINIMIND_THREADS": "1"}
@@ -50,6 +50,7 @@ def kill_under_dvc(
     project: Path, stage: Stage, num_kills: int, rng: random.Random, tally: Tally
 ) -> None:
     """Kill `dvc repro` of one stage over and over, then let it end."""
+    tally.runs += 1
     shutil.rmtree(project / ".resume", ignore_errors=True)
     forget_recorded(project, stage)
     command = ("repro", "-s", stage.name)
@@ -57,7 +58,8 @@ def kill_under_dvc(
     for _ in range(num_kills):
         before = newest_checkpoint(project)
         moment = rng.choice(["start", "step", "commit"])
-        blow = rng.choice([blow for blow in BLOWS if moment != "commit" or "dvc" in blow])
+        struck = rng.choice(STRUCK[: 2 if moment == "commit" else 3])
+        blow = f"{struck}, {rng.choice(SIGNALS)}"
         process, log = start_dvc(project, *command)
         hit = strike(project, stage, process, blow, moment, rng, tally)
         note_resumed(stage, before, log.read_text(encoding="utf-8"), False, tally)
@@ -136,7 +138,7 @@ def strike(
         elif is_over:
             phase = "commit"
         else:
-            phase = phase_on_disk(project, stage, running.pid, running.create_time())
+            phase = phase_on_disk(project, stage, running.create_time())
         has_come = {
             "start": running is not None,
             "step": is_over or phase != "start",
@@ -148,15 +150,16 @@ def strike(
         time.sleep(0.01)
     else:
         return ""
-    if "stage" in blow.split(",")[0] and "dvc" not in blow:
+    struck, name = blow.split(", ")
+    if struck == "stage":
         if running is None or is_over:
             process.wait()
             return ""
-        running.send_signal(BLOWS[blow])
-    elif "stage" in blow.split(",")[0]:
-        os.killpg(process.pid, BLOWS[blow])
+        running.send_signal(getattr(signal, name))
+    elif struck == "dvc":
+        process.send_signal(getattr(signal, name))
     else:
-        process.send_signal(BLOWS[blow])
+        os.killpg(process.pid, getattr(signal, name))
     process.wait()
     if running is not None and not has_ended(running):
         running.kill()
@@ -262,7 +265,7 @@ def kill_under_experiments(project: Path, stages: Mapping[str, Stage], tally: Ta
     pid = SoftFileLease(lease).pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    phase = phase_on_disk(project, stage, pid, started)
+    phase = phase_on_disk(project, stage, started)
     starter.wait()
     tally.kills += 1
     tally.phases[phase] += 1

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.tiny_project import ROOT, copy_project
+from benchmarks.tiny_project import copy_project
 from benchmarks.warm import StageProcess
 
 STEPS = {
@@ -43,9 +43,15 @@ STARTING_FROM_SFT = (
     "rejection_sampling",
     "thinking",
 )  # so that a short run builds less
-LEFT_OUT = ("export", "report")  # copy files; `merge` and `evaluate` stand for them
-EVALUATED = ("sft", "reason")
-NOTHING_TO_RESUME = ("check", "mini_world", "tokenizer", "encode", "reference", "merge", "evaluate")
+NOTHING_TO_RESUME = (
+    *("code", "check", "mini_world", "tokenizer", "encode", "reference"),
+    *("merge", "export", "evaluate", "report"),
+)
+# What a person, a terminal that closes, systemd, docker and Slurm send.
+SIGNALS = (
+    *("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"),
+    *("SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"),
+)
 CLOCK_TICK = 0.01  # seconds that a file may seem older than it is
 
 
@@ -87,11 +93,6 @@ def build_project(directory: Path, kinds: list[str]) -> dict[str, Stage]:
     kinds: those that matter; others are not run unless these need them. Nothing means all.
     """
     copy_project(directory)
-    graph = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
-    graph = {"stages": {k: v for k, v in graph["stages"].items() if k not in LEFT_OUT}}
-    variants = graph["stages"]["evaluate"]["foreach"]
-    graph["stages"]["evaluate"]["foreach"] = {name: variants[name] for name in EVALUATED}
-    (directory / "dvc.yaml").write_text(yaml.safe_dump(graph, sort_keys=False))
     params = yaml.safe_load((directory / "params.yaml").read_text(encoding="utf-8"))
     for section, values in NUMBERS.items():
         params[section] |= values
@@ -168,7 +169,7 @@ def newest_checkpoint(project: Path) -> int | None:
     return max((int(p.name[-9:]) for p in project.glob(".resume/*/*/checkpoint-*")), default=None)
 
 
-def phase_on_disk(project: Path, stage: Stage, pid: int, started: float) -> str:
+def phase_on_disk(project: Path, stage: Stage, started: float) -> str:
     """How far a stage's process has come, from what it wrote.
 
     started: its first second, as `time.time` counts them; what is older is another's.
@@ -190,9 +191,6 @@ def phase_on_disk(project: Path, stage: Stage, pid: int, started: float) -> str:
         return "final save"
     if any_of(".resume/*/*/partial-0*"):
         return "state write"
-    is_at_work = any(
-        f"pid={pid}\n" in lease.read_text(encoding="utf-8")
-        for lease in project.glob(".resume/*/*.lease")
-    )
+    is_at_work = any_of(".resume/*/*/since")  # it has its lease
     has_begun = stage.kind in NOTHING_TO_RESUME or newest_checkpoint(project) is not None
     return "step" if is_at_work and has_begun else "start"
