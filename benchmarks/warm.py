@@ -1,7 +1,7 @@
 """A stage's command in a process of its own, without its seconds of imports.
 
-The process is forked from this one, which has imported the libraries but nothing of the project.
-Files, signals, output and exit code are those of `python -m stages.<name>`.
+The process is forked from this one, which has imported the libraries, and of the project nothing
+if another copy of it is to run. Files, signals, output and exit code are those of `python -m stages.<name>`.
 """
 
 import errno
@@ -44,13 +44,13 @@ class StageProcess:
         writes_before_full: int | None = None,
     ) -> None:
         """writes_before_full: how often the stage may write before its disk is full."""
-        assert not any(name.split(".")[0] in ("minimind", "stages") for name in sys.modules)
         assert threading.active_count() == 1, "a fork would lose threads"
         python, flag, module, *arguments = shlex.split(command)
         assert (python, flag) == ("python", "-m")
         self.log = log
         self.started = time.time()
         self.exit_code: int | None = None
+        log.write_bytes(b"")  # of the process before, if this one is killed at once
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
