@@ -532,9 +532,25 @@ def test_metrics_that_are_missing_are_named(project: Path) -> None:
     assert lines["metrics"].startswith("OUT OF DATE: metrics/sft.json is missing; `git checkout")
 
 
-@pytest.mark.parametrize("entry", ["outs: 3", "deps: [3]", "outs: [{md5: x}]", "params: [1]"])
+@pytest.mark.parametrize(
+    "entry",
+    ["outs: 3", "deps: [3]", "outs: [{md5: x}]", "params: [1]", "outs: [{path: a, md5: 1}]"],
+)
 def test_an_entry_that_dvc_never_writes_is_one_line(project: Path, entry: str) -> None:
     (project / "dvc.lock").write_text(f"schema: '2.0'\nstages: {{sft: {{{entry}}}}}\n")
     code, lines, first = verify(project)
     assert (code, lines) == (1, {})
     assert "dvc.lock: the entry of stage sft is not as DVC writes it" in first
+
+
+@pytest.mark.parametrize("stage", ["", "3", "{foreach: [a]}", "{cmd: a, outs: [{}]}", "{outs: 3}"])
+def test_a_stage_that_is_none_is_one_line(project: Path, stage: str) -> None:
+    (project / "dvc.yaml").write_text(f"stages:\n  sft: {stage}\n")
+    code, lines, first = verify(project)
+    assert (code, lines) == (1, {})
+    assert "dvc.yaml has " in first
+
+
+def test_a_value_that_yaml_cannot_make_is_one_line(project: Path) -> None:
+    (project / "dvc.lock").write_text("stages: {sft: {cmd: !!int ''}}\n")
+    assert "dvc.lock is not valid YAML" in verify(project)[2]

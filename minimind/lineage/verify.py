@@ -63,9 +63,16 @@ class Project:
                 raise UserError(f"{file}: the entry of stage {name} is not as {_DVCS}")
         self.outputs: dict[str, list[str]] = {}  # of each stage
         self.metrics: dict[str, list[str]] = {}
-        for name, stage, variant in variants(_stages_of(self._place("dvc.yaml"))):
-            self.metrics[name] = output_paths(stage.get("metrics"), variant)
-            self.outputs[name] = output_paths(stage.get("outs"), variant) + self.metrics[name]
+        graph = self._place("dvc.yaml")
+        stages = _stages_of(graph)
+        try:
+            for name, stage, variant in variants(stages):
+                self.metrics[name] = output_paths(stage.get("metrics"), variant)
+                self.outputs[name] = output_paths(stage.get("outs"), variant) + self.metrics[name]
+        except (AttributeError, KeyError, TypeError, StopIteration):
+            raise UserError(
+                f"{graph} has a stage that is none; `dvc stage list` says which."
+            ) from None
         self.maker = {path: name for name, paths in self.outputs.items() for path in paths}
         # DVC's hash of a file or folder, None if it is not there; and what a params file holds.
         self.digest = cache(lambda path: md5_of(self._place(path)))
@@ -293,7 +300,12 @@ def _is_as_dvc_writes(entry: dict[str, Any]) -> bool:
     listed, params = [entry.get("deps", []), entry.get("outs", [])], entry.get("params", {})
     return (
         all(isinstance(one, list) for one in listed)
-        and all(isinstance(one, dict) and "path" in one for one in chain(*listed))
+        and all(
+            isinstance(one, dict)
+            and isinstance(one.get("path"), str)
+            and isinstance(one.get("md5"), str | None)
+            for one in chain(*listed)
+        )
         and isinstance(params, dict)
         and all(isinstance(values, dict) for values in params.values())
     )
@@ -314,7 +326,7 @@ def _read(file: Path) -> Any:
         return YAML(typ="safe").load(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file} is missing; run from the project's root folder.") from None
-    except (YAMLError, ValueError) as error:
+    except (YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is not valid YAML: {error}; bring it back with git.") from None
 
 
