@@ -6,7 +6,9 @@ people turn; the rest are defaults of the class, part of the code that DVC track
 sections that have none; there they must stand.
 """
 
+import math
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -48,6 +50,7 @@ class Section(BaseModel):
         return value
 
 
+MAX_VALUES = 100_000  # of a params file
 S = TypeVar("S", bound=Section)
 SHARED = ("seed", "dtype")  # a section that does not set them has them from the top level
 
@@ -63,7 +66,23 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what every random generator take
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which no key stands twice: SafeLoader would silently take the last."""
+    """YAML in which no key stands twice, as SafeLoader would silently take the last, and whose
+    aliases can be written out: nine levels of nine aliases are a third of a billion values.
+    """
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > MAX_VALUES:
+            problem = f"its aliases stand for more than {MAX_VALUES:,} values"
+            raise yaml.MarkedYAMLError(problem=problem)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, LookupError, AttributeError):  # the 99th, `!!int ""`
+            problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -75,6 +94,16 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(str(key.value))
         return node
+
+
+def _written_out(node: yaml.Node, counted: dict[yaml.Node, float]) -> float:
+    """How many values a node holds, aliases written out; one that holds itself has no end."""
+    if node not in counted:
+        counted[node] = math.inf  # until it is known
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = chain(*inner) if isinstance(node, yaml.MappingNode) else inner
+        counted[node] = 1 + sum(_written_out(part, counted) for part in parts)
+    return counted[node]
 
 
 def load_section(path: Path, name: str, section: type[S]) -> S:
@@ -153,7 +182,7 @@ def read_params(path: Path) -> Any:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or "it cannot be parsed"
         raise UserError(f"{where}: not valid YAML: {problem}; correct it.") from None
-    except (ValueError, RecursionError) as error:  # the 99th of a month, 20,000 brackets
+    except (ValueError, OverflowError, RecursionError) as error:  # "\\U00110000", 20,000 brackets
         raise UserError(f"{path}: not valid YAML: {error}; correct it.") from None
 
 

@@ -362,6 +362,13 @@ PARAMS_FILES = {
     "deep and closed": b"a: " + b"[" * 3_000 + b"]" * 3_000,
     "many digits": b"sft: " + b"9" * 5_000 + b"\n",
     "an unhashable key": b"{[1]: 2, {a: b}: 3}\n",
+    "aliases of aliases": b"sft: &0 [x]\n"
+    + b"".join(b"%d: &%d [%s]\n" % (n, n, b", ".join([b"*%d" % (n - 1)] * 9)) for n in range(1, 9)),
+    "an alias in itself": b"sft: &sft [*sft]\n",
+    "no date": b"sft: !!timestamp x\n",
+    "no number": b"sft: !!int ''\n",
+    "no flag": b"sft: !!bool x\n",
+    "no character": b'sft: "\\UFFFFFFFF"\n',
 }
 CAUSES["a path leads nowhere"] = [
     key_case(("check", key), value, f"{key} is {value!r}, ", "does not exist", advice)
@@ -841,6 +848,11 @@ def base_case(command: str, broken: Callable[[Path], object], *named: str) -> Ca
     return Case(command, broken, named or (BASE,))
 
 
+CAUSES["a word is a book"] = [
+    key_case(("sft", "sft.schedule"), "a" * 10**6, "minimind_cosine"),
+    key_case(("check", "data.sft"), "a/" * 1500, "no stage makes"),
+    base_case("export", with_json("models/base/config.json", model_type="a" * 10**6)),
+]
 CAUSES["a checkpoint is missing or a file"] = [
     base_case(command, broken) for command in LOADERS for broken in (without(BASE), as_file(BASE))
 ]
@@ -1446,6 +1458,7 @@ def check(cause: str, case: Case, workspace: Path) -> None:
     assert outcome.exit_code == 1, f"{case}: {outcome}"
     assert lines, f"{case} says nothing"
     assert all(line.startswith(f"{stage}: ") for line in lines), outcome.stderr
+    assert max(map(len, lines)) < 2000, "a line, not a book"
     for name in case.named:
         assert name in lines[-1], f"{name} is not named: {lines[-1]}"
     assert "Traceback" not in outcome.stderr

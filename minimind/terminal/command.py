@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from minimind.compute.launch import Kind, is_worker, say_last_words
 from minimind.errors import Stopped, UserError
 
+LONGEST_LINE = 2000  # characters
 OUTPUTS = ("output", "metrics", "history", "predictions", "rejected")  # options that are written to
 
 
@@ -64,6 +65,8 @@ class StageApp(typer.Typer):
 
     def _complain(self, message: str) -> None:
         line = f"{self.stage}: {' '.join(message.split())}"
+        if len(line) > LONGEST_LINE:  # what was found may be a book; what to do stands at the end
+            line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 4 :]}"
         if not say_last_words(line):
             typer.echo(line, err=True)
 
