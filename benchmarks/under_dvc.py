@@ -14,7 +14,6 @@ from pathlib import Path
 
 import psutil
 import yaml
-from filelock import SoftFileLease
 
 from benchmarks.tiny_project import dvc, git
 from benchmarks.victims import (
@@ -257,15 +256,17 @@ def kill_under_experiments(project: Path, stages: Mapping[str, Stage], tally: Ta
         compare(f"temp-{moment}", log.read_text(encoding="utf-8"), "dvc exp run --temp")
 
     dvc(project, "exp", "run", "--queue", "-n", "killed", *change, **SETTINGS)
-    started = time.time()
     starter, _ = start_dvc(project, "queue", "start")  # which may return after the stage has ended
     while newest_checkpoint(project) is None:
         time.sleep(0.005)
-    (lease,) = project.glob(".resume/sft/*.lease")
-    pid = SoftFileLease(lease).pid
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-    phase = phase_on_disk(project, stage, started)
+    running = next(
+        process
+        for process in psutil.process_iter(["cmdline", "cwd"])
+        if "stages.sft" in (process.info["cmdline"] or [])
+        and (process.info["cwd"] or "").startswith(str(project))
+    )
+    running.kill()
+    phase = phase_on_disk(project, stage, running.create_time())
     starter.wait()
     tally.kills += 1
     tally.phases[phase] += 1

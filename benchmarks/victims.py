@@ -137,6 +137,8 @@ def start(
     project: Path, stage: Stage, writes_before_full: int | None = None, under_dvc: bool = True
 ) -> StageProcess:
     """Run a stage's command as DVC does, or as a person would."""
+    # Code of the project, not of this process, is to run.
+    assert not any(name.split(".")[0] in ("minimind", "stages") for name in sys.modules)
     for output in stage.outputs:  # DVC removes them before it runs a stage
         remove(project / output)
     environment = {

@@ -1,7 +1,8 @@
 """A stage's command in a process of its own, without its seconds of imports.
 
-The process is forked from this one, which has imported the libraries, and of the project nothing
-if another copy of it is to run. Files, signals, output and exit code are those of `python -m stages.<name>`.
+The process is forked from this one, which has imported the libraries, and nothing of the project
+where another copy of it is to run. Files, signals, output and exit code are those of
+`python -m stages.<name>`.
 """
 
 import errno

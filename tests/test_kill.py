@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from minimind.lineage.dvc_files import stages_as_written
+from minimind.terminal.signals import NAMES as SIGNALS
 from tests.graph import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "kill.json"
@@ -33,8 +35,10 @@ def test_killed_stages_lose_nothing(tmp_path: Path) -> None:
 
 def test_the_long_run_lost_nothing() -> None:
     counted = json.loads(RESULTS.read_text(encoding="utf-8"))
-    assert counted["kills"] >= 200
+    assert counted["kills"] >= 300
     assert counted["losses"] == 0
+    assert set(counted["signals"]) == {"SIGKILL", *SIGNALS}
     assert set(counted["phases"]) == {"start", "step", "state write", "final save", "commit"}
+    assert set(counted["stages"]) == set(stages_as_written(ROOT / "dvc.yaml"))
     assert all(stage["kills"] for stage in counted["stages"].values())
     assert {"dvc exp run --temp: SIGKILL", "queue: stage, SIGKILL"} <= set(counted["means"])
