@@ -1,6 +1,7 @@
 """Which DVC process runs this stage. Starts fast: a stage looks before it imports what is slow."""
 
 import json
+import time
 from pathlib import Path
 
 import psutil
@@ -12,11 +13,15 @@ def writers() -> set[int]:
     While it runs a stage, DVC has its process number in its list of who writes what; nobody takes
     it from there when DVC is killed. Empty where we cannot tell.
     """
-    try:
-        users = json.loads(Path(".dvc/tmp/rwlock").read_text(encoding="utf-8"))
-        return {entry["pid"] for entry in users["write"].values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return set()
+    for _ in range(20):
+        try:
+            users = json.loads(Path(".dvc/tmp/rwlock").read_text(encoding="utf-8"))
+            return {entry["pid"] for entry in users["write"].values()}
+        except ValueError:  # one of several DVC processes is just writing it
+            time.sleep(0.01)
+        except (OSError, KeyError, TypeError, AttributeError):
+            break
+    return set()
 
 
 def our_dvc() -> psutil.Process | None:

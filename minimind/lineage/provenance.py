@@ -7,6 +7,7 @@ DVC's hashing, the next stage finds by the record that is left here.
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,6 +150,7 @@ def unchanged(
         UserError: inputs or sections were edited meanwhile, or those of an earlier stage before
             DVC recorded it.
     """
+    started = time.monotonic()
     # Not by our settings, whose import takes longer than some of these stages.
     records = Records(Path(os.environ.get("DVC_ROOT", ".")), os.environ.get("DVC_STAGE", ""))
     records.refuse_false_lock()
@@ -157,7 +159,8 @@ def unchanged(
     provenance = Provenance(stage, here, params, sections, by_dvc)
     yield
     if records.stage:
-        provenance.seal(records, records.stage, {})
+        seconds = round(time.monotonic() - started, 2)
+        provenance.seal(records, records.stage, {"seconds": seconds})
     else:
         provenance.check()
 

@@ -7,6 +7,7 @@ more. The stages after it compare what DVC wrote into dvc.lock with what it left
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -150,21 +151,8 @@ class Records:
         lock = stages_as_written(Path("dvc.lock")) if records else {}
         for file, record in records.items():
             assert record.dvc is not None
-            stage = record.dvc.stage
-            entry = lock.get(stage, {})
-            if stage == self.stage or not record.is_of(entry):
-                continue
-            if record.false_entry not in (None, _digest(entry)):
-                continue
-            if changed := record.run_of(entry).first_difference(entry):
-                contents = json.loads(file.read_text(encoding="utf-8"))
-                _write(file, {**contents, "false_entry": _digest(entry)})
-                made = ", ".join(out["path"] for out in entry["outs"])
-                raise UserError(
-                    f"{changed} changed after stage {stage} had ended and before DVC recorded it, "
-                    f"so dvc.lock is wrong about what made {made}; "
-                    f"run `dvc repro --force --single-item {stage}`."
-                )
+            if (stage := record.dvc.stage) != self.stage:
+                _refuse_if_false(file, record, stage, lock.get(stage, {}))
 
     def write(self, stage: str, contents: Mapping[str, Any]) -> Path:
         """The file that a record was written to.
@@ -180,6 +168,7 @@ class Records:
         record = {
             "stage": file.stem,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **_peak_memory(),
             **contents,
             "dvc": self.ours and vars(self.ours),
             "earlier": [run for run in earlier if run != now][:MOST_EARLIER],
@@ -197,9 +186,47 @@ class Records:
         return {}
 
 
+def refuse_false_entry(root: Path, stage: str) -> None:
+    """As :meth:`Records.refuse_false_lock` of one stage, which DVC has just recorded in dvc.lock.
+
+    For stages side by side: each has a DVC process of its own, and so cannot tell by itself.
+    """
+    file = root / "runs" / record_name(stage)
+    if (record := Record.read(file)) and record.dvc:
+        entry = stages_as_written(root / "dvc.lock").get(stage, {})
+        _refuse_if_false(file, record, stage, entry, root)
+
+
+def _refuse_if_false(
+    file: Path, record: Record, stage: str, entry: Mapping[str, Any], root: Path = Path()
+) -> None:
+    if not record.is_of(entry) or record.false_entry not in (None, _digest(entry)):
+        return
+    if changed := record.run_of(entry, root).first_difference(entry, root):
+        contents = json.loads(file.read_text(encoding="utf-8"))
+        _write(file, {**contents, "false_entry": _digest(entry)})
+        made = ", ".join(out["path"] for out in entry["outs"])
+        raise UserError(
+            f"{changed} changed after stage {stage} had ended and before DVC recorded it, "
+            f"so dvc.lock is wrong about what made {made}; "
+            f"run `dvc repro --force --single-item {stage}`."
+        )
+
+
 def record_name(stage: str) -> str:
     """The name of a stage's record below runs/."""
     return f"{stage.replace('@', '-')}.json"
+
+
+def _peak_memory() -> dict[str, int]:
+    """{"peak_memory_mib": ..} of this process; {} where the system does not say."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return {"peak_memory_mib": round(peak * unit / 2**20)}
 
 
 def _write(file: Path, record: Mapping[str, Any]) -> None:

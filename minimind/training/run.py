@@ -148,7 +148,6 @@ class StageRun(Run):
         """
         record = {
             "seconds": round(time.monotonic() - self.started, 2),
-            **peak_memory(),
             **self.record,
             **self.computed_with(),
             "host": platform.node(),
@@ -165,17 +164,6 @@ def newest_checkpoint(run: Run) -> ResumeCheckpoint | None:
     for line in damaged:
         run.say(line)
     return state
-
-
-def peak_memory() -> dict[str, int]:
-    """{"peak_memory_mib": ..} of this process; {} where the system does not say."""
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        return {}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
-    return {"peak_memory_mib": round(peak * unit / 2**20)}
 
 
 @contextmanager
