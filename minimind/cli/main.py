@@ -7,6 +7,7 @@ import typer
 
 from minimind.cli.lint import lint
 from minimind.cli.presets import apply_preset, read_preset
+from minimind.cli.repro import repro
 from minimind.cli.resume import resume
 from minimind.cli.verify import verify
 from minimind.terminal.command import stage_app
@@ -16,7 +17,7 @@ app = stage_app("minimind")
 
 @app.callback()
 def main_options() -> None:
-    """Commands beside the graph; the graph itself runs by `dvc repro`."""
+    """The graph's stages side by side, and what is done beside it."""
 
 
 @app.command()
@@ -37,6 +38,7 @@ def preset(
 app.command()(lint)
 
 
+app.command()(repro)
 app.command()(resume)
 app.command()(verify)
 

@@ -1,7 +1,7 @@
 """The graph of stages as DVC has it, by name, and what earlier runs tell of each stage."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def past_runs(graph: nx.DiGraph, runs: Path, key: str) -> dict[str, float]:
     return found
 
 
-def longest_paths(graph: nx.DiGraph, seconds: dict[str, float]) -> dict[str, float]:
+def longest_paths(graph: nx.DiGraph, seconds: Mapping[str, float]) -> dict[str, float]:
     """Seconds from the start of each stage to the end of the last one that depends on it."""
     longest: dict[str, float] = {}
     for name in reversed(list(nx.topological_sort(graph))):

@@ -1,0 +1,46 @@
+"""`minimind repro`: what is out of date, independent stages side by side."""
+
+from typing import Annotated
+
+import typer
+
+from minimind.errors import Stopped, UserError
+from minimind.report.tables import table
+
+
+def repro(
+    targets: Annotated[
+        list[str] | None, typer.Argument(help="stages, as for `dvc repro`; all by default")
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option("-j", "--jobs", min=1, help="stages at a time; by default a GPU or core each"),
+    ] = None,
+    force: Annotated[bool, typer.Option("-f", "--force", help="run unchanged stages too")] = False,
+    keep_going: Annotated[
+        bool, typer.Option("-k", "--keep-going", help="after a failure, with what it leaves")
+    ] = False,
+) -> None:
+    """Run what is out of date, as `dvc repro` does, independent stages side by side.
+
+    Data is checked and encoded first. Each stage has its log in runs/logs/. Ctrl-C has running
+    stages save where they are; the same command goes on from there.
+    """
+    # Imported here: DVC takes as long to load as all else together.
+    from minimind.orchestrate.run import reproduce
+
+    report = reproduce(targets or (), jobs, force, keep_going)
+    if report.outcomes:
+        rows = [[name, how, f"{seconds:.1f}"] for name, how, seconds in report.outcomes]
+        typer.echo(table(["stage", "", "seconds"], rows, 2))
+    typer.echo(f"{report.num_unchanged} stages were up to date.")
+    if report.exit_code:
+        raise Stopped("stopped; the same command goes on from there", report.exit_code)
+    if report.failures:
+        more = f"; {len(report.failures) - 1} more failed" if report.failures[1:] else ""
+        raise UserError(f"{report.failures[0]}{more}")
+    if report.tracked:
+        names = [outcome.stage for outcome in report.outcomes]
+        what = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+        typer.echo("\nNext:\n  dvc metrics diff\n  minimind verify")
+        typer.echo(f'  git add {" ".join(sorted(report.tracked))} && git commit -m "Run {what}"')
