@@ -35,7 +35,7 @@ class Display:
 
     def started(self, stage: StageProcess) -> None:
         if not self._console.is_terminal:  # there it has a line as long as it runs
-            self.say(f"{stage.stage}: started, {stage.threads} threads, log in {stage.log}")
+            self.say(f"{stage.stage}: started, threads: {stage.threads}, log: {stage.log}")
 
     def show(self, running: Collection[StageProcess], num_over: int, num_stages: int) -> None:
         if not self._live.is_started:
@@ -45,7 +45,7 @@ class Display:
             lines.add_column(no_wrap=True)
         lines.add_column(no_wrap=True, overflow="ellipsis", style="dim", ratio=1)
         for stage in running:
-            threads = f"{stage.threads} threads"
-            lines.add_row(stage.stage, f"{stage.seconds:.0f} s", threads, stage.last_line())
+            time, threads = f"{stage.seconds:.0f} s", f"threads: {stage.threads}"
+            lines.add_row(stage.stage, time, threads, stage.last_line())
         lines.add_row(f"{num_over}/{num_stages}", "", "", "Ctrl-C saves and stops")
         self._live.update(lines, refresh=True)

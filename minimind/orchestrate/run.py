@@ -111,6 +111,9 @@ class _Reproduction:
 
     def run(self) -> Report:
         stop = StopRequest()
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+            # As in the background of a script: stages would inherit that, and never hear of a stop.
+            signal.signal(signal.SIGINT, lambda *_: None)
         try:
             with Display() as display:
                 self._run(display, stop)
