@@ -10,7 +10,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 .PHONY: repro test check table bench docs install clean
 
 repro: install
-	dvc repro
+	minimind repro
 	@python -m minimind.cli.table
 
 table:

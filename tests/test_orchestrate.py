@@ -266,10 +266,10 @@ def test_threads_are_shared_with_those_who_can_use_them(
 
 
 def test_the_longest_remaining_path_goes_first() -> None:
-    graph = nx.DiGraph([("dpo", "reason"), ("reason", "grpo")])
+    graph = nx.DiGraph([("pretrain", "sft"), ("sft", "grpo")])
     graph.add_node("lora")
-    seconds = {"dpo": 1.0, "reason": 5.0, "grpo": 5.0, "lora": 9.0}
-    assert Schedule(graph, Machine(1, 1), seconds, seconds).ready() == ["dpo", "lora"]
+    seconds = {"pretrain": 1.0, "sft": 5.0, "grpo": 5.0, "lora": 9.0}
+    assert Schedule(graph, Machine(1, 1), seconds, seconds).ready() == ["pretrain", "lora"]
 
 
 def test_asked_threads_are_those_of_all_stages_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo, lock_repo
 from filelock import FileLock, Timeout
 
+from minimind.compute.launch import other_machines
 from minimind.compute.settings import load_settings
 from minimind.errors import UserError
 from minimind.lineage.records import refuse_false_entry
@@ -94,7 +95,8 @@ class _Reproduction:
         typical, most = median(seconds.values() or [1.0]), max(memory.values(), default=0.0)
         self.schedule = Schedule(
             graph,
-            machine(self.settings, jobs, len(self.free_gpus)),
+            # Several machines meet in one stage at a time.
+            machine(self.settings, 1 if other_machines() else jobs, len(self.free_gpus)),
             {name: max(0.1, seconds.get(name, typical)) for name in graph},
             {name: memory.get(name, most) for name in graph},
             keep_going,
@@ -170,6 +172,8 @@ class _Reproduction:
     def _start(self, name: str, threads: int) -> None:
         each = str(max(1, threads // self.settings.processes))
         environment = {"OMP_NUM_THREADS": each, "RAYON_NUM_THREADS": each, "MINIMIND_THREADS": ""}
+        if self.settings.processes > 1 and not other_machines():
+            environment["PET_STANDALONE"] = "1"  # torchrun's default port is one for all
         if self.free_gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.free_gpus.pop(0)
         log = self.root / "runs" / "logs" / f"{name.replace('/', '-').replace('@', '-')}.log"
