@@ -1,5 +1,6 @@
 """Stages side by side: what may start when, and that DVC's files are as one after another."""
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -187,6 +188,29 @@ def test_one_at_a_time_and_targets_that_are_there(project: Path) -> None:
         reproduce(["e"])
 
 
+def test_an_edit_between_the_end_of_a_stage_and_its_entry_is_found(project: Path) -> None:
+    """As by the next stage under one `dvc repro`: here each stage has a DVC of its own."""
+    record = {
+        "metrics_md5": hashlib.md5(b"1\n").hexdigest(),
+        "files": {"x.bin": "0" * 32},
+        "params": {},
+        "dvc": {"stage": "a", "pid": 1, "created": 0.0},
+    }
+    Path("record.json").write_text(json.dumps(record))
+    leaving = "cp x.bin a && cp record.json runs/a.json"
+    write_graph({**GRAPH, "a": {"cmd": leaving, "deps": ["x.bin"], "outs": ["a"]}})
+    report = reproduce(["a"])
+    (failure,) = report.failures
+    assert failure.startswith("a failed: x.bin changed after stage a had ended")
+    assert [how for name, how, _ in report.outcomes if name == "a"] == ["failed"]
+
+
+def test_a_broken_graph_is_one_line(project: Path) -> None:
+    Path("dvc.yaml").write_text("stages: [\n")
+    with pytest.raises(UserError, match="line 2"):
+        reproduce()
+
+
 def test_a_frozen_stage_needs_nothing(project: Path) -> None:
     from dvc.repo import Repo
 
@@ -223,6 +247,7 @@ def test_schedules_keep_to_the_graph_and_the_machine(plan: Schedule, bad: set[st
             assert name not in starts
             starts[name] = now
             ends[name] = now + plan.seconds[name] / threads**0.5
+        assert plan.start() == {}  # asked once more, it has nothing to add
         assert len(plan.running) <= plan.machine.jobs
         assert sum(plan.running.values()) <= plan.machine.threads
         used = sum(plan.memory_mib[name] for name in plan.running)

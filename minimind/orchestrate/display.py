@@ -7,6 +7,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from minimind.orchestrate.process import StageProcess
 
@@ -31,7 +32,7 @@ class Display:
         self._live.stop()
 
     def say(self, line: str, how: str = "") -> None:
-        self._console.print(line, style=STYLES.get(how, ""), soft_wrap=True)
+        self._console.print(Text(line, STYLES.get(how, "")), soft_wrap=True)
 
     def started(self, stage: StageProcess) -> None:
         if not self._console.is_terminal:  # there it has a line as long as it runs

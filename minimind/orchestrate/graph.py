@@ -21,10 +21,11 @@ def load_graph(repo: Repo, targets: Iterable[str] = ()) -> nx.DiGraph:
     an edge leads from a stage to one that depends on it.
 
     Raises:
-        UserError: there is no such target, or DVC finds the graph to be wrong.
+        DvcException: the graph is wrong.
+        UserError: there is no such target.
     """
+    depends = get_active_graph(repo.index.graph)  # frozen stages need nothing
     try:
-        depends = get_active_graph(repo.index.graph)  # frozen stages need nothing
         wanted = collect_stages(repo, list(targets) or ["dvc.yaml"])
     except DvcException as error:
         raise UserError(f"{error}; `dvc dag` has the names of all stages.") from None

@@ -30,6 +30,7 @@ from minimind.orchestrate.scheduler import Schedule
 from minimind.terminal.signals import StopRequest
 
 POLL_SECONDS = 0.1
+UNKNOWN_MIB = 2048.0  # of a stage that has not run: what any takes in the built-in chain
 BUSY_SECONDS = 1.0  # before DVC is asked again for what another of its processes uses
 
 
@@ -76,7 +77,8 @@ def reproduce(
             "another `minimind repro` runs in this project; wait for it to end, or stop it."
         ) from None
     except DvcException as error:
-        raise UserError(str(error)) from None
+        why = f": {error.__cause__}" if error.__cause__ else ""
+        raise UserError(f"{error}{why}") from None
 
 
 class _Reproduction:
@@ -92,7 +94,7 @@ class _Reproduction:
         self.stages: dict[str, Any] = dict(graph.nodes("stage"))
         seconds = past_runs(graph, self.root / "runs", "seconds")
         memory = past_runs(graph, self.root / "runs", "peak_memory_mib")
-        typical, most = median(seconds.values() or [1.0]), max(memory.values(), default=0.0)
+        typical, most = median(seconds.values() or [1.0]), max(UNKNOWN_MIB, *memory.values())
         self.schedule = Schedule(
             graph,
             # Several machines meet in one stage at a time.
