@@ -94,7 +94,7 @@ class _Reproduction:
         self.stages: dict[str, Any] = dict(graph.nodes("stage"))
         seconds = past_runs(graph, self.root / "runs", "seconds")
         memory = past_runs(graph, self.root / "runs", "peak_memory_mib")
-        typical, most = median(seconds.values() or [1.0]), max(UNKNOWN_MIB, *memory.values())
+        typical, most = median(seconds.values() or [1.0]), max([UNKNOWN_MIB, *memory.values()])
         self.schedule = Schedule(
             graph,
             # Several machines meet in one stage at a time.
