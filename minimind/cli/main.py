@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from minimind.cli.lint import lint
+from minimind.cli.plan import plan
 from minimind.cli.presets import apply_preset, read_preset
 from minimind.cli.repro import repro
 from minimind.cli.resume import resume
@@ -36,6 +37,7 @@ def preset(
 
 
 app.command()(lint)
+app.command()(plan)
 
 
 app.command()(repro)

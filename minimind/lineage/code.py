@@ -13,7 +13,7 @@ comments, docstrings and layout. Every other stage depends on its file, `code/<s
 import ast
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib.machinery import PathFinder
 from importlib.util import resolve_name
@@ -75,11 +75,20 @@ def closure(module: str) -> list[str]:
 
 def write_code(folder: Path, stages: Iterable[str]) -> None:
     """``<folder>/<stage>.json`` for each stage; nothing is written if one cannot be followed."""
-    texts = {stage: json.dumps(code_of(stage), indent=1) + "\n" for stage in stages}
+    texts = code_texts(stages)
     with replacing(folder) as partial:
         partial.mkdir()
         for stage, text in texts.items():
             (partial / f"{stage}.json").write_text(text, encoding="utf-8")
+
+
+def code_texts(stages: Iterable[str]) -> dict[str, str]:
+    """What :func:`write_code` writes, by stage."""
+    return {stage: as_text(code_of(stage)) for stage in stages}
+
+
+def as_text(digests: Mapping[str, str]) -> str:
+    return json.dumps(digests, indent=1) + "\n"
 
 
 def stage_names() -> list[str]:

@@ -58,13 +58,18 @@ def first_difference(
     key: str, before: Any, now: Any, meaning: Callable[[Any], Any] = lambda value: value
 ) -> tuple[str, Any, Any] | None:
     """The first value, at a key or below it, that does not mean what it did: its key, and both."""
+    return next(differences(key, before, now, meaning), None)
+
+
+def differences(
+    key: str, before: Any, now: Any, meaning: Callable[[Any], Any] = lambda value: value
+) -> Iterator[tuple[str, Any, Any]]:
+    """All such values."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in sorted({*before, *now}):
-            below = (f"{key}.{name}", before.get(name), now.get(name))
-            if found := first_difference(*below, meaning):
-                return found
-        return None
-    return None if meaning(before) == meaning(now) else (key, before, now)
+            yield from differences(f"{key}.{name}", before.get(name), now.get(name), meaning)
+    elif meaning(before) != meaning(now):
+        yield key, before, now
 
 
 def md5_of(path: Path) -> str | None:
