@@ -40,9 +40,15 @@ Verdict = Literal["runs", "from cache", "runs if its inputs change", "fails", "u
 CONSTANT = {"output": "constant"}
 NEVER_RAN = "never ran"
 ABSENT = "-"
-STATES = {"deleted": "is missing", "modified": "was edited", "new": "is a new output"}
+STATES = {
+    "deleted": "is missing",
+    "modified": "was edited",
+    "new": "is a new output",
+    "not in cache": "is not in the cache",
+}
 MOST_NAMES = 3  # that a reason lists
 
+Entry = Mapping[str, Any]  # of dvc.lock, or a run in the run cache
 Contents = Mapping[str, HashFile | None]  # of outputs, by path
 
 
@@ -111,7 +117,7 @@ class _Future:
             inputs += [self._changed(stage, dep, found[dep]) for dep in changed]
         outputs = [reason for out in stage.outs for reason in _lost(out) if not inputs]
         if not inputs and not outputs:
-            after = [f"after {_some(sorted(set(makers.values())))}"] if makers else []
+            after = [f"after {some(sorted(set(makers.values())))}"] if makers else []
             return ("runs if its inputs change" if makers else "unchanged"), after, {}
         # Without changed inputs DVC restores the outputs of dvc.lock itself.
         entry = None if inputs else to_single_stage_lockfile(stage)
@@ -124,13 +130,13 @@ class _Future:
             return "fails", [str(error)], {}
         for dep, hash_info in found.items():
             dep.hash_info, dep.meta = hash_info, dep.get_meta() if dep.exists else Meta()
-        if makers and (entry or self._may_be_cached(stage, makers)):
-            return "runs if its inputs change", inputs + outputs, {}
-        if not makers and _can_hash(stage) and (entry := entry or self.cache._load(stage)):
-            restored = self.cache._create_stage(entry, wdir=stage.wdir)
-            if restored.outs_cached():
-                outs = {out.def_path: out.get_obj() for out in restored.outs}
-                return "from cache", inputs + outputs, outs
+        if makers:
+            if any(self._outs_of(stage, run) for run in self._may_restore(stage, makers, entry)):
+                return "runs if its inputs change", inputs + outputs, {}
+        elif _can_hash(stage):
+            entry = entry or self.cache._load(stage)
+            if restored := self._outs_of(stage, entry) if entry else {}:
+                return "from cache", inputs + outputs, restored
         if stage.cmd == f"python -m stages.code --output {CODE}":
             outs = {str(CODE): _tree_of_code()}
         return "runs", inputs + outputs, outs
@@ -158,7 +164,7 @@ class _Future:
         if not dep.hash_info:
             return f"{dep} is a new input"
         if Path(dep.def_path).parent == CODE and (modules := self._changed_modules(stage, dep)):
-            return f"code of {_some(modules)}"
+            return f"code of {some(modules)}"
         return f"{dep} changed"
 
     def _changed_modules(self, stage: PipelineStage, dep: Dependency) -> list[str]:
@@ -175,15 +181,27 @@ class _Future:
             return []
         return sorted({module for module, _ in before[0].items() ^ code_of(name).items()})
 
-    def _may_be_cached(self, stage: PipelineStage, unknown: Container[str]) -> bool:
-        """Whether the run cache has a run of the stage whose known inputs are the same."""
+    def _may_restore(
+        self, stage: PipelineStage, unknown: Container[str], entry: Entry | None
+    ) -> Iterator[Entry]:
+        """Runs whose outputs DVC may bring back: the recorded one, and those of the run cache.
+
+        They have the same inputs, as far as these are known.
+        """
+        if entry:
+            yield entry
         wanted = _known_part(to_single_stage_lockfile(stage), unknown)
         name = f"path: {stage.outs[0].def_path}\n" if stage.outs else ""
-        return any(
-            name in file.read_text(encoding="utf-8")
-            and _known_part(load_yaml(file), unknown) == wanted
-            for file in Path(self.cache.cache_dir).glob("*/*/*")
-        )
+        for file in Path(self.cache.cache_dir).glob("*/*/*"):
+            if name in file.read_text(encoding="utf-8"):
+                run = load_yaml(file)
+                if _known_part(run, unknown) == wanted:
+                    yield run
+
+    def _outs_of(self, stage: PipelineStage, entry: Entry) -> Contents:
+        """The outputs of a stage's run, if all are in the cache."""
+        run = self.cache._create_stage(entry, wdir=stage.wdir)
+        return {out.def_path: out.get_obj() for out in run.outs} if run.outs_cached() else {}
 
 
 def _changed_definition(stage: PipelineStage) -> Iterator[str]:
@@ -202,17 +220,16 @@ def _changed_params(dep: ParamsDependency) -> Iterator[str]:
         old, new = before.get(key, ABSENT), now.get(key, ABSENT)
         if old != new:
             leaves = [*differences(key, old, new)] or [(key, old, new)]  # a new key without a value
-            changes = [f"{name}: {_shown(before)} -> {_shown(now)}" for name, before, now in leaves]
-            yield _some(changes)
+            yield from (f"{name}: {_shown(old)} -> {_shown(new)}" for name, old, new in leaves)
 
 
 def _lost(out: Output) -> Iterator[str]:
     """Why an output has to be made or brought again, if it has."""
     for state in out.status().values():
-        yield f"{out} {STATES.get(state, 'is ' + state)}"
+        yield f"{out} {STATES[state] if out.exists else STATES['deleted']}"
 
 
-def _known_part(entry: Mapping[str, Any], unknown: Container[str]) -> tuple[Any, ...]:
+def _known_part(entry: Entry, unknown: Container[str]) -> tuple[Any, ...]:
     """What two runs of a stage agree in, if they have the same inputs but for unknown ones."""
     deps = {dep["path"]: dep["path"] in unknown or dep["md5"] for dep in entry.get("deps", [])}
     return entry["cmd"], entry.get("params"), deps, {out["path"] for out in entry["outs"]}
@@ -235,7 +252,8 @@ def _shown(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first of some names or reasons, and how many more there are."""
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     return ", ".join(names[:MOST_NAMES]) + more
 
