@@ -256,9 +256,9 @@ CHANGES: dict[str, tuple[Change, dict[str, str]]] = {
         several(N_TO_2, LR_OF_A),
         {"world": RUNS, **BELOW_WORLD, "train@a": RUNS},
     ),
-    "the same bytes from another file": (
-        several(LR_OF_A, run("train@a"), edit("step.py", "import", "#\nimport")),
-        {"world": RUNS, **BELOW_WORLD, "train@a": MAYBE},
+    "the same bytes again, and a parameter that ran with them": (
+        several(LR_OF_A, run(), LR_OF_A_BACK, edit("step.py", "import", "#\nimport")),
+        {"world": RUNS, **BELOW_WORLD},
     ),
 }
 
