@@ -196,7 +196,8 @@ class Fuzz:
                 readers += [f"{cli} lint {file}", f"{cli} lint {file} --tokenizer models/tokenizer"]
                 rows.append(Target(file, readers))
             elif file.startswith(".resume/"):
-                states.append(Target(file, [commands[file.split("/")[1]]] * 3 + project[1:2]))
+                stage = file.split("/")[1].replace("-", "@")
+                states.append(Target(file, [commands[stage]] * 3 + project[1:2]))
             elif file.startswith(("runs/", "metrics/", "models/", "dvc.")):
                 states.append(Target(file, readers * 3 + project))
             elif readers:
