@@ -99,6 +99,25 @@ def test_the_last_check_is_the_last_act(
     assert not list(tmp_path.glob("runs/*"))
 
 
+def test_a_signal_while_the_record_is_written_stops_in_good_order(
+    tmp_path: Path,
+    data,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DVC_STAGE", "sft")
+    metrics = tmp_path / "metrics.json"
+
+    def stopped_run() -> None:
+        with a_run(tmp_path, FitConfig.model_validate(CONFIG)) as run:
+            with run.saving(metrics):
+                metrics.write_text("{}")
+            monkeypatch.setattr(run, "seal", lambda: signal.raise_signal(signal.SIGINT))
+
+    with pytest.raises(Stopped, match="Run the same command again"):
+        stopped_run()
+    assert list(tmp_path.glob(".resume/*/*/finished.json"))
+
+
 def test_no_checkpoint_is_left_of_a_run_whose_data_was_edited_and_put_back(
     tmp_path: Path,
     data: EncodedDataset,  # noqa: F811

@@ -231,17 +231,21 @@ def start_run(
     if settings.wandb != "off" and processes.is_main:
         run.tracker = start_tracker(settings, stage, fingerprint, sections)
     try:
-        yield run
-        if not settings.dvc_stage:
-            store.remove()  # nothing will record the outputs, so there is nothing to wait for
-        leave_processes()
+        try:
+            yield run
+            if not settings.dvc_stage:
+                store.remove()  # nothing will record the outputs, so there is nothing to wait for
+            leave_processes()
+        finally:
+            store.close()
+            if run.tracker is not None:
+                run.tracker.finish()
+        if run.metrics_md5:
+            run.seal()
+        if settings.dvc_stage:
+            run.raise_if_stopped("at the last step")
     finally:
         stop.restore()
-        store.close()
-        if run.tracker is not None:
-            run.tracker.finish()
-    if run.metrics_md5:
-        run.seal()
 
 
 def start_training(
