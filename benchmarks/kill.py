@@ -150,6 +150,8 @@ def main() -> None:
     arguments = parser.parse_args()
     before = json.loads(arguments.add_to.read_text("utf-8")) if arguments.add_to else {}
     print(f"seed {arguments.seed}", flush=True)
+    for name in SIGNALS[1:]:  # nohup, and shells in the background, have children ignore some
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
     started = time.monotonic()
     tallies: dict[str, Tally] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -86,7 +86,8 @@ def forget_recorded(project: Path, stage: Stage) -> None:
     shutil.rmtree(project / ".dvc" / "cache" / "runs", ignore_errors=True)
     path = project / "dvc.lock"
     lock = yaml.safe_load(path.read_text(encoding="utf-8"))
-    lock["stages"].pop(stage.name, None)
+    for name in (stage.name, "report"):  # which names the metrics of others as recorded
+        lock["stages"].pop(name, None)
     path.write_text(yaml.safe_dump(lock, sort_keys=False))
 
 
