@@ -29,7 +29,7 @@ def test_killed_stages_lose_nothing(tmp_path: Path) -> None:
     assert counted["losses"] == 0
     assert counted["resumes"] > 0
     assert counted["equal"] > 0
-    assert {"SIGKILL", "SIGTERM"} <= set(counted["means"])
+    assert len(counted["signals"]) >= 4
     assert len(counted["phases"]) >= 3
 
 
