@@ -462,7 +462,8 @@ CAUSES["a variable is malformed"] = [
             ("MINIMIND_SAVE_SECONDS", "-1"),
             ("MINIMIND_LOG_SECONDS", "x"),
             ("MINIMIND_MATMUL_PRECISION", "low"),
-            ("MINIMIND_WANDB", "on"),
+            ("MINIMIND_TRACKER", "wandb,comet"),
+            ("MINIMIND_WANDB", "offline"),
         ],
         strict=False,
     )

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import wandb
 
 from minimind.compute import compiling
 from minimind.compute.compiling import can_compile
@@ -36,20 +35,6 @@ def test_gradient_checkpointing_leaves_the_history_as_it_is(tmp_path: Path, data
     assert recomputed.rows == plain.rows
 
 
-def test_wandb_offline_writes_the_history_beside_the_csv(
-    tmp_path: Path,
-    data,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    plain, _ = train(tmp_path, data, max_steps=4)
-    monkeypatch.setenv("MINIMIND_WANDB", "offline")
-    tracked, _ = train(tmp_path, data, max_steps=4)
-    assert tracked.rows == plain.rows
-    wandb.teardown()  # as at the end of a process: only then is all of it on the disk
-    (log,) = (tmp_path / "wandb").glob("offline-run-*/run-sft-*.wandb")
-    assert b"sft/loss" in log.read_bytes()
-
-
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
@@ -57,6 +42,9 @@ def test_wandb_offline_writes_the_history_beside_the_csv(
         ("MINIMIND_THREADS", "-1", "MINIMIND_THREADS is '-1'"),
         ("MINIMIND_COMPILE", "perhaps", "MINIMIND_COMPILE is 'perhaps'"),
         ("MINIMIND_SAVE_SECONDS", "soon", "MINIMIND_SAVE_SECONDS is 'soon'"),
+        ("MINIMIND_TRACKER", "wandb, comet", "MINIMIND_TRACKER is 'comet'.*'trackio'"),
+        ("MINIMIND_WANDB", "offline", "set MINIMIND_TRACKER=wandb; WANDB_MODE"),
+        ("MINIMIND_WANDB_PROJECT", "mine", "set MINIMIND_TRACKER_PROJECT"),
     ],
 )
 def test_a_wrong_setting_is_one_line(

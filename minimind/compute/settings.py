@@ -3,13 +3,19 @@
 Nothing here may change what a stage computes beyond rounding; what does belongs in params.yaml.
 """
 
+import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from minimind.errors import UserError, complaint
+
+RENAMED = {
+    "MINIMIND_WANDB": "MINIMIND_TRACKER=wandb; WANDB_MODE is wandb's own `offline` or `online`",
+    "MINIMIND_WANDB_PROJECT": "MINIMIND_TRACKER_PROJECT",
+}
 
 
 class RuntimeSettings(BaseSettings):
@@ -28,8 +34,10 @@ class RuntimeSettings(BaseSettings):
     compile: bool = Field(default=False, description="torch.compile; costs 10-60 s at the start")
     processes: int = Field(default=1, ge=1, description="of this machine, that train one model")
     shard: bool = Field(default=False, description="divide the weights among the processes")
-    wandb: Literal["off", "offline", "online"] = "off"
-    wandb_project: str = "minimind"
+    tracker: Annotated[
+        tuple[Literal["wandb", "tensorboard", "swanlab", "trackio"], ...], NoDecode
+    ] = Field(default=(), description="that get the history too, with commas")
+    tracker_project: str = "minimind"
     save_seconds: float = Field(
         default=60.0, ge=0, description="between two resume checkpoints; 0: every step"
     )
@@ -39,8 +47,16 @@ class RuntimeSettings(BaseSettings):
     )
     dvc_stage: str = Field(default="", validation_alias="DVC_STAGE")
 
+    @field_validator("tracker", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
 
 def load_settings() -> RuntimeSettings:
+    """Raises UserError for a value that is not allowed, and for a variable of earlier versions."""
+    if old := next((name for name in RENAMED if os.environ.get(name)), None):
+        raise UserError(f"{old} is no more; unset it, and set {RENAMED[old]}.")
     try:
         return RuntimeSettings()
     except ValidationError as error:

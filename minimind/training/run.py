@@ -33,7 +33,7 @@ from minimind.lineage.shared_resume import SharedStore
 from minimind.params import Section
 from minimind.terminal.progress import Progress
 from minimind.terminal.signals import StopRequest
-from minimind.terminal.trackers import start_tracker
+from minimind.terminal.trackers import Trackers, start_trackers
 
 # Times what saving took the last time, before the next one: it costs 1 % of training at most.
 SAVE_SPACING = 100
@@ -50,7 +50,7 @@ class Run:
     stop: StopRequest
     store: ResumeStore | None = None  # None: nothing is saved to go on from
     processes: Processes = field(default_factory=Processes)
-    tracker: Any = None  # a wandb.Run
+    trackers: Trackers | None = None
     record: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -64,9 +64,10 @@ class Run:
         return Progress(self.stage, num_steps, first_step, self.settings.log_seconds, silent)
 
     def log(self, row: Mapping[str, float]) -> None:
-        """A row of the history, to Weights & Biases if asked for."""
-        if self.tracker is not None:
-            self.tracker.log({f"{self.stage}/{k}": v for k, v in row.items()}, step=row["step"])
+        """A row of the history, for those who track it."""
+        if self.trackers is not None:
+            values = {f"{self.stage}/{k}": v for k, v in row.items() if k != "step"}
+            self.trackers.log(values, int(row["step"]))
 
     def say(self, message: str) -> None:
         if self.processes.is_main:
@@ -228,8 +229,8 @@ def start_run(
         provenance=provenance,
         records=records,
     )
-    if settings.wandb != "off" and processes.is_main:
-        run.tracker = start_tracker(settings, stage, fingerprint, sections)
+    if processes.is_main:
+        run.trackers = start_trackers(settings, stage, fingerprint, sections, run.say)
     try:
         try:
             yield run
@@ -238,8 +239,8 @@ def start_run(
             leave_processes()
         finally:
             store.close()
-            if run.tracker is not None:
-                run.tracker.finish()
+            if run.trackers is not None:
+                run.trackers.close()
         if run.metrics_md5:
             run.seal()
         if settings.dvc_stage:
