@@ -23,11 +23,11 @@ from typing import Any
 import numpy  # noqa: F401
 import psutil  # noqa: F401
 import pydantic_settings  # noqa: F401
+import rich.progress  # noqa: F401
 import safetensors.torch
 import tokenizers  # noqa: F401
 import torch
 import torch._dynamo
-import tqdm  # noqa: F401
 import typer  # noqa: F401
 
 torch.set_num_threads(1)

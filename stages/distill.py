@@ -64,7 +64,6 @@ def main(
         dataset = open_dataset(conversations, config.init, "chat", "text")
         asked_by = f"{params}: distill.student"
         student = start_model(config.init, config.student, config.seed, asked_by)
-        run.say(f"{student.num_parameters:,} parameters")
         outputs = TeacherOutputs.open(teacher_outputs, dataset, student.config.vocab_size)
         beside = None
         if outputs.meta.mode == "online":

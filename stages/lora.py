@@ -40,7 +40,6 @@ def main(
         dataset = open_dataset(conversations, config.init, "chat", "text")
         model = add_adapter(load_model(config.init), config, config.seed)
         num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        run.say(f"{num_trained:,} parameters of the adapter are trained")
         trained = fit(model, NextToken(), dataset, config, run)
         with run.saving(metrics):
             save_adapter(output, model)

@@ -30,7 +30,6 @@ def main(
     sections = {"pretrain": config, "model": shape}
     with start_training("pretrain", params, sections, [config.init, text]) as run:
         model = start_model(config.init, shape, config.seed, f"{params}: model")
-        run.say(f"{model.num_parameters:,} parameters")
         dataset = open_dataset(text, config.init)
         trained = fit(model, NextToken(), dataset, config, run)
         with run.saving(metrics):

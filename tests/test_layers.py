@@ -11,8 +11,8 @@ from tests.graph import ROOT
 # From us alone: other libraries know on which system they are, so they are imported before.
 HIDING = """
 import importlib, sys
-import datasketch, dvc.repo, filelock, peft, psutil, pydantic_settings
-import torch, tqdm, transformers, typer
+import datasketch, dvc.repo, filelock, peft, psutil, pydantic_settings, rich.progress
+import torch, transformers, typer
 sys.modules["{hidden}"] = None
 for name in {names}:
     importlib.import_module(name.removesuffix(".__init__"))

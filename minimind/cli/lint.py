@@ -1,11 +1,13 @@
 """`minimind lint`: look for what is wrong with data before anything is trained on it."""
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import Progress, TextColumn
 
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.formats import shown_path, unread_files
@@ -55,12 +57,13 @@ def lint(
             found_format = detect_format(file) if data_format == "auto" else data_format
             unread = UnreadKeys(KNOWN_KEYS if found_format == "prompts" else ())
             linted = lint_rows(file, found_format, evaluation, loaded, max_length, unread)
-            for findings in tqdm(linted, name, unit=" rows", leave=False, disable=None):
-                num_rows += 1
-                for finding in findings:
-                    counts[finding.level, finding.kind] += 1
-                    if counts[finding.level, finding.kind] <= show:
-                        tqdm.write(str(finding))
+            with _row_counter() as counter:
+                for findings in counter.track(linted, description=name):
+                    num_rows += 1
+                    for finding in findings:
+                        counts[finding.level, finding.kind] += 1
+                        if counts[finding.level, finding.kind] <= show:
+                            typer.echo(str(finding))
         except UserError as error:
             typer.echo(f"{name}: error: unreadable: {error}")
             counts["error", "unreadable"] += 1
@@ -80,3 +83,14 @@ def lint(
     typer.echo(table(["file", "format", "level", "kind", "found", "rows", "share"], rows, 4))
     if levels["error"] or (strict and levels["warning"]):
         raise typer.Exit(1)
+
+
+def _row_counter() -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.completed:,} rows"),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),
+        disable=not sys.stderr.isatty(),
+    )

@@ -138,7 +138,7 @@ def compute_teacher_outputs(
         run.store.save(ResumeCheckpoint(done, {}, {"sums": sums, "written": written}))
         last_save = time.monotonic()
 
-    with files[0], files[1], torch.inference_mode():
+    with files[0], files[1], progress, torch.inference_mode():
         samples = np.arange(done, num_samples)
         for batch in in_order(dataset, samples, config.batch_size, extras={}):
             batch = batch.to(run.device)
@@ -162,13 +162,12 @@ def compute_teacher_outputs(
             sums["ce"] += float(cross_entropy.cpu().double().sum())
             sums["top_share"] += float(logprobs[:, : meta.num_ids].cpu().double().exp().sum())
             done += batch.counts.samples
-            mean = float(cross_entropy.mean())
-            progress.update(math.ceil(done / config.batch_size) - 1, mean, len(batch.tokens.ids))
+            values = {"loss": float(cross_entropy.mean())}
+            progress.update(math.ceil(done / config.batch_size), values, len(batch.tokens.ids))
             if run.stop.requested or time.monotonic() - last_save >= run.settings.save_seconds:
                 save()
                 run.raise_if_stopped(f"after {done} of {num_samples} samples")
         save()
-    progress.close()
     return meta, {"tokens": meta.tokens} | {name: s / meta.tokens for name, s in sums.items()}
 
 

@@ -154,6 +154,14 @@ class Records:
             if (stage := record.dvc.stage) != self.stage:
                 _refuse_if_false(file, record, stage, lock.get(stage, {}))
 
+    def last(self, stage: str) -> dict[str, Any]:
+        """All that the last run's record says; {} if there is none, or it is broken."""
+        try:
+            record = json.loads((self.folder / record_name(stage)).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return record if isinstance(record, dict) else {}
+
     def write(self, stage: str, contents: Mapping[str, Any]) -> Path:
         """The file that a record was written to.
 

@@ -82,7 +82,8 @@ def fit(
         optimizer = Optimizer(trained, config, run.device, run.processes.world)
         best = BestWeights(trained)
         parts: dict[str, Part] = {"model": Weights(trained), "best": best, "rng": Generators(run)}
-        session = Session(run, num_steps, config.log_interval, optimizer, parts)
+        num_tokens = _num_tokens_of_all(batches)
+        session = Session(run, num_steps, config.log_interval, optimizer, parts, num_tokens)
         history = session.history
 
         def held_out_loss() -> dict[str, float]:
@@ -113,9 +114,7 @@ def fit(
             history.rows.append({"step": 0, **validate(0)})
         for step in session.steps():
             if config.patience and history.evaluations_without_gain >= config.patience:
-                session.progress.say(
-                    f"no gain in {config.patience} validations; best at {history.best_step}"
-                )
+                run.say(f"no gain in {config.patience} validations; best at {history.best_step}")
                 break
             factor = lr_factor(config.schedule, step, num_steps, config.warmup_steps)
             samples = batches.samples_of(step)
@@ -156,6 +155,14 @@ def _num_tokens(dataset: EncodedDataset, samples: Rows) -> int:
     """Tokens of some samples, trained on or not, from the data set's index alone."""
     first, last = samples * dataset.rows_per_sample, (samples + 1) * dataset.rows_per_sample
     return int((dataset.offsets[last] - dataset.offsets[first]).sum())
+
+
+def _num_tokens_of_all(batches: Batches) -> int:
+    """Tokens of all steps of a run."""
+    num_epochs, num_more = divmod(batches.num_steps, batches.steps_per_epoch)
+    rest = range(batches.num_steps - num_more, batches.num_steps)
+    more = sum(_num_tokens(batches.dataset, batches.samples_of(step)) for step in rest)
+    return num_epochs * _num_tokens(batches.dataset, batches.samples) + more
 
 
 def _prefixed(validation: dict[str, float]) -> dict[str, float]:

@@ -31,7 +31,7 @@ from minimind.lineage.resume import (
 )
 from minimind.lineage.shared_resume import SharedStore
 from minimind.params import Section
-from minimind.terminal.progress import Progress
+from minimind.terminal.progress import Progress, clock
 from minimind.terminal.signals import StopRequest
 from minimind.terminal.trackers import Trackers, start_trackers
 
@@ -50,8 +50,10 @@ class Run:
     stop: StopRequest
     store: ResumeStore | None = None  # None: nothing is saved to go on from
     processes: Processes = field(default_factory=Processes)
+    seed: int | None = None  # for people; what is drawn has it from its own section
     trackers: Trackers | None = None
     record: dict[str, Any] = field(default_factory=dict)
+    last_record: dict[str, Any] = field(default_factory=dict)  # of the stage's run before
 
     @classmethod
     def alone(cls) -> "Run":
@@ -59,9 +61,32 @@ class Run:
         settings = load_settings()
         return cls("fit", settings, prepare_device(settings), StopRequest(listening=False))
 
-    def progress(self, num_steps: int, first_step: int) -> Progress:
-        silent = not self.processes.is_main
-        return Progress(self.stage, num_steps, first_step, self.settings.log_seconds, silent)
+    def announce(self, parameters: int, steps: int, tokens: int | None, dtype: str) -> None:
+        """What will be trained, and on what, in a line.
+
+        parameters, steps, tokens: how many; tokens None where nobody knows beforehand.
+        """
+        self.record["parameters"] = parameters
+        counts = {"parameters": parameters, "steps": steps, "tokens": tokens}
+        said = [] if self.seed is None else [f"seed {self.seed}"]
+        said += [f"{count:,} {name}" for name, count in counts.items() if count is not None]
+        world = self.processes.world
+        said.append(f"{dtype} on {self.device.type}" + f" in {world} processes" * (world > 1))
+        if seconds := self._expected_seconds(counts):
+            said.append(f"about {clock(seconds)}, as the last time")
+        self.say(", ".join(said))
+
+    def _expected_seconds(self, counts: Mapping[str, int | None]) -> float | None:
+        """By the speed of the stage's run before, if that was computed alike."""
+        before, unit = self.last_record, "steps" if counts["tokens"] is None else "tokens"
+        kind = {"parameters": counts["parameters"], **self.computed_with()}
+        if any(before.get(name) != value for name, value in kind.items()) or not before.get(unit):
+            return None
+        return (counts[unit] or 0) * before["training_seconds"] / before[unit]
+
+    def progress(self, num_steps: int, first_step: int, tokens_left: int | None = None) -> Progress:
+        silent, log_seconds = not self.processes.is_main, self.settings.log_seconds
+        return Progress(self.stage, num_steps, first_step, tokens_left, log_seconds, silent)
 
     def log(self, row: Mapping[str, float]) -> None:
         """A row of the history, for those who track it."""
@@ -226,6 +251,8 @@ def start_run(
         stop,
         store=store,
         processes=processes,
+        seed=next((s.seed for s in sections.values() if hasattr(s, "seed")), None),
+        last_record=records.last(stage),
         provenance=provenance,
         records=records,
     )

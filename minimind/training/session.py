@@ -120,14 +120,21 @@ class Session:
         log_interval: int,
         optimizer: Optimizer,
         parts: Mapping[str, Part],
+        num_tokens: int | None = None,
     ) -> None:
-        """parts: all that the run depends on beside the optimizer; set to the newest saved."""
+        """parts: all that the run depends on beside the optimizer; set to the newest saved.
+
+        num_tokens: of all steps; None where they are not known beforehand.
+        """
         self.run, self.num_steps = run, num_steps
         self.log_interval = max(log_interval, math.ceil(num_steps / (MAX_ROWS - 2)))
         self.optimizer = optimizer
         self.parts = {**parts, "optimizer": optimizer}
+        num_parameters = sum(parameter.numel() for parameter in optimizer.parameters)
+        run.announce(num_parameters, num_steps, num_tokens, optimizer.config.dtype)
         self.history = self._restored()
-        self.progress = run.progress(num_steps, self.history.step)
+        tokens_left = None if num_tokens is None else num_tokens - self.history.tokens
+        self.progress = run.progress(num_steps, self.history.step, tokens_left)
         self._last_save, self._save_seconds = time.monotonic(), 0.0
 
     @property
@@ -141,16 +148,17 @@ class Session:
         Raises:
             Stopped: a signal came; a checkpoint to resume from is saved.
         """
-        while self.history.step < self.num_steps:
-            started = time.monotonic()
-            yield self.history.step
-            self.history.seconds += time.monotonic() - started
-            due = self.run.is_save_due(self._last_save, self._save_seconds)
-            stopping, saving = self.run.agree(due)
-            if stopping or saving:
-                self._save()
-            if stopping:
-                raise self.run.stopped(f"at step {self.history.step} of {self.num_steps}")
+        with self.progress:
+            while self.history.step < self.num_steps:
+                started = time.monotonic()
+                yield self.history.step
+                self.history.seconds += time.monotonic() - started
+                due = self.run.is_save_due(self._last_save, self._save_seconds)
+                stopping, saving = self.run.agree(due)
+                if stopping or saving:
+                    self._save()
+                if stopping:
+                    raise self.run.stopped(f"at step {self.history.step} of {self.num_steps}")
 
     def record(
         self,
@@ -163,7 +171,6 @@ class Session:
         validate: called with the number of steps done; what it gives is part of the history's row.
         """
         history = self.history
-        self.progress.update(history.step, values["loss"], tokens)
         history.step += 1
         history.tokens += tokens
         for name, value in values.items():
@@ -172,6 +179,7 @@ class Session:
                 history.window_counts[name] = history.window_counts.get(name, 0) + 1
         history.skipped_steps += not math.isfinite(values["grad_norm"])
         validation = validate(history.step)
+        self.progress.update(history.step, {**values, **validation}, tokens)
         if history.step % self.log_interval == 0 or history.step == self.num_steps:
             counts = history.window_counts
             means = {name: total / counts[name] for name, total in history.window.items()}
@@ -197,7 +205,6 @@ class Session:
 
     def finish(self) -> None:
         """All steps are taken, or no more are wanted."""
-        self.progress.close()
         self._save()  # so that a kill while outputs are written and recorded costs nothing
         history = self.history
         self.run.record |= {
