@@ -11,7 +11,6 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 
 repro: install
 	minimind repro
-	@python -m minimind.cli.table
 
 table:
 	@python -m minimind.cli.table

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from minimind.cli.table import REPORT, checkpoint_section_of
 from minimind.errors import Stopped, UserError
 from minimind.report.tables import table
 
@@ -27,10 +28,14 @@ def repro(
     stages save where they are; the same command goes on from there.
     """
     # Imported here: DVC takes as long to load as all else together.
+    from minimind.orchestrate.farewell import farewell
     from minimind.orchestrate.run import reproduce
 
     report = reproduce(targets or (), jobs, force, keep_going)
-    if report.outcomes:
+    is_whole = not (targets or report.failures or report.exit_code)
+    if is_whole and REPORT.is_file():
+        typer.echo(checkpoint_section_of(REPORT))
+    elif report.outcomes:
         rows = [[name, how, f"{seconds:.1f}"] for name, how, seconds in report.outcomes]
         typer.echo(table(["stage", "", "seconds"], rows, 2))
     typer.echo(f"{report.num_unchanged} stages were up to date.")
@@ -39,8 +44,7 @@ def repro(
     if report.failures:
         more = f"; {len(report.failures) - 1} more failed" if report.failures[1:] else ""
         raise UserError(f"{report.failures[0]}{more}")
-    if report.tracked:
-        names = [outcome.stage for outcome in report.outcomes]
-        what = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-        typer.echo("\nNext:\n  dvc metrics diff\n  minimind verify")
-        typer.echo(f'  git add {" ".join(sorted(report.tracked))} && git commit -m "Run {what}"')
+    names = [outcome.stage for outcome in report.outcomes]
+    what = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+    for line in farewell(report.tracked, what or "what is new"):
+        typer.echo(line)

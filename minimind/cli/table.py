@@ -19,13 +19,14 @@ from minimind.report.tables import table
 from minimind.terminal.command import stage_app
 
 RECORD = Path("benchmarks/results/claims.json")
+REPORT = Path("reports/report.md")
 
 app = stage_app("table")
 
 
 @app.command()
 def main(
-    report: Annotated[Path, typer.Option(help="the report")] = Path("reports/report.md"),
+    report: Annotated[Path, typer.Option(help="the report")] = REPORT,
     runs: Annotated[Path | None, typer.Option(help="records; default: $DVC_ROOT/runs")] = None,
     record: Annotated[bool, typer.Option(help="the README's table, over recorded runs")] = False,
 ) -> None:
