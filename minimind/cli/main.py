@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from minimind.cli.explain import explain
 from minimind.cli.lint import lint
 from minimind.cli.plan import plan
 from minimind.cli.presets import apply_preset, read_preset
@@ -36,6 +37,7 @@ def preset(
     typer.echo(f"{params}: {len(changes)} values changed. `dvc repro` runs what depends on them.")
 
 
+app.command()(explain)
 app.command()(lint)
 app.command()(plan)
 

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from io import BufferedReader
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -45,6 +45,12 @@ def output_paths(entries: list[str | dict[str, Any]] | None, variant: str) -> li
     """The paths in a stage's outs or metrics in dvc.yaml."""
     paths = [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries or []]
     return [path.replace("${key}", variant).replace("${item}", variant) for path in paths]
+
+
+def maker_of(path: str, makers: Mapping[str, str]) -> str | None:
+    """The stage that makes a path, or a folder it is in. makers: stages by their outputs."""
+    place = PurePosixPath(path)
+    return next((m for p in (place, *place.parents) if (m := makers.get(str(p)))), None)
 
 
 def value_at(tree: Any, key: str) -> Any:

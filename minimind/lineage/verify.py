@@ -5,7 +5,7 @@ which a flipped bit leaves as they are, and it does not follow a checkpoint to i
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -17,6 +17,7 @@ from ruamel.yaml.error import YAMLError
 from minimind.errors import UserError
 from minimind.lineage.dvc_files import (
     first_difference,
+    maker_of,
     md5_of,
     md5_of_file,
     output_paths,
@@ -58,9 +59,7 @@ class Project:
         self.root, self.staged = root, staged
         file = self._place("dvc.lock")
         self.lock = _stages_of(file)
-        for name, entry in self.lock.items():
-            if not _is_as_dvc_writes(entry):
-                raise UserError(f"{file}: the entry of stage {name} is not as {_DVCS}")
+        check_entries(self.lock, file)
         self.outputs: dict[str, list[str]] = {}  # of each stage
         self.metrics: dict[str, list[str]] = {}
         graph = self._place("dvc.yaml")
@@ -87,7 +86,7 @@ class Project:
         others = [*dict.fromkeys([*self.outputs, *self.lock])]
         for path, stage in self.maker.items():
             if PurePosixPath(path).parts[0] in CHECKPOINT_FOLDERS:
-                yield self._checkpoint(path, stage)
+                yield self.checkpoint(path, stage)
                 others = [name for name in others if name not in self.ancestors(stage)]
         checked = [path for name in self.lock for path in self.metrics.get(name, [])]
         breaks = [found for path in checked if (found := self._break_of_output(path))]
@@ -107,7 +106,8 @@ class Project:
         if not self.staged and (fault := _fault_of_dvcs_locks(self.root / ".dvc/tmp/rwlock")):
             yield Finding("DVC", fault, "broken")
 
-    def _checkpoint(self, path: str, stage: str) -> Finding:
+    def checkpoint(self, path: str, stage: str) -> Finding:
+        """Of an output and the stage that makes it."""
         breaks = [found for name in self.ancestors(stage) for found in self.breaks(name)]
         if first := min(breaks, key=lambda found: found.verdict != "broken", default=None):
             return Finding(path, first.text, first.verdict)
@@ -257,8 +257,7 @@ class Project:
 
     def _maker_of(self, path: str) -> str | None:
         """The stage that makes a path, or a folder it is in."""
-        place = PurePosixPath(path)
-        return next((m for p in (place, *place.parents) if (m := self.maker.get(str(p)))), None)
+        return maker_of(path, self.maker)
 
     def _entries(self, stage: str, kind: str) -> list[dict[str, Any]]:
         return self.lock.get(stage, {}).get(kind, [])
@@ -288,12 +287,24 @@ def _stages_of(file: Path) -> dict[str, Any]:
             f"{file} is cut off after {file.stat().st_size:,} bytes; bring it back with git, or "
             "remove it and run `dvc repro`."
         )
+    return stages_in(contents, file)
+
+
+def stages_in(contents: Any, file: object) -> dict[str, Any]:
+    """The stages of a dvc.yaml or dvc.lock that was read."""
     stages = contents.get("stages") if isinstance(contents, dict) else None
     if not isinstance(stages, dict) or not all(isinstance(s, dict) for s in stages.values()):
         raise UserError(
             f"{file} has no stages; bring it back with git, or remove it and run `dvc repro`."
         )
     return stages
+
+
+def check_entries(lock: Mapping[str, Any], file: object) -> None:
+    """Raises UserError where an entry of a dvc.lock is not as DVC writes it."""
+    for name, entry in lock.items():
+        if not _is_as_dvc_writes(entry):
+            raise UserError(f"{file}: the entry of stage {name} is not as {_DVCS}")
 
 
 def _is_as_dvc_writes(entry: dict[str, Any]) -> bool:

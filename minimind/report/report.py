@@ -51,7 +51,7 @@ def checkpoint_section(evaluations: Sequence[Evaluation], training: Mapping[str,
             shares = [evaluation.metrics.get(metric) for evaluation in evaluations]
             cells = ["" if share is None else _percent(share) for share in shares]
         else:
-            cells = [_interval(_outcomes(evaluation, metric)) for evaluation in evaluations]
+            cells = [_interval(outcomes(e.predictions, metric)) for e in evaluations]
         if any(cells):
             rows.append([title, *cells])
     return "\n\n".join(["## Checkpoints", table(["", *names], rows), NOTE])
@@ -140,11 +140,11 @@ def _measures(metrics: Sequence[Metrics]) -> list[tuple[str, str]]:
     ]
 
 
-def _outcomes(evaluation: Evaluation, metric: str) -> list[tuple[bool, str]]:
+def outcomes(predictions: Sequence[Record], metric: str) -> list[tuple[bool, str]]:
     """Of each answer that a metric is the share of right ones of: is it right; its problem."""
     what, _, of = metric.partition("_")
     found = []
-    for row in evaluation.predictions:
+    for row in predictions:
         level = "" if what == "choice" or row["level"] is None else f"l{row['level']}"
         right = row["choice_correct"] if what == "choice" else row["correct"]
         if of == (row["task"] or level) and right is not None:
@@ -156,10 +156,15 @@ def _interval(outcomes: Sequence[tuple[bool, str]]) -> str:
     """Share and interval, as in "96 94–98"; empty without problems."""
     if not outcomes:
         return ""
+    share, low, high = interval(outcomes)
+    return f"{100 * share:.0f} {100 * low:.0f}–{100 * high:.0f}"
+
+
+def interval(outcomes: Sequence[tuple[bool, str]]) -> tuple[float, float, float]:
+    """The share that is right of one answer or more, and both ends of its 95 % interval."""
     right, problems = zip(*outcomes, strict=True)
     share = sum(right) / len(right)
-    low, high = wilson_interval(share, effective_trials(right, problems))
-    return f"{100 * share:.0f} {100 * low:.0f}–{100 * high:.0f}"
+    return share, *wilson_interval(share, effective_trials(right, problems))
 
 
 def _spread(shares: Sequence[Number]) -> str:

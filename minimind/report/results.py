@@ -87,9 +87,9 @@ def read_metrics(paths: Sequence[Path]) -> dict[str, dict[str, Number]]:
     stages: dict[str, dict[str, Number]] = {}
     for path in paths:
         for stage, values in _read_json(path).items():
-            flat = _flat(values)
-            _require_numbers(path, flat)
-            stages.setdefault(stage, {}).update(flat)
+            leaves = flat(values)
+            _require_numbers(path, leaves)
+            stages.setdefault(stage, {}).update(leaves)
     return stages
 
 
@@ -115,7 +115,7 @@ def _recorded_run(run: Any, where: str) -> RecordedRun:
         metrics = run["metrics"].get(part)
         if not isinstance(metrics, dict) or not all(isinstance(v, dict) for v in metrics.values()):
             raise UserError(f"{where}: metrics.{part} is {metrics!r}; record the run again.")
-        parts[part] = {name: _flat(values) for name, values in metrics.items()}
+        parts[part] = {name: flat(values) for name, values in metrics.items()}
         for name, values in parts[part].items():
             _require_numbers(f"{where}: {name}", values)
     return RecordedRun(run["seed"], run["dtype"], run["isa"], **parts)
@@ -138,13 +138,14 @@ def _require_numbers(where: Path | str, values: dict[str, Any]) -> None:
             )
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Number]:
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """What stands in mappings inside each other, by names joined by dots."""
     if not isinstance(values, dict):
         return {prefix: values}
-    flat: dict[str, Number] = {}
+    leaves: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
-    return flat
+        leaves |= flat(value, f"{prefix}.{key}" if prefix else key)
+    return leaves
 
 
 def _read_json(path: Path) -> Record:
