@@ -50,27 +50,32 @@ def explain(
 
     Of a checkpoint, as models/dpo, say what it comes of, back to the data.
     """
-    project = Project(Path()) if now is None and Path("dvc.lock").is_file() else None
-    found: Ancestry | Explanation
-    shown: Iterator[Part | Tree | str]
-    if project and (output := output_named(before, project)):
-        found = ancestry(output, project)
-        shown = _shown_ancestry(found)
-    else:
-        found = _explained(before, now or "workspace")
-        shown = _shown_explanation(found)
+    found, shown = answer(before, now)
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1, ensure_ascii=False))
-        return
-    show(Console(), shown, as_markdown)
+    else:
+        show(Console(), shown, as_markdown)
+
+
+def answer(
+    before: str, now: str | None
+) -> tuple["Ancestry | Explanation", Iterator[Part | Tree | str]]:
+    """What is found, and as it is shown."""
+    project = Project(Path()) if now is None and Path("dvc.lock").is_file() else None
+    if project and (output := output_named(before, project)):
+        ancestors = ancestry(output, project)
+        return ancestors, _shown_ancestry(ancestors)
+    explanation = _explained(before, now or "workspace")
+    return explanation, _shown_explanation(explanation)
 
 
 def show(console: Console, shown: Iterable[Part | Tree | str], as_markdown: bool = False) -> None:
     """On a terminal with colours, elsewhere as text."""
     for number, part in enumerate(shown):
+        in_color = console.is_terminal and not as_markdown
         if number:
-            typer.echo()
-        if console.is_terminal and not as_markdown:
+            console.print() if in_color else typer.echo()
+        if in_color:
             console.print(_colored(part) if isinstance(part, Part) else part, markup=False)
         elif isinstance(part, Part):
             title = f"### {part.title}\n\n" if as_markdown else ""
@@ -101,10 +106,13 @@ def _shown_explanation(found: "Explanation") -> Iterator[Part | Tree | str]:
     from minimind.report.explain import some
 
     yield "\n".join([f"{found.before} → {found.now}", *found.notes])
-    for title, roots in [("parameter", found.params), ("code", found.code), ("file", found.files)]:
-        rows = [[r.name, _text(r.before), _text(r.now), some(r.stages)] for r in roots]
+    rows = [[r.name, _text(r.before), _text(r.now), some(r.stages)] for r in found.params]
+    if rows:
+        yield Part("Parameters", ["parameter", "before", "now", "read by"], rows, 4)
+    for title, roots in [("code", found.code), ("file", found.files)]:
+        rows = [[r.name, _short(r.before), _short(r.now), some(r.stages)] for r in roots]
         if rows:
-            yield Part(f"{title.capitalize()}s", [title, "before", "now", "read by"], rows, 4)
+            yield Part(title.capitalize(), [title, "before", "now", "read by"], rows, 4)
     rows = [
         [d.name, d.before or "-", d.now or "-", d.note, _text(d.removed), _text(d.added)]
         for d in found.data
@@ -157,7 +165,7 @@ def _shown_ancestry(found: Ancestry) -> Iterator[Part | Tree | str]:
 
 def _tree(ancestor: Ancestor) -> Tree:
     label = Text(ancestor.path, "bold", no_wrap=True, overflow="ellipsis")
-    label.append(f" {(ancestor.md5 or '-')[:8]}", "dim")
+    label.append(f" {_short(ancestor.md5)}", "dim")
     if ancestor.stage:
         label.append(f" by {ancestor.stage}" + " (above)" * ancestor.is_above, "cyan")
     if ancestor.rows is not None:
@@ -175,7 +183,7 @@ def _facts(ancestor: Ancestor) -> Iterator[list[str]]:
     yield [text for text in (license_, not ancestor.stage and ancestor.desc) if text]
     made = [f"{ancestor.run['seconds']:.0f} s"] if "seconds" in ancestor.run else []
     if ancestor.code:
-        made.append(f"{ancestor.num_modules} modules of code {ancestor.code[:8]}")
+        made.append(f"{ancestor.num_modules} modules of code {_short(ancestor.code)}")
     counts = sorted(ancestor.counts.items(), key=lambda count: count[0] not in FIRST_COUNTS)
     yield made + [f"{name} {_text(value)}" for name, value in counts]
     own = f"{ancestor.stage}."
@@ -193,9 +201,13 @@ def _colored(part: Part) -> Table:
 
 
 def _text(value: Any) -> str:
-    """Numbers to six digits, large ones with commas; a hash's beginning is enough."""
+    """Numbers to six digits, those of things with commas."""
     if value is None:
         return "-"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _short(digest: str | None) -> str:
+    return "-" if digest is None else digest[:8]

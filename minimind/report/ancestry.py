@@ -201,8 +201,15 @@ def _commit_of(md5: str | None, root: Path) -> str | None:
     """The first commit whose dvc.lock has a hash; None without git, or before there is one."""
     if md5 is None:
         return None
-    search = ["git", "log", "--reverse", "--format=%h %cs", "-S", md5, "--", "dvc.lock"]
+    found = git(root, "log", "--reverse", "--format=%h %cs", "-S", md5, "--", "dvc.lock")
+    return next(iter(found.decode().splitlines()), None)
+
+
+def git(root: Path, *arguments: str, given: bytes = b"") -> bytes:
+    """What git prints; nothing where it cannot."""
     with suppress(OSError):
-        found = subprocess.run(search, cwd=root, capture_output=True, text=True, check=False)
-        return next(iter(found.stdout.splitlines()), None)
-    return None
+        command = ["git", *arguments]
+        return subprocess.run(
+            command, cwd=root, input=given, capture_output=True, check=False
+        ).stdout
+    return b""

@@ -7,12 +7,11 @@ that nothing is checked out; no lock of DVC is taken, so that a stage may run me
 import hashlib
 import json
 import re
-import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from minimind.errors import UserError
 from minimind.lineage.dvc_files import maker_of
 from minimind.lineage.provenance import CODE
 from minimind.lineage.verify import check_entries, stages_in
+from minimind.report.ancestry import git
 from minimind.report.report import interval, outcomes
 
 WORKSPACE = "workspace"
@@ -177,7 +177,10 @@ def revisions(*names: str) -> Iterator[list[Revision]]:
     """
     with ExitStack() as stack:
         found = []
-        config = dict(stack.enter_context(Repo()).config)  # remotes of today, of config.local too
+        here = stack.enter_context(Repo())
+        if not Path(here.root_dir).samefile("."):
+            raise UserError(f"run from the project's root folder, {here.root_dir}.")
+        config = dict(here.config)  # remotes of today, of config.local too
         for name in names:
             repo = stack.enter_context(Repo(config=config))
             if name != WORKSPACE:
@@ -361,10 +364,9 @@ def _code_listings(root: Path) -> dict[str, dict[str, str]]:
 
     A commit may have another version than its dvc.lock says: code that has not run yet.
     """
-    git = partial(subprocess.run, cwd=root, capture_output=True, check=False)
-    listed = git(["git", "rev-list", "--objects", "--all", "--", CODE.name]).stdout.splitlines()
-    objects = [line.split()[0] for line in listed if line.endswith(b".json")]
-    contents = BytesIO(git(["git", "cat-file", "--batch"], input=b"\n".join(objects)).stdout)
+    listed = git(root, "rev-list", "--objects", "--all", "--", CODE.name).splitlines()
+    objects = b"\n".join(line.split()[0] for line in listed if line.endswith(b".json"))
+    contents = BytesIO(git(root, "cat-file", "--batch", given=objects))
     texts = [contents.read(int(line.split()[-1]) + 1)[:-1] for line in contents]
     texts += [file.read_bytes() for file in (root / CODE).glob("*.json")]
     found = {}
