@@ -6,11 +6,13 @@ from typing import Annotated
 import typer
 
 from minimind.cli.explain import explain
+from minimind.cli.compare import compare
 from minimind.cli.lint import lint
 from minimind.cli.plan import plan
 from minimind.cli.presets import apply_preset, read_preset
 from minimind.cli.repro import repro
 from minimind.cli.resume import resume
+from minimind.cli.seeds import seeds
 from minimind.cli.verify import verify
 from minimind.terminal.command import stage_app
 
@@ -38,12 +40,14 @@ def preset(
 
 
 app.command()(explain)
+app.command()(compare)
 app.command()(lint)
 app.command()(plan)
 
 
 app.command()(repro)
 app.command()(resume)
+app.command()(seeds)
 app.command()(verify)
 
 

@@ -63,17 +63,23 @@ def read_evaluations(metrics: Sequence[Path], predictions: Path) -> list[Evaluat
         if any(name == evaluation.name for evaluation in evaluations):
             raise UserError(f"{path}: {name} comes twice; name each checkpoint once.")
         _require_numbers(path, values)
-        rows = _read_predictions(predictions / f"{name}.jsonl")
+        file = predictions / f"{name}.jsonl"
+        rows = parse_predictions(_read(file), file)
         evaluations.append(Evaluation(name, values, rows))
     return evaluations
 
 
-def _read_predictions(path: Path) -> list[Record]:
+def parse_predictions(text: str, where: Path | str) -> list[Record]:
+    """The rows of a file of predictions.
+
+    Raises:
+        UserError: a line is none; `where` and its number say which.
+    """
     rows = []
-    for number, line in enumerate(_read(path).rstrip("\n").split("\n"), 1):
-        row = _parse(line, f"{path}:{number}")
+    for number, line in enumerate(text.rstrip("\n").split("\n"), 1):
+        row = _parse(line, f"{where}:{number}")
         todo = "it must be a prediction: run the evaluate stage"
-        _require_types(row, PREDICTION_TYPES, f"{path}:{number}", todo)
+        _require_types(row, PREDICTION_TYPES, f"{where}:{number}", todo)
         rows.append(row)
     return rows
 
