@@ -10,7 +10,7 @@ from rich.console import Console
 from minimind.cli import compare
 
 if __name__ == "__main__":
-    console = Console(record=True, width=128, force_terminal=True)
+    console = Console(record=True, width=140, force_terminal=True)
     compare.Console = lambda: console  # type: ignore[assignment,misc]
     compare.compare(sys.argv[1:])
     title = f"minimind compare {' '.join(sys.argv[1:])}"
