@@ -39,12 +39,10 @@ def preset(
     typer.echo(f"{params}: {len(changes)} values changed. `dvc repro` runs what depends on them.")
 
 
-app.command()(explain)
 app.command()(compare)
+app.command()(explain)
 app.command()(lint)
 app.command()(plan)
-
-
 app.command()(repro)
 app.command()(resume)
 app.command()(seeds)
