@@ -288,6 +288,8 @@ def test_the_workspace_says_what_has_not_run(project: Path) -> None:
     }
     assert verdicts(found) == UNREACHED  # by dvc.lock, which is as it was
     assert "chats.jsonl" in said()
+    Path("metrics/evaluate.json").unlink()  # as while its stage runs
+    assert explained()["metrics"] == []
     edit("chats.jsonl", '{"n": 4}', '{"n": 3}')
     edit("params.yaml", "5e-4", "1e-3")
     assert [*explained()["out_of_date"]] == ["other"]

@@ -409,6 +409,8 @@ def _not_here(revision: Revision, path: str | None) -> str:
 
 def _metrics(before: Revision, now: Revision) -> Iterator[MetricChange]:
     for file, changes in sorted(diff(*map(format_dict, (before.metrics, now.metrics))).items()):
+        if now.name == WORKSPACE and file not in now.metrics and file in now.maker:
+            continue  # recorded, but not here: its stage is running, or was stopped
         for name, change in sorted(changes.items()):
             half_width = None
             if isinstance(change["new"], float | int):
