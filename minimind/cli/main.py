@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from minimind.cli.explain import explain
 from minimind.cli.compare import compare
+from minimind.cli.explain import explain
 from minimind.cli.lint import lint
 from minimind.cli.plan import plan
 from minimind.cli.presets import apply_preset, read_preset
