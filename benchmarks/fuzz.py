@@ -195,7 +195,7 @@ class Fuzz:
             if file.endswith(".jsonl") and file.startswith("data/mini_world"):
                 readers += [f"{cli} lint {file}", f"{cli} lint {file} --tokenizer models/tokenizer"]
                 rows.append(Target(file, readers))
-            elif file.startswith(".resume/"):
+            elif file.startswith(".resume/") and file.count("/") > 2:
                 stage = file.split("/")[1].replace("-", "@")
                 states.append(Target(file, [commands[stage]] * 3 + project[1:2]))
             elif file.startswith(("runs/", "metrics/", "models/", "dvc.")):

@@ -218,7 +218,7 @@ def _own_head(directory: Path) -> None:
         (_set_config(num_hidden_layers=3), "model.layers.2.*missing"),
         (_set_config(model_type="gpt2"), "'gpt2'; allowed is"),
         (lambda d: (d / "config.json").unlink(), "is not a checkpoint"),
-        (lambda d: (d / "model.safetensors").unlink(), "cannot be read"),
+        (lambda d: (d / "model.safetensors").unlink(), "is missing; run its stage again"),
         (lambda d: (d / "config.json").write_text("{"), "is not valid"),
     ],
 )
