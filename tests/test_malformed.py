@@ -417,7 +417,7 @@ CAUSES["what stands there is no file"] = [
 ]
 CAUSES["params.yaml cannot be read"] = [
     Case("sft", with_text("params.yaml", text), ("params.yaml",)) for text in PARAMS_FILES.values()
-]
+] + [Case("evaluate", with_params(more="\ud800"), ("params.yaml is not valid YAML",))]
 CAUSES["params.yaml is missing or a folder"] = [
     Case("sft", without("params.yaml"), ("params.yaml is missing",)),
     Case("sft", as_folder("params.yaml"), ("params.yaml",)),

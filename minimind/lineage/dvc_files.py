@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from minimind.errors import UserError
+
 # Every scalar is a string, as it is written: DVC and PyYAML disagree about what 1e-06 and yes are.
 _Loader: Any = type(
     "_Loader",
@@ -19,15 +21,18 @@ _Loader: Any = type(
 
 
 def read_as_written(file: Path) -> Any:
-    """YAML whose scalars are strings; raises OSError, ValueError (not UTF-8) or yaml.YAMLError."""
-    return yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    """YAML whose scalars are strings; raises OSError, or UserError for what is none."""
+    try:
+        return yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except (ValueError, yaml.YAMLError) as error:  # libyaml reads no "\\ud800", as PyYAML does
+        raise UserError(f"{file} is not valid YAML: {error}; correct it.") from None
 
 
 def stages_as_written(file: Path) -> dict[str, Any]:
     """The stages in dvc.yaml or dvc.lock; none where the file cannot be read, as DVC will say."""
     try:
         stages = read_as_written(file)["stages"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
     return stages if isinstance(stages, dict) else {}
 

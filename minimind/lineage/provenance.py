@@ -73,9 +73,10 @@ class Provenance:
 
         Raises:
             UserError: code was edited while it was imported, or is not that which DVC records;
-                or an input is missing.
+                an input is missing, or the params file is no YAML to DVC.
         """
         self.code, self.params, self.sections = loaded_code(code), params, sections
+        self.as_written = read_as_written(params) if sections else {}
         self.inputs = sorted({*_files(inputs)})
         recorded = CODE / f"{code}.json"
         digests = [recorded] if by_dvc and recorded.exists() else []
@@ -119,7 +120,6 @@ class Provenance:
             UserError: as :meth:`check` does; there is no record then, nor will DVC make an entry.
         """
         self.check()
-        tree = read_as_written(self.params) if self.sections else {}
         shared = {key for section in self.sections.values() for key in shared_keys(type(section))}
         names = [*self.sections, *sorted(shared)]
         outs = records.outputs()
@@ -128,7 +128,7 @@ class Provenance:
             "outs": outs,
             "code": self.code,
             "files": self._digests(self.files),
-            "params": {str(self.params): {name: value_at(tree, name) for name in names}},
+            "params": {str(self.params): {name: value_at(self.as_written, name) for name in names}},
         }
         file = records.write(stage, {**made_from, **contents})
         try:
