@@ -5,10 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from minimind.errors import Stopped
+from minimind.terminal import signals
 from minimind.terminal.signals import NAMES, StopRequest
 from tests.graph import ROOT
 
@@ -28,11 +31,11 @@ def list_of_writers(directory: Path, process: int) -> None:
     file.write_text(json.dumps({"write": {"models/sft": {"pid": process, "cmd": "dvc repro"}}}))
 
 
-def watching(directory: Path) -> subprocess.Popen[str]:
+def watching(directory: Path, **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", WATCHING],
         cwd=directory,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | variables,
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -55,6 +58,34 @@ def test_a_stage_whose_dvc_lives_goes_on(tmp_path: Path, listed: bool) -> None:
     assert stage.poll() is None
     stage.kill()
     stage.communicate()
+
+
+def test_a_stage_on_another_machine_does_not_look_for_its_dvc_there(tmp_path: Path) -> None:
+    list_of_writers(tmp_path, process=2**22 + 1)
+    stage = watching(tmp_path, MINIMIND_DVC=f"{2**22 + 1} 1750000000.0")
+    assert stage.stdout is not None
+    assert stage.stdout.readline() == "watching\n"
+    stage.kill()
+    stage.communicate()
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_signal_and_its_echo_are_one_wish_to_stop(
+    monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    """As Slurm signals every process of a job, and those that start others pass it on."""
+    reached: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _frame: reached.append(number))
+    stop = StopRequest(at_once)
+    with pytest.raises(Stopped) if at_once else nullcontext():
+        signal.raise_signal(signal.SIGUSR1)
+    signal.raise_signal(signal.SIGUSR1)
+    assert (stop.requested, reached) == (True, [])
+    monkeypatch.setattr(signals, "ECHO_SECONDS", -1.0)  # so it comes later
+    signal.raise_signal(signal.SIGUSR1)
+    assert reached == [signal.SIGUSR1]
+    stop.restore()
+    signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_stage_ends_when_its_dvc_is_killed(tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ class Kind(IntEnum):
 
 
 def is_worker() -> bool:
-    """Whether torchrun has started this process, be it by our doing or a person's."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    """Whether torchrun or a cluster has started this process, be it by our doing or a person's."""
+    return "RANK" in os.environ
 
 
 def other_machines() -> bool:
@@ -63,6 +63,9 @@ def launch(stage: str, num_processes: int) -> int:
 
     logging.disable(logging.CRITICAL)  # torchrun tells at length what we tell in a line
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    # To be passed on: its own, and those of Slurm.
+    signals = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", signals)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of what we want of it
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     with tempfile.TemporaryDirectory(prefix="minimind-") as last_words:

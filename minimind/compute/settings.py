@@ -34,6 +34,7 @@ class RuntimeSettings(BaseSettings):
     compile: bool = Field(default=False, description="torch.compile; costs 10-60 s at the start")
     processes: int = Field(default=1, ge=1, description="of this machine, that train one model")
     shard: bool = Field(default=False, description="divide the weights among the processes")
+    launcher: str = Field(default="", description="template that starts stages elsewhere")
     tracker: Annotated[
         tuple[Literal["wandb", "tensorboard", "swanlab", "trackio"], ...], NoDecode
     ] = Field(default=(), description="that get the history too, with commas")
@@ -52,6 +53,10 @@ class RuntimeSettings(BaseSettings):
     def _split(cls, value: Any) -> Any:
         return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
+    def variables(self) -> dict[str, str]:
+        """Those that are set, as they are written, by name."""
+        return {name: os.environ[name] for name in map(_variable, self.model_fields_set)}
+
 
 def load_settings() -> RuntimeSettings:
     """Raises UserError for a value that is not allowed, and for a variable of earlier versions."""
@@ -61,6 +66,11 @@ def load_settings() -> RuntimeSettings:
         return RuntimeSettings()
     except ValidationError as error:
         detail = error.errors()[0]
-        name = str(detail["loc"][0])
-        variable = name if name.startswith("DVC_") else f"MINIMIND_{name.upper()}"
+        variable = _variable(str(detail["loc"][0]))
         raise UserError(f"{variable} is {detail['input']!r}; {complaint(detail)}.") from None
+
+
+def _variable(field: str) -> str:
+    """Of a field, or of the alias that pydantic calls it by."""
+    of_dvc = {"root": "DVC_ROOT", "dvc_stage": "DVC_STAGE"}
+    return field if field in of_dvc.values() else of_dvc.get(field, f"MINIMIND_{field.upper()}")

@@ -1,10 +1,14 @@
 """Which DVC process runs this stage. Starts fast: a stage looks before it imports what is slow."""
 
 import json
+import os
 import time
 from pathlib import Path
 
 import psutil
+
+# On another machine no ancestor is DVC: there this says who it is, as "<pid> <time of creation>".
+DVC_ELSEWHERE = "MINIMIND_DVC"
 
 
 def writers() -> set[int]:
@@ -24,7 +28,16 @@ def writers() -> set[int]:
     return set()
 
 
-def our_dvc() -> psutil.Process | None:
-    """The DVC process that runs this stage; None outside DVC."""
+def is_elsewhere() -> bool:
+    """Whether a launcher has started this process for the one that DVC started."""
+    return DVC_ELSEWHERE in os.environ
+
+
+def our_dvc() -> tuple[int, float] | None:
+    """Number and time of creation of the DVC process that runs this stage; None outside DVC."""
+    if is_elsewhere():
+        pid, _, created = os.environ[DVC_ELSEWHERE].partition(" ")
+        return (int(pid), float(created)) if pid else None
     candidates = writers()
-    return next((p for p in psutil.Process().parents() if p.pid in candidates), None)
+    found = next((p for p in psutil.Process().parents() if p.pid in candidates), None)
+    return (found.pid, found.create_time()) if found else None

@@ -129,7 +129,7 @@ class Records:
         self.folder = root / "runs"
         self.stage = dvc_stage.rpartition(":")[2]  # without the graph's file
         dvc = our_dvc() if self.stage else None
-        self.ours = DvcRun(self.stage, dvc.pid, dvc.create_time()) if dvc else None
+        self.ours = DvcRun(self.stage, *dvc) if dvc else None
 
     def refuse_false_lock(self) -> None:
         """Compare dvc.lock with the records that stages under the same DVC process have left.

@@ -14,15 +14,18 @@ from types import FrameType
 import psutil
 
 from minimind.errors import Stopped
-from minimind.lineage.dvc_process import writers
+from minimind.lineage.dvc_process import is_elsewhere, writers
 
 # Of a person, dvc, systemd, docker, Slurm and a terminal that closes. Windows has two of them.
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+# The same signal again so soon is the same wish: Slurm signals every process of a job, and those
+# that start others pass it on as well.
+ECHO_SECONDS = 2.0
 SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
 
 
 class StopRequest:
-    """Set by a signal or the death of the parent; the same signal again acts at once.
+    """Set by a signal or the death of the parent; the same signal again, later, acts at once.
 
     One of each may come for a single wish: Ctrl-C reaches a process both directly and through
     the launcher that starts it.
@@ -35,11 +38,10 @@ class StopRequest:
     def __init__(self, at_once: bool = False, listening: bool = True) -> None:
         self.at_once = at_once
         self.signal = 0
-        numbers = [int(getattr(signal, name)) for name in NAMES if hasattr(signal, name)]
+        self._came: dict[int, float] = {}  # when each came first
         self._previous = {
             number: signal.signal(number, self._handle)
-            for number in numbers
-            if listening and signal.getsignal(number) != signal.SIG_IGN
+            for number in (catchable() if listening else ())
         }
 
     @property
@@ -51,9 +53,12 @@ class StopRequest:
         return 128 + self.signal
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self.signal = number
-        signal.signal(number, self._previous.pop(number))
-        if self.at_once:
+        self.signal, now = number, time.monotonic()
+        age = now - self._came.setdefault(number, now)
+        if age > ECHO_SECONDS:
+            signal.signal(number, self._previous.pop(number))
+            signal.raise_signal(number)
+        if self.at_once and not age:
             raise Stopped("asked to stop. Run the same command again.", self.exit_code)
 
     def restore(self) -> None:
@@ -63,6 +68,12 @@ class StopRequest:
         self._previous = {}
 
 
+def catchable() -> list[int]:
+    """Numbers of the signals that ask to stop, but for those ignored from the start."""
+    numbers = [int(getattr(signal, name)) for name in NAMES if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+
+
 def watch_parents(interval_seconds: float = 0.5) -> None:
     """Send ourselves SIGTERM when the process that started us dies.
 
@@ -70,7 +81,7 @@ def watch_parents(interval_seconds: float = 0.5) -> None:
     is no shell is watched, and every shell on the way.
     """
     ancestors = psutil.Process().parents()
-    pids = writers()
+    pids = set() if is_elsewhere() else writers()
     # If DVC died before we could look, and left us to some other process, then its list of who
     # writes what names others than our ancestors alone.
     if pids and pids.isdisjoint(ancestor.pid for ancestor in ancestors):

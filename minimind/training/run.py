@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from minimind.compute.cluster import place_in_cluster
 from minimind.compute.device import prepare_device
 from minimind.compute.launch import is_worker, launch, other_machines
 from minimind.compute.matmuls import matmuls_in_float32
@@ -21,6 +23,7 @@ from minimind.compute.processes import Processes, join_processes, leave_processe
 from minimind.compute.settings import RuntimeSettings, load_settings
 from minimind.errors import Stopped, UserError
 from minimind.lineage.dvc_files import md5_of_file
+from minimind.lineage.dvc_process import is_elsewhere
 from minimind.lineage.provenance import Provenance
 from minimind.lineage.records import Records
 from minimind.lineage.resume import (
@@ -31,6 +34,7 @@ from minimind.lineage.resume import (
 )
 from minimind.lineage.shared_resume import SharedStore
 from minimind.params import Section
+from minimind.terminal.elsewhere import run_elsewhere
 from minimind.terminal.progress import Progress, clock
 from minimind.terminal.signals import StopRequest
 from minimind.terminal.trackers import Trackers, start_trackers
@@ -210,6 +214,10 @@ def start_run(
     many_processes: whether the stage divides its work among processes, where there are some.
     """
     settings = load_settings()
+    if not many_processes:
+        _go_elsewhere(stage, settings)
+        if (place := place_in_cluster()) and place.rank:
+            raise SystemExit(0)  # the first of them does the work
     stop = StopRequest(at_once=not saves_states)
     device = prepare_device(settings)
     processes = join_processes(device)
@@ -287,7 +295,20 @@ def start_training(
 
     The first one then only starts the others under torchrun, waits for them, and exits.
     """
-    num_processes = load_settings().processes
+    settings = load_settings()
+    _go_elsewhere(stage, settings)
+    num_processes = settings.processes
+    if place := place_in_cluster():
+        if "processes" not in settings.model_fields_set:
+            num_processes = place.num_gpus
+        os.environ.update(place.torchruns_variables(num_processes))
     if (num_processes > 1 or other_machines()) and not is_worker():
         raise SystemExit(launch(stage, num_processes))
     return start_run(stage, params, sections, inputs, code, many_processes=True)
+
+
+def _go_elsewhere(stage: str, settings: RuntimeSettings) -> None:
+    """Where a launcher is asked for, let it run this stage, and exit with its exit code."""
+    if settings.launcher and not is_elsewhere():
+        name = settings.dvc_stage.rpartition(":")[2] or stage
+        raise SystemExit(run_elsewhere(name, settings))
