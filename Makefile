@@ -1,13 +1,13 @@
 # make repro: from clone to trained, evaluated checkpoints    make test: the tests
 # make check: format, lint, types                             make table: what each stage taught
-# make bench: how fast, beside others that do the same work
+# make bench: how fast, beside others that do the same work   make test-more: tests with a cluster
 
 SHELL := /bin/sh
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-.PHONY: repro test check table bench docs install clean
+.PHONY: repro test test-more check table bench docs install clean
 
 repro: install
 	minimind repro
@@ -26,6 +26,14 @@ docs: install
 
 test: install
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadgroup
+
+# Needs more than Python packages, and skips what is not there: Slurm (apt-get install slurm-wlm munge).
+test-more: install .venv/skypilot
+	OMP_NUM_THREADS=1 python -m pytest -rs tests/cluster
+
+.venv/skypilot: # in an environment of its own: it asks for other versions of much that we use
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check skypilot==0.14.1 || rm -r $@
 
 check: install
 	ruff format --check .
