@@ -49,7 +49,11 @@ pids="$pids $!"
 slurmd -D -N "$host" &
 pids="$pids $!"
 for _ in $(seq 100); do
-    if srun --immediate=5 true 2>/dev/null; then echo ready; cat > /dev/null; exit 0; fi
+    if srun --immediate=5 true 2>/dev/null; then break; fi
     sleep 0.2
 done
-exit 1
+echo ready
+cat > /dev/null
+scancel --signal=KILL --full --user="$(id -un)" # jobs that a failed test has left would run on
+scancel --user="$(id -un)"
+sleep 1
