@@ -2,8 +2,11 @@
 
 import ast
 import json
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -222,6 +225,22 @@ def test_a_change_reaches_the_stages_that_use_it(
     project: Path, file: str, text: str, stages: set[str]
 ) -> None:
     assert changed_by(project, lambda folder: write(folder / file, text)) == stages
+
+
+def test_code_is_found_where_an_editable_install_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It adds a finder of its own; outside the clone, the path of modules does not lead there."""
+
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+            file, places = tmp_path / "__init__.py", [str(tmp_path)]
+            found = spec_from_file_location(name, file, submodule_search_locations=places)
+            return found if name == "elsewhere" else None
+
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder])
+    assert code._folder_of("elsewhere") == tmp_path
 
 
 # ---- the project itself ----

@@ -15,8 +15,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from importlib.machinery import PathFinder
-from importlib.util import resolve_name
+from importlib.util import find_spec, resolve_name
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -178,8 +177,8 @@ def _path_of(module: str) -> Path | None:
 
 @cache
 def _folder_of(top_package: str) -> Path:
-    """Where a package stands, in a clone or installed; found without importing it."""
-    spec = PathFinder.find_spec(top_package)
+    """Where a package stands, in a clone or installed, editable too; found without importing it."""
+    spec = find_spec(top_package)
     assert spec is not None and spec.submodule_search_locations, top_package
     return Path(next(iter(spec.submodule_search_locations)))
 
