@@ -8,15 +8,22 @@ from ruamel.yaml.error import YAMLError
 
 from minimind.errors import UserError
 from minimind.files import replacing
+from minimind.project.template import shipped
 
 Values = dict[str, Any]
 
 
 def read_preset(directory: Path, name: str, extended_by: tuple[str, ...] = ()) -> Values:
-    """The preset's values, those of the preset that it extends beneath them."""
+    """The preset's values, those of the preset that it extends beneath them.
+
+    A preset that is not in `directory` is one of those that are shipped.
+    """
     path = directory / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in directory.glob("*.yaml"))) or "none"
+        path = shipped(f"presets/{name}.yaml")
+    if not path.is_file():
+        files = [*sorted(directory.glob("*.yaml")), *sorted(shipped("presets").glob("*.yaml"))]
+        known = ", ".join(dict.fromkeys(file.stem for file in files))
         raise UserError(f"there is no preset {name!r} in {directory}/; there are: {known}.")
     try:
         values = YAML(typ="safe").load(path)
