@@ -76,6 +76,11 @@ def dvc(directory: Path, *arguments: str, expect: int = 0, **environment: str) -
     return _run(directory, [sys.executable, "-m", "dvc", *arguments], expect, environment)
 
 
+def minimind(directory: Path, *arguments: str, expect: int = 0, **environment: str) -> str:
+    command = [sys.executable, "-m", "minimind.cli.main", *arguments]
+    return _run(directory, command, expect, {"PYTHONPATH": str(ROOT), **environment})
+
+
 def _run(
     directory: Path,
     command: list[str],
@@ -101,6 +106,21 @@ def _run(
     )
     assert result.returncode == expect, f"{command} gave {result.returncode}:\n{result.stdout}"
     return result.stdout
+
+
+def share(project: Path, remote: Path | str, **environment: str) -> None:
+    """As docs/project.md says, without pushing to where clones are made from."""
+    dvc(project, "remote", "add", "-d", "store", str(remote))
+    if endpoint := environment.get("ENDPOINT"):
+        dvc(project, "remote", "modify", "store", "endpointurl", endpoint)
+    git(project, "add", "-A")
+    git(project, "commit", "-qm", "A store")
+    minimind(project, "push", **environment)
+
+
+def clone_of(project: Path, clone: Path) -> Path:
+    git(project, "clone", "-q", str(project), str(clone))
+    return clone
 
 
 def stages_run(printed: str) -> list[str]:

@@ -10,6 +10,7 @@ from minimind.cli.explain import explain
 from minimind.cli.lint import lint
 from minimind.cli.plan import plan
 from minimind.cli.presets import apply_preset, read_preset
+from minimind.cli.project import init, pull, push, upgrade
 from minimind.cli.repro import repro
 from minimind.cli.resume import resume
 from minimind.cli.seeds import seeds
@@ -41,11 +42,15 @@ def preset(
 
 app.command()(compare)
 app.command()(explain)
+app.command()(init)
 app.command()(lint)
 app.command()(plan)
+app.command()(pull)
+app.command()(push)
 app.command()(repro)
 app.command()(resume)
 app.command()(seeds)
+app.command()(upgrade)
 app.command()(verify)
 
 

@@ -23,7 +23,8 @@ from minimind.lineage.paths import unreadable
 from minimind.lineage.records import Records
 from minimind.params import Section, load_section, shared_keys
 
-CODE = Path("code")  # where stage `code` writes what the others depend on
+CODE = Path("code")  # where stage `code`, or `minimind upgrade`, writes what stages depend on
+PROJECT = Path(".minimind")  # what a project had from `minimind init` or `upgrade`; no clone has it
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,10 @@ class Provenance:
         digests = [recorded] if by_dvc and recorded.exists() else []
         self.files = {path: Pinned.of(path) for path in sorted({*self.inputs, *digests})}
         if digests and json.loads(recorded.read_text(encoding="utf-8")) != self.code:
-            raise UserError(
-                f"{recorded} is not of the code that is here: it was edited since `dvc repro` "
-                "began; run it again."
-            )
+            again = "it was edited since `dvc repro` began; run it again."
+            if PROJECT.is_dir():
+                again = "another version is installed; `minimind upgrade` says what it changes."
+            raise UserError(f"{recorded} is not of the code that is here: {again}")
 
     def identity(self) -> dict[str, Any]:
         """What runs of the same code on the same inputs have in common, under DVC or not."""

@@ -1,0 +1,59 @@
+"""What is trained, to and from a remote, with all that was ever run.
+
+`dvc push --run-cache` leaves out metrics, which git keeps (`cache: false`); without them no other
+clone can bring back a past run. DVC's cache has their contents, so they are sent beside it.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dvc.repo import Repo
+from dvc.utils.serialize import load_yaml
+from dvc_data.hashfile.hash_info import HashInfo
+
+from minimind.errors import UserError
+
+
+def push() -> int:
+    """Send outputs, past runs and their metrics; returns the number of files.
+
+    Raises:
+        UserError: there is no project or remote, or it cannot be reached.
+    """
+    with _project() as repo:
+        sent = repo.push(run_cache=True)
+        result = repo.cloud.push(_outputs_of_runs(repo, repo.cache.local.exists))
+        if result.failed:
+            raise UserError(f"{len(result.failed)} files could not be sent; run it again.")
+        return sent + len(result.transferred)
+
+
+def pull() -> int:
+    """Bring outputs, past runs and their metrics; what nobody has sent is no error."""
+    with _project() as repo:
+        brought = repo.pull(run_cache=True, allow_missing=True)["stats"]["fetched"]
+        lacking = _outputs_of_runs(repo, lambda md5: not repo.cache.local.exists(md5))
+        return brought + len(repo.cloud.pull(lacking).transferred)
+
+
+def _outputs_of_runs(repo: Repo, wanted: Callable[[str], bool]) -> set[HashInfo]:
+    """The single files among the outputs of past runs."""
+    entries: list[Any] = [load_yaml(f) for f in Path(repo.stage_cache.cache_dir).glob("*/*/*")]
+    hashes = {out.get("md5", ".dir") for entry in entries for out in entry.get("outs", [])}
+    return {HashInfo("md5", md5) for md5 in hashes if not md5.endswith(".dir") and wanted(md5)}
+
+
+@contextmanager
+def _project() -> Iterator[Repo]:
+    logging.getLogger("dvc").setLevel(logging.CRITICAL)  # it is said in a line
+    try:
+        with Repo() as repo:
+            yield repo
+    except UserError:
+        raise
+    except Exception as error:  # of DVC or of the library of any kind of remote
+        why = f": {error.__cause__}" if error.__cause__ else ""
+        raise UserError(f"{type(error).__name__}: {error}{why}; see docs/project.md") from None
