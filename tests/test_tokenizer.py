@@ -319,6 +319,11 @@ def test_no_corpus_teaches_a_piece_that_spans_a_line_break(
     assert ids[0] == ids[1] + ids[2]
 
 
+def test_what_no_space_ends_is_learned_from_in_parts() -> None:
+    """Training takes the square of their length: a megabyte of base64 would take ten minutes."""
+    assert max(map(len, train_tokenizer(["a" * 5000], 300).get_vocab())) <= 1000
+
+
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"a": "数", "b": "<n>"}}}
 TOOL_CHAT: list[Message] = [
     {"role": "system", "content": "Be brief.", "tools": [ADD]},

@@ -13,7 +13,7 @@ from typing import Any
 
 import tokenizers
 from pydantic import Field
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from minimind.chat.agreement import require_agreement
 from minimind.chat.template import CHAT_TEMPLATE
@@ -61,7 +61,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
     # Learned from text that is split at newlines besides, so that no piece holds one with something
     # else. Then the split makes no difference to encoding: what is left out below is never missed.
     newlines = pre_tokenizers.Split("\n", behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([newlines, *known])
+    # And what no space ends, as base64, in parts: time grows with the square of their length.
+    parts = pre_tokenizers.Split(Regex(".{1,1000}"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([newlines, *known, parts])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(TAGS + TOOL_TAGS),
