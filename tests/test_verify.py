@@ -6,12 +6,14 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+import zc.lockfile
 from typer.testing import CliRunner
 
 from minimind.cli.main import app
@@ -321,6 +323,29 @@ def test_a_lock_that_is_cut_off_is_one_line(project: Path, size: int) -> None:
         if whole[end - 1 : end] != b"\n":
             assert not lines
             assert re.search(r"dvc\.lock is (cut off after|not valid YAML)", first)
+
+
+@pytest.mark.parametrize("command", ["verify", "plan", "explain workspace workspace"])
+@pytest.mark.parametrize("num_lines", [0, 20])
+def test_what_dvc_is_writing_is_read_when_it_has_written_it(
+    project: Path, monkeypatch: pytest.MonkeyPatch, command: str, num_lines: int
+) -> None:
+    monkeypatch.chdir(project)
+    lock = project / "dvc.lock"
+    whole = lock.read_bytes()
+    held = zc.lockfile.LockFile(".dvc/tmp/lock")
+    lock.write_bytes(b"".join(whole.splitlines(keepends=True)[:num_lines]))
+
+    def write_the_rest() -> None:
+        lock.write_bytes(whole)
+        held.close()
+
+    timer = threading.Timer(3.0, write_the_rest)
+    timer.start()
+    result = CliRunner().invoke(app, command.split())
+    timer.join()
+    assert result.exit_code == 0, result.output
+    assert result.output == CliRunner().invoke(app, command.split()).output
 
 
 def test_a_lock_that_is_cut_off_at_the_end_of_a_line_is_found(project: Path) -> None:

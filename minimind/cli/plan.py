@@ -19,6 +19,7 @@ from rich.table import Table
 
 from minimind.cli.presets import apply_preset, merge, read_preset
 from minimind.errors import UserError
+from minimind.lineage.dvc_files import kept_from_dvc
 from minimind.params import read_params
 from minimind.report.tables import table
 
@@ -72,7 +73,8 @@ def plan(
             texts = {path: copy.read_text(encoding="utf-8") for path, copy in edited.items()}
             params = read_params(edited[PARAMS])
         repo = Repo(".", fs=EditedFiles(texts))
-        graph = load_graph(repo, targets or [])
+        with kept_from_dvc(Path(repo.root_dir)):
+            graph = load_graph(repo, targets or [])
         recorded = merge(params, recorded_params(graph))
         planned = {p.stage: p for p in plan_stages(repo, graph)}
     except DvcException as error:

@@ -4,7 +4,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -12,7 +12,7 @@ import yaml
 from minimind.comparison.paired import Outcomes, outcomes
 from minimind.comparison.seeds import Seeds
 from minimind.errors import UserError
-from minimind.lineage.dvc_files import variants
+from minimind.lineage.dvc_files import kept_from_dvc, variants
 from minimind.report.results import parse_predictions
 
 if TYPE_CHECKING:
@@ -181,7 +181,8 @@ class Project:
             self._repo = files.repo
         except DvcException:
             raise UserError("this is no DVC project; run from the project's root folder.") from None
-        self.workspace = Run.of(WORKSPACE, files)
+        with kept_from_dvc(Path()):
+            self.workspace = Run.of(WORKSPACE, files)
         self._runs: dict[str, Run] = {}  # by commit
 
     def __enter__(self) -> "Project":

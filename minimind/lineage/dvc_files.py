@@ -1,9 +1,12 @@
 """DVC's own files: what dvc.yaml and dvc.lock say, and hashes as they stand there."""
 
+import fcntl
 import hashlib
 import json
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +21,25 @@ _Loader: Any = type(
     (getattr(yaml, "CSafeLoader", yaml.SafeLoader),),  # faster where there is libyaml
     {"yaml_implicit_resolvers": {"<": [("tag:yaml.org,2002:merge", re.compile("<<$"))]}},
 )
+
+
+@contextmanager
+def kept_from_dvc(root: Path, seconds: float = 10.0) -> Iterator[None]:
+    """While this is open, DVC leaves dvc.lock alone, which it overwrites in place.
+
+    seconds: to wait for DVC, which overwrites in a moment, but may have its lock for hours, as for
+    `dvc push`.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):  # no file: DVC has never run here
+            lock = stack.enter_context((root / ".dvc/tmp/lock").open("rb"))
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                with suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.05)
+        yield
 
 
 def read_as_written(file: Path) -> Any:

@@ -17,6 +17,7 @@ from ruamel.yaml.error import YAMLError
 from minimind.errors import UserError
 from minimind.lineage.dvc_files import (
     first_difference,
+    kept_from_dvc,
     maker_of,
     md5_of,
     md5_of_file,
@@ -58,7 +59,8 @@ class Project:
         """staged: a copy of what git has of the project, which counts for what is in it."""
         self.root, self.staged = root, staged
         file = self._place("dvc.lock")
-        self.lock = _stages_of(file)
+        with kept_from_dvc(root):
+            self.lock = _stages_of(file)
         check_entries(self.lock, file)
         self.outputs: dict[str, list[str]] = {}  # of each stage
         self.metrics: dict[str, list[str]] = {}

@@ -26,7 +26,7 @@ from dvc.utils.serialize import parse_yaml
 from dvc_data.index import DataIndexError
 
 from minimind.errors import UserError
-from minimind.lineage.dvc_files import maker_of
+from minimind.lineage.dvc_files import kept_from_dvc, maker_of
 from minimind.lineage.provenance import CODE
 from minimind.lineage.verify import check_entries, stages_in
 from minimind.report.ancestry import git
@@ -194,7 +194,8 @@ def revisions(*names: str) -> Iterator[list[Revision]]:
                         "`dvc exp list --all` have the names, `git fetch` (of a shallow clone with "
                         "--unshallow) and `dvc exp pull origin NAME` bring others."
                     ) from None
-            found.append(Revision(name, repo))
+            with kept_from_dvc(Path()):
+                found.append(Revision(name, repo))
         yield found
 
 
