@@ -88,6 +88,12 @@ SAME = [  # said, expected
     ("一万二", "12000"),
     ("3万5千", "35000"),
     ("二〇二四", "2024"),
+    # LaTeX, and dots that are no decimal point
+    ("\\$1{,}200.50", "1200.5"),
+    ("1\\,200", "1200"),
+    ("1,\\!200", "1200"),
+    ("零下5度", "-5"),
+    ("5 m/s2", "5"),
 ]
 OTHER = [
     ("12", "21"),
@@ -135,6 +141,13 @@ OTHER = [
     ("一样多", "1"),
     ("The answer is 3. The answer is 5.", "5"),
     ("\\boxed{3} \\boxed{5}", "5"),
+    ("1{,}200", "200"),
+    ("零下5度", "5"),
+    ("3 \\times 5", "5"),
+    ("3 x 5", "5"),
+    ("3 boxes × $5", "5"),
+    ("3个+5个", "5"),
+    ("$7 - $5", "5"),
 ]
 SENTENCES = [  # said, the answer, whether it is also found inside of answer tags
     ("The answer is 12, which is 3 more than 9.", "12", True),
@@ -147,6 +160,11 @@ SENTENCES = [  # said, the answer, whether it is also found inside of answer tag
     ("So $\\boxed{12}$ of 15.", "12", True),
     ("3+4=7, 7-2=5", "5", False),
     ("3+4=7", "7", True),
+    ("No.5", "5", True),
+    ("The answer is 3 apples + 4 apples = 7 apples.", "7", True),
+    ("答案：3小时×20=60分钟。", "60", True),
+    ("The answer is $9 - $2 = $7.", "7", True),
+    ("$3 \\times 4 = 12$", "12", True),
     ("Tom has 3 apples and Amy has 4, so 7 in all.", "7", False),
     ("In 2020, 5 people came.", "5", False),
     ("60 / 5 = 12 groups of 5 people and 12 pears", "12", False),

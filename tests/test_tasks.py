@@ -89,6 +89,7 @@ def test_its_own_gold_answers_score_full_marks_everywhere(
         ("Answer: A, B", None),
         ("The answer is A. The answer is B.", None),
         ("A, B", None),  # guesses
+        ("A or B", None),
         ("<answer>A</answer><answer>B</answer>", None),
         ("<think>B</think>", None),
         ("Because I'm", None),

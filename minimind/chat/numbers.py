@@ -13,8 +13,14 @@ from unicodedata import normalize
 MOST_CHARACTERS = 10_000
 
 # Digits of any script; how many is limited, so that nothing long is computed with.
-_WHOLE = r"(?:\d{1,3}(?:,\d{3}){1,12}(?!\d)|\d{1,3}(?:，\d{3}){1,12}(?!\d)|\d{1,40})"
-_DECIMAL = rf"(?:{_WHOLE}(?:[.．]\d{{1,40}})?|[.．]\d{{1,40}})(?:[eE][-+]?\d{{1,3}}(?![A-Za-z]))?"
+# LaTeX writes 1{,}200, 1,\!200 and 1\,200.
+_WHOLE = (
+    r"(?:\d{1,3}(?:(?:,|\{,\}|,\\!|\\,)\d{3}){1,12}(?!\d)|\d{1,3}(?:，\d{3}){1,12}(?!\d)|\d{1,40})"
+)
+_DECIMAL = (
+    rf"(?:{_WHOLE}(?:[.．]\d{{1,40}})?|(?<![A-Za-z])[.．]\d{{1,40}})"  # No.5 is no half
+    r"(?:[eE][-+]?\d{1,3}(?![A-Za-z]))?"
+)
 _PART = rf"\{{ ?[-−]?{_DECIMAL} ?\}}|\d"  # of \frac{3}{4} and \frac34
 _LATEX = rf"(?:(?P<before>{_WHOLE}) ?)?\\[cdt]?frac *(?P<over>{_PART}) *(?P<under>{_PART})"
 _PLAIN = (
@@ -37,7 +43,7 @@ _SCALE = (
 _OPERAND = r"[0-9A-Za-z)}\]]"
 _MINUS = "[-−－–‑﹣]"
 _SIGN = (
-    rf"(?:(?<!{_OPERAND})(?P<sign>{_MINUS}|[+＋])|(?P<minus>负 ?|(?i:\b(?:minus|negative) )"
+    rf"(?:(?<!{_OPERAND})(?P<sign>{_MINUS}|[+＋])|(?P<minus>负 ?|零下 ?|(?i:\b(?:minus|negative) )"
     rf"|(?:\A|(?<=[=:：是为])|(?<=[=:：是为] )){_MINUS} ))[$¥￥€£]?"
 )
 
@@ -45,10 +51,13 @@ _SIGN = (
 # 5月3日), times (12:30), other notations (1,5 and 1/2/3), roots, fractions of letters, multiples of
 # letters and π, names (x_1), squared units (m2).
 _OPERATOR = "[-−－–‑~～+＋*×·÷^_]"
-_NOT_BEHIND_OPERATOR = rf"(?<!{_OPERAND}{_OPERATOR})(?<!{_OPERAND} {_OPERATOR} )(?<![\^_]\{{)"
+_NOT_BEHIND_OPERATOR = (
+    rf"(?<!{_OPERAND}{_OPERATOR})(?<!{_OPERAND} {_OPERATOR} )(?<![\^_]\{{)(?<!\d[xX])(?<!\d [xX] )"
+    + "".join(rf"(?<!\\{name})(?<!\\{name} )" for name in ("times", "cdot", "div", "pm"))
+)
 _NOT_BEHIND = (
     r"(?<!\d)(?<!\d[.．,:：/／年月])(?<![百千万萬亿億√])(?<!sqrt)(?<!sqrt\{)(?<!frac\{)(?<!\}\{)"
-    r"(?<!\bm)(?<!\b[kcd]m)"
+    r"(?<!\bm)(?<!\b[kcd]m)(?<!/s)"
 )
 _NOT_BEFORE = (
     r"(?!\d|[.．,:：/／年月]\d|[⁰¹²³⁴-⁹¼-¾⅐-⅞])"
@@ -60,9 +69,17 @@ _NUMBER = re.compile(
     rf"(?:{_LATEX}|{_VULGAR}|{_PLAIN})(?:{_SCALE})?+{_NOT_BEFORE}"
     r"(?P<percent> ?(?:\\?[%％]|per ?cent\b))?"
 )
-_SEPARATORS = {ord(","): None, ord("，"): None, ord("．"): ".", ord("−"): "-"}
+_SEPARATORS = str.maketrans("．−", ".-", "{} \\!,，")
 _CURRENCY = r"\\?[$¥￥€£]?"
-_UNIT = re.compile(r"(?:\^\{?[23]\}?|(?<=m)[23]|(?<=[^\W\d])/(?=[^\W\d])|[^\d=:：/／+*×÷<>]){0,40}")
+# Between the parts of 3 apples + 4 apples, 5个-2个 and $5 - $2, which are no numbers of their own.
+_JOINED = re.compile(
+    rf"(?: ?[^\W\d]{{1,15}}){{0,2}}"
+    rf"(?: ?(?:[+＋×÷*]|\\(?:times|cdot|div|pm)\b)|{_MINUS}) ?{_CURRENCY}(?=[({{]*\d)"
+    rf"| ?{_MINUS} ?[$¥￥€£](?=\d)"
+)
+_UNIT = re.compile(
+    r"(?:\^\{?[23]\}?|(?<=m)[23]|(?<=/s)2|(?<=[^\W\d])/(?=[^\W\d])|[^\d=:：/／+*×÷<>]){0,40}"
+)
 
 # 一 stands in many words: Chinese numerals count where nothing but a measure word is with them.
 _DIGITS = str.maketrans("零〇一二两三四五六七八九", "001223456789")
@@ -88,6 +105,12 @@ def find_numbers(text: str, start: int = 0) -> list[Number]:
         value = _value(match)
         if value is not None:
             found.append(Number(value, start + match.start(), start + match.end()))
+    joins = [join.span() for one in found if (join := _JOINED.match(text, one.end))]
+    found = [
+        number
+        for number in found
+        if not any(number.end == start or start <= number.start <= end for start, end in joins)
+    ]
     chinese = None if found else _CHINESE.fullmatch(rest)
     if chinese and (under := _chinese(chinese["under"] or "1")):
         value = Fraction(_chinese(chinese["over"]), under) * (-1 if chinese["sign"] else 1)
@@ -140,7 +163,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def _decimal(text: str) -> Fraction:
-    return Fraction(text.strip("{} ").translate(_SEPARATORS))
+    return Fraction(text.translate(_SEPARATORS))
 
 
 def _chinese(text: str) -> int:

@@ -8,8 +8,8 @@ from minimind.tasks.task import Score
 
 _ANSWER = re.compile(r"[Aa]nswer|答案")
 # A capital letter that stands alone; Chinese around it is no part of a word. Not the pronoun I, nor
-# the article A, which words follow.
-_LETTER = re.compile(r"(?<![A-Za-z0-9])(?![AI] +[a-z])[A-Z](?![A-Za-z0-9'])")
+# the article A, which words follow; "A or B" are two.
+_LETTER = re.compile(r"(?<![A-Za-z0-9])(?![AI] +(?!(?:or|and)\b)[a-z])[A-Z](?![A-Za-z0-9'])")
 _DENIED = re.compile(r"(?:\bnot|不是)\W*[A-Z](?![A-Za-z0-9])")
 
 
