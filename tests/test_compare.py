@@ -1,6 +1,7 @@
 """`minimind compare` and `minimind seeds`: of made answers the truth is known."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from math import comb
 from pathlib import Path
@@ -313,6 +314,18 @@ def test_what_is_not_there_is_one_line(
     code, _, printed = run(project, monkeypatch, "compare", *said)
     assert code == 1
     assert complaint in printed
+
+
+def test_without_git_there_is_the_workspace_alone(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(project, tmp_path / "copy", ignore=shutil.ignore_patterns(".git"))
+    found = compared(tmp_path / "copy", monkeypatch, "a", "b")
+    assert [row["b"] for row in found["comparisons"]] == ["b"]
+    assert not found["over_seeds"]
+    code, _, complaint = run(tmp_path / "copy", monkeypatch, "compare", "a", "main")
+    assert code == 1
+    assert "'main' is no evaluated checkpoint (a, b), revision or experiment" in complaint
 
 
 def test_a_lock_of_several_runs_is_in_no_group(

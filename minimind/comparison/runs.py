@@ -198,11 +198,11 @@ class Project:
         Raises:
             UserError: git and DVC know no such thing.
         """
-        from dvc.scm import RevError, resolve_rev
+        from dvc.scm import SCMError, resolve_rev
 
         try:
             commit = commit or resolve_rev(self._repo.scm, revision)
-        except (RevError, AttributeError):  # without git there are no revisions
+        except SCMError:  # without git, too
             known = ", ".join(checkpoint.name for checkpoint in self.workspace.checkpoints())
             raise UserError(
                 f"{revision!r} is no evaluated checkpoint ({known}), revision or experiment; "
@@ -215,8 +215,10 @@ class Project:
     @cached_property
     def _every_run(self) -> list[Run]:
         """The workspace, branches, tags and experiments, as far as they have the graph."""
+        from dvc.scm import NoSCM
+
         runs = [self.workspace]
-        if not hasattr(self._repo.scm, "list_branches"):  # no git
+        if isinstance(self._repo.scm, NoSCM):
             return runs
         named = [
             (name, None) for name in self._repo.scm.list_branches() + self._repo.scm.list_tags()
