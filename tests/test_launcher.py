@@ -256,8 +256,9 @@ def test_a_launcher_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 
 def test_the_command_is_told_which_dvc_it_works_for(tmp_path: Path) -> None:
     """What stands in its record, and is compared with dvc.lock, as if DVC were its ancestor."""
-    stage = f"{sys.executable} toy.py work || true"
-    (tmp_path / "dvc.yaml").write_text(json.dumps({"stages": {"toy": {"cmd": stage}}}))
+    # With an output: DVC lists who writes what, and so alone is known as the stage's.
+    stage = {"cmd": f"{sys.executable} toy.py work; touch out", "outs": ["out"]}
+    (tmp_path / "dvc.yaml").write_text(json.dumps({"stages": {"toy": stage}}))
     (tmp_path / "toy.py").write_text(STAGE)
     launcher = "sh -c 'echo $MINIMIND_DVC; : {command}'"
     python = [sys.executable, "-m", "dvc"]

@@ -335,7 +335,7 @@ def test_a_stage_stops_as_a_whole_goes_on_and_writes_once(tmp_path: Path) -> Non
     stage.terminate()
     _, said = stage.communicate()
     assert stage.returncode == 128 + signal.SIGTERM
-    (line,) = said.splitlines()
+    _header, line = said.splitlines()
     assert "sft: asked to stop; resume checkpoint saved at step" in line
     assert not any(worker.is_running() for worker in workers)
     assert not (tmp_path / "models/sft").exists()

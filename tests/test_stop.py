@@ -74,6 +74,7 @@ def test_a_signal_and_its_echo_are_one_wish_to_stop(
     monkeypatch: pytest.MonkeyPatch, at_once: bool
 ) -> None:
     """As Slurm signals every process of a job, and those that start others pass it on."""
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
     reached: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, _frame: reached.append(number))
     stop = StopRequest(at_once)

@@ -18,14 +18,14 @@ from minimind.lineage.dvc_process import is_elsewhere, writers
 
 # Of a person, dvc, systemd, docker, Slurm and a terminal that closes. Windows has two of them.
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-# The same signal again so soon is the same wish: Slurm signals every process of a job, and those
-# that start others pass it on as well.
+# Slurm signals every process of a job, and those that start others pass it on as well: there, the
+# same signal again so soon is the same wish.
 ECHO_SECONDS = 2.0
 SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
 
 
 class StopRequest:
-    """Set by a signal or the death of the parent; the same signal again, later, acts at once.
+    """Set by a signal or the death of the parent; the same signal again acts at once.
 
     One of each may come for a single wish: Ctrl-C reaches a process both directly and through
     the launcher that starts it.
@@ -55,7 +55,7 @@ class StopRequest:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.signal, now = number, time.monotonic()
         age = now - self._came.setdefault(number, now)
-        if age > ECHO_SECONDS:
+        if age > (ECHO_SECONDS if _is_passed_on() else 0.0):
             signal.signal(number, self._previous.pop(number))
             signal.raise_signal(number)
         if self.at_once and not age:
@@ -66,6 +66,10 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+def _is_passed_on() -> bool:
+    return is_elsewhere() or not {"SLURM_JOB_ID", "RANK"}.isdisjoint(os.environ)
 
 
 def catchable() -> list[int]:
