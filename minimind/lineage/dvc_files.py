@@ -1,6 +1,5 @@
 """DVC's own files: what dvc.yaml and dvc.lock say, and hashes as they stand there."""
 
-import fcntl
 import hashlib
 import json
 import re
@@ -14,6 +13,11 @@ from typing import Any
 import yaml
 
 from minimind.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: DVC's lock is not waited for
+    fcntl = None  # type: ignore[assignment]
 
 # Every scalar is a string, as it is written: DVC and PyYAML disagree about what 1e-06 and yes are.
 _Loader: Any = type(
@@ -34,7 +38,7 @@ def kept_from_dvc(root: Path, seconds: float = 10.0) -> Iterator[None]:
         with suppress(OSError):  # no file: DVC has never run here
             lock = stack.enter_context((root / ".dvc/tmp/lock").open("rb"))
             end = time.monotonic() + seconds
-            while time.monotonic() < end:
+            while fcntl and time.monotonic() < end:
                 with suppress(BlockingIOError):
                     fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
                     break
