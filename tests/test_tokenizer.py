@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from typer.testing import CliRunner
@@ -206,7 +208,9 @@ def parsed(listed: Any) -> Any:
 
 
 PLAIN = jinja2.Environment().from_string(CHAT_TEMPLATE)
-TRIMMED = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(CHAT_TEMPLATE)
+# As transformers and llama-cpp-python set it.
+SANDBOX = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+SANDBOXED = SANDBOX.from_string(CHAT_TEMPLATE)
 
 
 def render(chat: list[Message], **variables: Any) -> str:
@@ -223,7 +227,7 @@ def render(chat: list[Message], **variables: Any) -> str:
     ]
     variables |= {"messages": messages, "tools": tools}
     rendered = PLAIN.render(variables)
-    assert TRIMMED.render(variables) == rendered
+    assert SANDBOXED.render(variables) == rendered
     return rendered
 
 
@@ -247,12 +251,18 @@ def assert_as_the_template(
     ]
     assert list(row.loss_mask) == loss_mask
 
-    if not any(isinstance(message.get("tool_calls"), str) for message in chat):
-        tools = parsed(chat[0].get("tools"))
-        applied = theirs.apply_chat_template(chat, tools=tools, return_dict=True)
-        assert applied["input_ids"] == row.ids
-    prompt = render(chat, add_generation_prompt=True)
-    assert ours.encode_prompt(chat) == theirs(prompt)["input_ids"]
+    apply = partial(
+        theirs.apply_chat_template, tools=parsed(chat[0].get("tools")), return_dict=True
+    )
+    calls_are_parsed = not any(isinstance(message.get("tool_calls"), str) for message in chat)
+    if calls_are_parsed:
+        assert apply(chat)["input_ids"] == row.ids
+    for variables in ({}, {"open_thinking": True}, {"open_thinking": False}):
+        prompt = render(chat, add_generation_prompt=True, **variables)
+        ids = ours.encode_prompt(chat, **variables)
+        assert ids == theirs(prompt)["input_ids"]
+        if calls_are_parsed:
+            assert apply(chat, add_generation_prompt=True, **variables)["input_ids"] == ids
 
 
 @pytest.mark.parametrize("name", CHATS)

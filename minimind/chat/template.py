@@ -22,6 +22,8 @@ _AFTER_TOOLS = (
     "</tools>\n\nA call is one JSON object between tags:\n"
     '<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>'
 )
+THOUGHT_BEGUN = {None: "", True: "<think>\n", False: "<think>\n\n</think>\n\n"}
+"""What the template's ``open_thinking`` writes of the assistant's turn."""
 
 
 class Turn(NamedTuple):

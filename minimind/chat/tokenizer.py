@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from minimind.chat.template import CHAT_TEMPLATE, Message, turns
+from minimind.chat.template import CHAT_TEMPLATE, THOUGHT_BEGUN, Message, turns
 from minimind.errors import UserError
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -149,10 +149,16 @@ class ChatTokenizer:
         (row,) = self.encode_chats([messages])
         return row.ids, list(row.loss_mask)
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a chat so far and of the header that makes the assistant speak."""
-        (row,) = self.encode_chats([messages])
-        return row.ids + self._spoken_ids
+    def encode_prompt(
+        self, messages: Sequence[Message], open_thinking: bool | None = None
+    ) -> list[int]:
+        """Ids of a chat so far and of the header that makes the assistant speak.
+
+        open_thinking: as in :data:`minimind.chat.template.CHAT_TEMPLATE`.
+        """
+        begun: Message = {"role": "assistant", "content": THOUGHT_BEGUN[open_thinking]}
+        (row,) = self.encode_chats([[*messages, begun]])
+        return row.ids[: -1 - len(self._newline_ids)]  # without what ends a turn
 
     def encode_documents(self, texts: Sequence[str]) -> list[EncodedRow]:
         """:meth:`encode_document` of many, on all cores."""
