@@ -45,7 +45,7 @@ def main(
         if not is_asked_by_our_template(tokenizer):
             require_agreement(tokenizer, tokenizer)
         augmentation = None
-        if isinstance(config, ChatEncodeConfig) and config.augment_copies:
+        if isinstance(config, ChatEncodeConfig) and config.changes_chats:
             augmentation = Augmentation(config, load_synonyms(synonyms))
         counts = encode_dataset(
             source,

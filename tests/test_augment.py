@@ -124,6 +124,38 @@ def test_a_copy_depends_on_seed_row_and_number_alone() -> None:
     assert augmentation(3, 0.2, 0.5, seed=2).copies(messages, 4) != copies
 
 
+def framed(messages: list[Message], num_rows: int = 200, **keys: float) -> list[list[Message]]:
+    """The chat as each of many rows."""
+    made = Augmentation(AugmentConfig(**keys), TABLE)  # type: ignore[arg-type]
+    return [chat for row in range(num_rows) for chat in made.variants(messages, row)]
+
+
+def test_a_share_of_chats_begins_with_a_system_prompt() -> None:
+    messages = chat("how many?")
+    begun = framed(messages, system_share=0.2, augment_copies=1)
+    with_prompt = [chat[0]["content"] for chat in begun if chat[0]["role"] == "system"]
+    assert len(with_prompt) == pytest.approx(80, abs=25)
+    assert len({*with_prompt}) > 4
+    assert all(chat[-2:] == messages for chat in begun)
+    assert begun == framed(messages, system_share=0.2, augment_copies=1)
+    assert begun != framed(messages, system_share=0.2, augment_copies=1, seed=2)
+    of_its_own = [{"role": "system", "content": "Be brief."}, *messages]
+    assert framed(of_its_own, system_share=1.0) == [of_its_own] * 200
+    assert framed(messages) == [messages] * 200
+
+
+def test_a_share_of_chats_loses_its_empty_thoughts() -> None:
+    empty = "<think>\n\n</think>\n\n"
+    answers = [f"{empty}5", "<think>\nso\n</think>\n\n5", empty, f"5 {empty}", "5"]
+    messages = [turn for answer in answers for turn in chat(f"{empty}how?", answer)]
+    without = [turn for answer in ["5", *answers[1:]] for turn in chat(f"{empty}how?", answer)]
+    thought = framed(messages, empty_thought_dropout=0.8)
+    assert thought.count(without) == pytest.approx(160, abs=25)
+    assert thought.count(messages) == 200 - thought.count(without)
+    call = [*chat("?", empty)[:1], {**chat("?", empty)[1], "tool_calls": [{"name": "add"}]}]
+    assert framed(call, 1, empty_thought_dropout=1.0)[0][1]["content"] == ""
+
+
 @given(st.text(max_size=60), st.integers(0, 10))
 @settings(deadline=None, max_examples=150)
 def test_numbers_stay_in_any_text(text: str, row: int) -> None:
@@ -228,6 +260,19 @@ def test_without_copies_not_a_byte_changes(tmp_path: Path, tokenizer_directory: 
     encode_dataset(tmp_path / "chats.jsonl", tmp_path / "plain", tokenizer, "chat", 512, "skip")
     for file in (tmp_path / "plain").iterdir():
         assert file.read_bytes() == (tmp_path / "encoded" / file.name).read_bytes()
+
+
+def test_system_prompts_are_encoded_without_copies(
+    tmp_path: Path, tokenizer_directory: Path
+) -> None:
+    keys = {"seed": 1, "system_share": 1.0, "system_prompts": ["Tom."]}
+    result = run(tmp_path, tokenizer_directory, "chat", **keys)
+    assert result.exit_code == 0, result.stderr
+    dataset = EncodedDataset.open(tmp_path / "encoded")
+    tokenizer = ChatTokenizer.load(tokenizer_directory)
+    begun = [{"role": "system", "content": "Tom."}, *chat(QUESTIONS[0])]
+    assert dataset.rows == 30
+    assert dataset.row(0)[0].tolist() == tokenizer.encode_chat(begun)[0]
 
 
 @pytest.mark.parametrize("batch_rows", [1, 7])

@@ -2,6 +2,9 @@
 
 What the assistant says stays as it is, and so must what its answer depends on: numbers and
 negations are never dropped or replaced, tags never touched.
+
+Besides, as MiniMind has it, a share of all chats begins with some system prompt, and a share
+loses its empty thoughts, which a model would else put before every answer.
 """
 
 import json
@@ -9,6 +12,7 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
@@ -37,6 +41,13 @@ _NUMBERS_AND_NEGATIONS = (
     "两 俩 仨 半 双 倍 几 第 不 没 无 非 未 别 勿 莫"
 )
 _NEEDED = frozenset(_NUMBERS_AND_NEGATIONS.split())
+_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
+SYSTEM_PROMPTS = [
+    *("You are a helpful assistant.", "Answer briefly and correctly."),
+    *("You are minimind, a small language model.", "If you do not know something, say so."),
+    *("你是一个乐于助人的助手。", "请简短、准确地回答。"),
+    *("你是小型语言模型 minimind。", "不知道的事情，请直接说不知道。"),
+]
 
 
 class AugmentConfig(Section):
@@ -46,6 +57,13 @@ class AugmentConfig(Section):
     seed: Seed = 1
     word_dropout: float = Field(0.1, ge=0, lt=1)  # share of the words left out
     synonym_share: float = Field(0.5, ge=0, le=1)  # of the words that have synonyms, replaced
+    system_share: float = Field(0.0, ge=0, le=1)  # of chats without a system turn, given one
+    system_prompts: list[Annotated[str, Field(min_length=1)]] = Field(SYSTEM_PROMPTS, min_length=1)
+    empty_thought_dropout: float = Field(0.0, ge=0, le=1)  # share of chats that lose them
+
+    @property
+    def changes_chats(self) -> bool:
+        return bool(self.augment_copies or self.system_share or self.empty_thought_dropout)
 
 
 class Augmentation:
@@ -62,10 +80,26 @@ class Augmentation:
         known = "|".join(map(_whole_word, longest_first)) or r"(?!)"
         self._words = re.compile(rf"(?:{known})|{_TAG}|[{_CJK}]|{_LETTER}+", re.IGNORECASE)
 
+    def variants(self, chat: Sequence[Message], row: int) -> list[list[Message]]:
+        """The chat that is row number `row` of its source, and its variations."""
+        chats = [[*chat], *self.copies(chat, row)]
+        seeds = [f"{self.config.seed} {row} {copy} frame" for copy in range(len(chats))]
+        return [
+            self._frame(chat, random.Random(seed)) for chat, seed in zip(chats, seeds, strict=True)
+        ]
+
     def copies(self, chat: Sequence[Message], row: int) -> list[list[Message]]:
-        """The variations of the chat that is row number `row` of its source."""
+        """The variations of the chat, before system prompts and empty thoughts."""
         seeds = [f"{self.config.seed} {row} {copy}" for copy in range(self.config.augment_copies)]
         return [self._vary(chat, random.Random(seed)) for seed in seeds]
+
+    def _frame(self, chat: list[Message], rng: random.Random) -> list[Message]:
+        if rng.random() < self.config.empty_thought_dropout:
+            chat = [_without_empty_thought(turn) for turn in chat]
+        if chat[0]["role"] != "system" and rng.random() < self.config.system_share:
+            prompt = rng.choice(self.config.system_prompts)
+            chat = [{"role": "system", "content": prompt}, *chat]
+        return chat
 
     def _vary(self, chat: Sequence[Message], rng: random.Random) -> list[Message]:
         return [
@@ -128,6 +162,16 @@ def load_synonyms(file: Path) -> list[list[str]]:
                 raise UserError(f"{where} has {word!r}, which stands in the table before.")
             seen.add(word.casefold())
     return groups
+
+
+def _without_empty_thought(turn: Message) -> Message:
+    """Of an assistant's turn, unless it is all that there is."""
+    text = turn["content"] or ""
+    found = _EMPTY_THOUGHT.match(text)
+    if turn["role"] != "assistant" or not found:
+        return turn
+    rest = text[found.end() :]
+    return {**turn, "content": rest} if rest or turn.get("tool_calls") else turn
 
 
 def _whole_word(word: str) -> str:

@@ -219,8 +219,7 @@ def encode_rows(
     values: list[Any] = []
     for number, row in enumerate(rows, first_row):
         if isinstance(row, Row):
-            values.append(row.value)
-            values += augmentation.copies(row.value, number) if augmentation else []
+            values += augmentation.variants(row.value, number) if augmentation else [row.value]
     samples = iter(ENCODINGS[data_format].encode(tokenizer, values, max_length))
     num_copies = augmentation.config.augment_copies if augmentation else 0
     encoded: list[EncodedSample | BadRowError] = []
