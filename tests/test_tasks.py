@@ -24,7 +24,12 @@ from minimind.thinking.rejection_sampling import RejectionSampling
 from tests.tiny import tiny_model, tiny_tokenizer
 
 # Answers of each kind, as a file of problems has them.
-ANSWERS = {"exact": ["7", "1,000", "-2.50", "七枚贝壳", "x + 1"], "letter": ["A", "D"]}
+CALL = '<tool_call>\n{"name": "clock", "arguments": {"time": "09:15"}}\n</tool_call>'
+ANSWERS = {
+    "exact": ["7", "1,000", "-2.50", "七枚贝壳", "x + 1"],
+    "letter": ["A", "D"],
+    "tool_use": ["7", f"{CALL}\n16:40", f"{CALL}{CALL} sunny"],
+}
 
 
 def problem(tmp_path: Path, scoring: str, answer: str) -> Problem:
@@ -61,7 +66,8 @@ def test_its_own_gold_answers_score_full_marks_everywhere(
             EvaluateConfig(max_new_tokens=1),
         )
         metrics, (prediction,) = evaluate(model, tokenizer, [asked], config=config)
-        assert (metrics["exact"], prediction.parsed) == (1.0, normalise(answer))
+        assert metrics["exact"] == 1.0
+        assert prediction.parsed == normalise(answer.rpartition("</tool_call>")[2])
         monkeypatch.undo()
 
     sampling = RejectionSampling()

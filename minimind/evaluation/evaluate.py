@@ -22,6 +22,8 @@ from minimind.model.transformer import Transformer
 from minimind.params import Section
 from minimind.tasks.problem import Problem, encode_prompts
 
+MAX_TURNS = 3  # of a model that calls tools
+
 
 class EvaluateConfig(Section):
     """The `evaluate` section, for all checkpoints."""
@@ -67,6 +69,7 @@ def evaluate(
     Metrics, shares from 0 to 1 where nothing else is said:
         exact_l1, ..: right answers among the problems of a level; exact: of those without one
         exact_<task>: right answers among the problems of a task
+        <part>_<task>: of scorings that tell more, as tool_choice and calls
         choice, choice_<task>: problems whose right choice is the likeliest (see `_choose`)
         text_bits_per_byte: of the texts, if the model knows raw text only
 
@@ -87,6 +90,11 @@ def evaluate(
     metrics: dict[str, Number] = {}
     for name, group in _groups(predictions, by_level=True).items():
         metrics[f"exact{name}"] = fmean(p.correct for p in group)
+    told: dict[str, list[bool]] = {}
+    for problem, p in zip(problems, predictions, strict=True):
+        for part, is_right in problem.parts(p.output).items():
+            told.setdefault(f"{part}_{p.task}" if p.task else part, []).append(is_right)
+    metrics |= {name: fmean(values) for name, values in told.items()}
     for name, group in _groups(predictions, by_level=False).items():
         if chosen := [p.choice_correct for p in group if p.choice_correct is not None]:
             metrics[f"choice{name}"] = fmean(chosen)
@@ -142,13 +150,40 @@ def _answer(
     problems: Sequence[Problem],
     config: EvaluateConfig,
 ) -> list[Prediction]:
-    """The greedy answers."""
+    """The greedy answers; where one calls tools, with what they say and what follows."""
+    outputs, finished = [""] * len(problems), [True] * len(problems)
+    asked = dict(enumerate(problems))
+    for _ in range(MAX_TURNS):
+        completed = _complete(model, tokenizer, [*asked.values()], config)
+        going_on: dict[int, Problem] = {}
+        for (i, problem), (output, is_finished) in zip(asked.items(), completed, strict=True):
+            outputs[i], finished[i] = outputs[i] + output, is_finished
+            turns = [] if problem.as_text or not is_finished else problem.after(output)
+            chat = [*problem.messages, *turns]
+            if turns and len(tokenizer.encode_prompt(chat)) < model.config.max_positions:
+                going_on[i] = replace(problem, messages=chat)
+                outputs[i] += "".join(
+                    f"\n<tool_response>\n{turn['content']}\n</tool_response>\n"
+                    for turn in turns[1:]
+                )
+        asked = going_on
+    answered = zip(problems, outputs, finished, strict=True)
+    return [_prediction(tokenizer, *one) for one in answered]
+
+
+def _complete(
+    model: Transformer,
+    tokenizer: ChatTokenizer,
+    problems: Sequence[Problem],
+    config: EvaluateConfig,
+) -> list[tuple[str, bool]]:
+    """What the model says next to each problem, and whether it came to its end."""
     prompts = encode_prompts(problems, tokenizer, model.config.max_positions)
     # Only a matter of speed, since what follows a line is cut off anyway. With a tokenizer that
     # spells a line break in several tokens, each of them may stand elsewhere too.
     line_break = tokenizer.encode_text("\n")
     line_break = line_break if len(line_break) == 1 else []
-    predictions: dict[int, Prediction] = {}
+    completed: dict[int, tuple[str, bool]] = {}
     for as_text in (False, True):  # a batch is asked alike, its prompts of similar length
         asked = [i for i, problem in enumerate(problems) if problem.as_text == as_text]
         asked.sort(key=lambda index: len(prompts[index]))
@@ -163,9 +198,8 @@ def _answer(
                 dtype=config.dtype,
             )
             for i, ids, finished in zip(batch, completions.ids, completions.finished, strict=True):
-                output = tokenizer.decode(ids)
-                predictions[i] = _prediction(tokenizer, problems[i], output, finished)
-    return [predictions[index] for index in range(len(problems))]
+                completed[i] = tokenizer.decode(ids), finished
+    return [completed[index] for index in range(len(problems))]
 
 
 def _prediction(

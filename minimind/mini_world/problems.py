@@ -73,7 +73,7 @@ class ProblemSpace:
         """Two different numbers from 1 on; pairs are held out like problems."""
         while True:
             a, b = rng.randint(1, self.max_value), rng.randint(1, self.max_value)
-            bucket = _hash_bucket(f"{min(a, b)}<{max(a, b)}")
+            bucket = hash_bucket(f"{min(a, b)}<{max(a, b)}")
             if a != b and (bucket < self.held_out_percent) == held_out:
                 return a, b
 
@@ -163,9 +163,9 @@ def _bucket_of(problem: Problem) -> int:
     if first.operator != "-" and left > right:
         left, right = right, left
     rest = "".join(f"{step.operator}{step.amount}" for step in problem[1:])
-    return _hash_bucket(f"{left}{first.operator}{right}{rest}")
+    return hash_bucket(f"{left}{first.operator}{right}{rest}")
 
 
-def _hash_bucket(key: str) -> int:
+def hash_bucket(key: str) -> int:
     """A number from 0 to 99 that depends on the key alone, the same on every machine."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 100

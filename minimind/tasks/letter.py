@@ -4,7 +4,7 @@ import re
 from unicodedata import normalize
 
 from minimind.chat.answers import stated_answer
-from minimind.tasks.task import Score
+from minimind.tasks.task import Score, Task
 
 _ANSWER = re.compile(r"[Aa]nswer|答案")
 # A capital letter that stands alone; Chinese around it is no part of a word. Not the pronoun I, nor
@@ -13,7 +13,7 @@ _LETTER = re.compile(r"(?<![A-Za-z0-9])(?![AI] +(?!(?:or|and)\b)[a-z])[A-Z](?![A
 _DENIED = re.compile(r"(?:\bnot|不是)\W*[A-Z](?![A-Za-z0-9])")
 
 
-class Letter:
+class Letter(Task):
     """Right is the expected letter: the only one that stands alone, after "answer" or 答案 if said.
 
     Of several there is none: a model must not win by listing guesses.

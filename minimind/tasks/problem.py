@@ -18,7 +18,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -97,6 +97,16 @@ class Problem:
     def score(self, output: str) -> Score:
         """What an output answers, and whether that is right."""
         return task_of(self.scoring).score(self.expected, output)
+
+    def parts(self, output: str) -> Mapping[str, bool]:
+        """What else is right of an output."""
+        return task_of(self.scoring).parts(self.expected, output)
+
+    def after(self, output: str) -> list[Message]:
+        """An output and what tools say to it, as messages; none if it calls none."""
+        said = task_of(self.scoring).respond(output)
+        turn: Message = {"role": "assistant", "content": output}
+        return [turn, *({"role": "tool", "content": text} for text in said)] if said else []
 
     @property
     def text_prompt(self) -> str:

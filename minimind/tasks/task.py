@@ -3,6 +3,7 @@
 The same object serves evaluation, the reward `answer` and rejection sampling.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -19,13 +20,21 @@ class Score(NamedTuple):
 
 
 class Task(Protocol):
-    """One way to score outputs; a module here has such an object by the name TASK."""
+    """One way to score outputs: the base of a class of which a module here has an object, TASK."""
 
     def score(self, expected: str, output: str) -> Score:
         """Compare an output with the expected answer, in the spelling of `normalise`."""
 
     def fault(self, expected: str) -> str | None:
         """Why no output could be right, and what the answer must be; None if all is well."""
+
+    def parts(self, expected: str, output: str) -> Mapping[str, bool]:
+        """What else is right of an output, by the names of metrics."""
+        return {}
+
+    def respond(self, output: str) -> Sequence[str]:
+        """What tools say to an output, which evaluation then goes on from; nothing ends it."""
+        return []
 
 
 def task_of(name: str) -> Task:
