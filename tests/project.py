@@ -26,7 +26,9 @@ def copy_project(directory: Path) -> Path:
         check=True,
     )
     for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file() and not name.startswith(("metrics/", "dvc.lock", "docs/")):
+        if (ROOT / name).is_file() and not name.startswith(
+            ("metrics/", "dvc.lock", "docs/", "tools/")
+        ):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, directory / name)
     params = merge(shipped_params(), read_preset(ROOT / "presets", "tiny"))

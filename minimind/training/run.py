@@ -185,7 +185,8 @@ class StageRun(Run):
             "versions": {name: version(name) for name in RECORDED_PACKAGES},
             "metrics_md5": self.metrics_md5,
         }
-        self.provenance.seal(self.records, self.stage, record)
+        # By DVC's name, if it has one: the graph in tools/ has another sft.
+        self.provenance.seal(self.records, self.records.stage or self.stage, record)
 
 
 def newest_checkpoint(run: Run) -> ResumeCheckpoint | None:
@@ -260,7 +261,7 @@ def start_run(
         store=store,
         processes=processes,
         seed=next((s.seed for s in sections.values() if hasattr(s, "seed")), None),
-        last_record=records.last(stage),
+        last_record=records.last(records.stage or stage),
         provenance=provenance,
         records=records,
     )
