@@ -8,18 +8,18 @@ _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
 class Call(NamedTuple):
-    """Of a tool by its name."""
+    """Of a tool by its name, "" for a call that cannot be read."""
 
     name: str
     arguments: dict[str, Any]
 
 
-def calls_in(output: str) -> list[Call | str]:
-    """The calls of a turn, in order; one that cannot be read is its own text."""
+def calls_in(output: str) -> list[Call]:
+    """The calls of a turn, in order."""
     return [_call_of(text) for text in _CALL.findall(output)]
 
 
-def _call_of(text: str) -> Call | str:
+def _call_of(text: str) -> Call:
     try:
         said = json.loads(text)
         arguments = said.get("arguments") or {}
@@ -28,4 +28,4 @@ def _call_of(text: str) -> Call | str:
             return Call(said["name"], arguments)
     except (ValueError, KeyError, AttributeError, RecursionError):
         pass
-    return text
+    return Call("", {})

@@ -15,7 +15,7 @@ from minimind.tasks.exact import TASK as EXACT
 from minimind.tasks.task import Score, Task
 
 _ASIDE = re.compile(r"<think>.*?</think>|</?answer>", re.DOTALL)
-_LAST_TAG = re.compile(r".*</tool_(?:call|response)>", re.DOTALL)
+_TAG = re.compile("</tool_(?:call|response)>")
 # Of what is no number, guesses: "sunny or rainy".
 _RIVALS = re.compile("|".join([r"\d+:\d+", *(name for names in SKIES for name in names)]))
 
@@ -33,40 +33,32 @@ class ToolUse(Task):
 
     def parts(self, expected: str, output: str) -> Mapping[str, bool]:
         """Whether the right tools were called, and with the right arguments."""
-        both = [_calls_of(text) for text in (expected, output)]
-        names = [
-            [call.name if isinstance(call, Call) else None for call in calls] for calls in both
-        ]
-        meant = [[_meaning(call) for call in calls] for calls in both]
-        return {"tool_choice": names[0] == names[1], "calls": meant[0] == meant[1]}
+        wanted, made = _calls_of(expected), _calls_of(output)
+        return {
+            "tool_choice": [call.name for call in wanted] == [call.name for call in made],
+            "calls": [*map(_meaning, wanted)] == [*map(_meaning, made)],
+        }
 
     def respond(self, output: str) -> Sequence[str]:
         """What the tools say to calls that an output ends with."""
-        if _answer_of(output):
-            return []
-        return [
-            run_tool(*call) if isinstance(call, Call) else "error: no JSON of name and arguments"
-            for call in _calls_of(output)
-        ]
+        return [] if _answer_of(output) else [run_tool(*call) for call in _calls_of(output)]
 
     def fault(self, expected: str) -> str | None:
-        are_read = all(isinstance(call, Call) for call in _calls_of(expected))
+        are_read = all(call.name for call in _calls_of(expected))
         return None if are_read and _answer_of(expected) else "it must be calls, then an answer"
 
 
-def _calls_of(output: str) -> list[Call | str]:
+def _calls_of(output: str) -> list[Call]:
     return calls_in(_ASIDE.sub("", output))
 
 
 def _answer_of(output: str) -> str:
     """What is said behind all calls and what tools said to them."""
-    return _LAST_TAG.sub("", _ASIDE.sub("", output)).strip()
+    return _TAG.split(_ASIDE.sub("", output))[-1].strip()
 
 
-def _meaning(call: Call | str) -> str:
+def _meaning(call: Call) -> str:
     """Equal for calls that mean the same: 2+3 and 3 + 2, 2 and 2.0."""
-    if isinstance(call, str):
-        return call
     said = {key: normalise(str(value)) for key, value in sorted(call.arguments.items())}
     if call.name == "calculator":
         sum_ = said.get("expression", "").replace(" ", "")
