@@ -16,8 +16,10 @@ from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import Stopped, UserError
 from minimind.lineage import edits
 from minimind.lineage.code import write_code
+from minimind.lineage.dvc_files import md5_of_file
 from minimind.lineage.provenance import Provenance, unchanged
 from minimind.lineage.records import Records
+from minimind.lineage.resume import forget_recorded
 from minimind.objectives.next_token import NextToken
 from minimind.training.fit import FitConfig, fit
 from stages import mini_world
@@ -173,6 +175,25 @@ def test_a_run_that_was_edited_while_its_record_was_written_leaves_none(
     ):
         pass
     assert not list(Path("runs").iterdir())
+
+
+def test_a_stage_of_another_graph_has_a_record_and_a_lock_of_its_own(
+    tmp_path: Path,
+    data,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the sft in tools/: what DVC has recorded there needs no resume checkpoint any more."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_STAGE", "tools/dvc.yaml:tool_sft")
+    metrics = tmp_path / "metrics.json"
+    with a_run(tmp_path, FitConfig.model_validate(CONFIG)) as run, run.saving(metrics):
+        metrics.write_text("{}")
+    assert [file.name for file in tmp_path.glob("runs/*")] == ["tool_sft.json"]
+    (states,) = [marker.parent for marker in tmp_path.glob(".resume/*/*/finished.json")]
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/dvc.lock").write_text(md5_of_file(metrics))
+    forget_recorded(tmp_path / ".resume", wanted=states)
+    assert not states.exists()
 
 
 def test_a_parameter_of_another_stage_may_be_edited(

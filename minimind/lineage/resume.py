@@ -162,12 +162,13 @@ def forget_recorded(resume_root: Path, wanted: Path) -> None:
     for marker in resume_root.glob("*/*/finished.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads(marker.read_text(encoding="utf-8"))
-            lock = Path(record["folder"]) / "dvc.lock"
-            if lock.parent.exists():
-                has_served = (
-                    lock.exists()
-                    and lock.stat().st_mtime_ns >= marker.stat().st_mtime_ns
+            folder = Path(record["folder"])
+            if folder.exists():
+                has_served = any(
+                    lock.stat().st_mtime_ns >= marker.stat().st_mtime_ns
                     and record["metrics_md5"] in lock.read_text(encoding="utf-8")
+                    for pattern in ("dvc.lock", "*/dvc.lock")  # tools/ has a graph of its own
+                    for lock in folder.glob(pattern)
                 )
             else:
                 has_served = marker.parent != wanted
