@@ -1,5 +1,6 @@
 """White-box distillation: the loss, the teacher's cached outputs, and the two stages."""
 
+import copy
 import json
 import math
 import shutil
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from typer.testing import CliRunner, Result
 
 from minimind.chat.tokenizer import ChatTokenizer
@@ -222,21 +223,29 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("kind", ["untied Llama", "Qwen with more logits than tokens"])
-def test_a_foreign_architecture_teaches_through_transformers(
+FOREIGN = {
+    "untied Llama": LlamaConfig(**SMALL),
+    "Llama with biases, which ours has not": LlamaConfig(**SMALL, attention_bias=True),
+    "Qwen with more logits than tokens": Qwen2Config(**SMALL),
+    "Qwen with a window": Qwen2Config(
+        **SMALL, use_sliding_window=True, sliding_window=4, max_window_layers=0
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_architecture_teaches_through_transformers_where_ours_is_another(
     tmp_path: Path, tokenizer: Path, dataset: EncodedDataset, kind: str
 ) -> None:
     vocab_size = ChatTokenizer.load(tokenizer).vocab_size
     torch.manual_seed(0)
-    stock = (
-        LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **SMALL))
-        if kind == "untied Llama"
-        else Qwen2ForCausalLM(Qwen2Config(vocab_size=vocab_size + 8, **SMALL))
-    )
+    config = copy.deepcopy(FOREIGN[kind])
+    config.vocab_size = vocab_size + 8 * ("Qwen" in kind)
+    stock = AutoModelForCausalLM.from_config(config)
     stock.save_pretrained(tmp_path / "teacher")
     shutil.copy(tokenizer / "tokenizer.json", tmp_path / "teacher")
     teacher = load_teacher(tmp_path / "teacher", dataset, "float32")
-    assert isinstance(teacher.model, PaddedModel)
+    assert isinstance(teacher.model, PaddedModel) == ("with a window" in kind or "biases" in kind)
     batch = pack(dataset, np.arange(4), {})
     with torch.no_grad():
         samples = [stock(torch.from_numpy(dataset.row(r)[0].astype(int))[None]) for r in range(4)]

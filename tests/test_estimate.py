@@ -30,6 +30,16 @@ SHAPES = {
         "num_experts": 4,
         "num_shared_experts": 1,
     },
+    "qwen3": {
+        "hidden_size": 64,
+        "num_layers": 3,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_size": 32,
+        "intermediate_size": 160,
+        "qk_norm": True,
+        "tie_embeddings": False,
+    },
 }
 ROWS, LENGTH, VOCAB = 4, 64, 300
 

@@ -208,12 +208,16 @@ def _own_head(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_own_head, "a head with weights of its own is not supported"),
+        (_own_head, "lm_head.weight is not model.embed_tokens.weight, but tie_word_embeddings is"),
         (_set_config(hidden_act="gelu"), "hidden_act is 'gelu'; only 'silu'"),
-        (_set_config(rope_parameters={"rope_theta": 1e4, "rope_type": "yarn"}), "'yarn'; only"),
+        (_set_config(rope_parameters={"rope_theta": 1e4, "rope_type": "linear"}), "'linear'; only"),
+        (_set_config(rope_scaling={"type": "yarn"}), "the key 'factor' is missing"),
         (_set_config(attention_bias=True), "attention_bias is True; only False is supported"),
         (_set_config(mlp_bias=True), "mlp_bias is True; only False is supported"),
-        (_set_config(head_dim=64), "head_dim is 64; only"),
+        (
+            _set_config(head_dim=64),
+            r"k_proj.weight is \(16, 32\), but config.json calls for \(128, 32",
+        ),
         (_cut_short, "cannot be read"),
         (_set_config(num_hidden_layers=3), "model.layers.2.*missing"),
         (_set_config(model_type="gpt2"), "'gpt2'; allowed is"),

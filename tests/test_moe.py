@@ -404,7 +404,7 @@ def test_experts_chosen_with_a_bias_are_refused(tmp_path: Path, tokenizer_direct
         ({"moe_num_experts": 0}, "moe_num_experts is 0"),
         ({"moe_num_experts": 1}, "num_experts_per_token 2 must be from 1 to num_experts 1"),
         ({"moe_num_experts": 5}, r"layers\.0\.mlp\.experts\.4\..* is missing"),
-        ({"moe_intermediate_size": 96}, "moe_intermediate_size is 96; for hidden_size 32 only 128"),
+        ({"moe_intermediate_size": 96}, r"is \(32, 128\), but config.json calls for \(32, 96\)"),
         ({"model_type": "llama"}, r"layers\.0\.mlp\.down_proj\.weight is missing"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,8 +15,8 @@ VOCAB_SIZE = 97
 TOKENIZER_SIZE = 267  # of the tiny tokenizer: single bytes, control tokens and tags
 
 
-def tiny_config(**changes: int | float) -> ModelConfig:
-    values: dict[str, int | float] = {
+def tiny_config(**changes: Any) -> ModelConfig:
+    values: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
         "num_layers": 2,
@@ -29,10 +30,10 @@ def tiny_config(**changes: int | float) -> ModelConfig:
         "num_shared_experts": 1,
         "router_aux_loss_coef": 0.1,
     }
-    return ModelConfig(**(values | changes))  # type: ignore[arg-type]
+    return ModelConfig(**(values | changes))
 
 
-def tiny_model(seed: int = 0, **changes: int | float) -> Transformer:
+def tiny_model(seed: int = 0, **changes: Any) -> Transformer:
     model = Transformer(tiny_config(**changes))
     model.initialize(seed)
     return model

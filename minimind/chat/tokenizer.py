@@ -63,7 +63,7 @@ class ChatTokenizer:
         """name: how messages name it.
 
         Raises:
-            UserError: it cannot encode a tag or header.
+            UserError: it lacks a control token, or cannot encode a tag or header.
         """
         self._name = name
         tokenizer.no_padding()
@@ -83,15 +83,20 @@ class ChatTokenizer:
         # Encoded before special tokens become plain text: a foreign tag may be a special token.
         self._tag_ids = {tag: self._encode(tag, self._within) for tag in TAGS + TOOL_TAGS}
         # Tags that split any text, whoever encodes it.
-        added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-        self.added_tags = added.intersection(self._tag_ids)
+        added = {token.content: token.special for token in _added_tokens(tokenizer)}
+        if missing := [token for token in CONTROL_TOKENS if not added.get(token)]:
+            raise UserError(
+                f"{name} has no special token {' '.join(missing)}; a tokenizer must have "
+                f"{' '.join(CONTROL_TOKENS)}: tokenizer.extend adds them (docs/models.md)."
+            )
+        self.added_tags = {tag for tag in self._tag_ids if tag in added}
         self._added_pattern = re.compile(f"({'|'.join(sorted(self.added_tags)) or '(?!)'})")
         self._tokenizer.encode_special_tokens = self._within.encode_special_tokens = True
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.pad_id, self.start_id, self.end_id = (vocabulary[token] for token in CONTROL_TOKENS)
         self._newline_ids = self.encode_text("\n")
         self._spoken_ids = [self.start_id, *self.encode_text("assistant\n")]
-        self.vocab_size = max(vocabulary.values()) + 1  # rows an embedding needs
+        self.vocab_size = num_tokens(tokenizer)
 
     @classmethod
     def load(cls, directory: Path | str) -> "ChatTokenizer":
@@ -101,23 +106,7 @@ class ChatTokenizer:
             UserError: it is missing or broken, lacks one of the control tokens, or cannot encode
                 a tag or header.
         """
-        file = Path(directory) / "tokenizer.json"
-        if not file.is_file():
-            raise UserError(
-                f"{file} is missing; {directory} must be a tokenizer's or checkpoint's directory."
-            )
-        content = file.read_bytes()
-        try:
-            tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise UserError(f"{file} cannot be read as a tokenizer: {error}.") from None
-        special = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special}
-        if missing := [token for token in CONTROL_TOKENS if token not in special]:
-            raise UserError(
-                f"{file} has no special token {' '.join(missing)}; "
-                f"a tokenizer must have {' '.join(CONTROL_TOKENS)}."
-            )
-        return cls(tokenizer, str(file))
+        return cls(read_tokenizer(directory), f"{Path(directory) / 'tokenizer.json'}")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -244,6 +233,49 @@ class ChatTokenizer:
         except Exception:  # one by one: the first that cannot be encoded is named
             return iter([self._encode(text, tokenizer) for text in texts])
         return (encoding.ids for encoding in batch)
+
+
+def read_tokenizer(directory: Path | str, extend: Sequence[str] = ()) -> tokenizers.Tokenizer:
+    """The ``tokenizer.json`` of a directory, whatever its control tokens, and tokens added to it.
+
+    Raises:
+        UserError: it is missing or broken.
+    """
+    file = Path(directory) / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(
+            f"{file} is missing; {directory} must be a tokenizer's or checkpoint's directory."
+        )
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(file.read_bytes())
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{file} cannot be read as a tokenizer: {error}.") from None
+    add_tokens(tokenizer, extend)
+    return tokenizer
+
+
+def add_tokens(tokenizer: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
+    """Tokens that a tokenizer does not have yet; of these, control tokens alone are special.
+
+    Special ones vanish from text decoded with ``skip_special_tokens=True``.
+    """
+    there = {token.content for token in _added_tokens(tokenizer) if token.special}
+    tokenizer.add_tokens(
+        [
+            tokenizers.AddedToken(token, special=token in CONTROL_TOKENS, normalized=False)
+            for token in tokens
+            if token not in there
+        ]
+    )
+
+
+def _added_tokens(tokenizer: tokenizers.Tokenizer) -> list[tokenizers.AddedToken]:
+    return [*tokenizer.get_added_tokens_decoder().values()]
+
+
+def num_tokens(tokenizer: tokenizers.Tokenizer) -> int:
+    """Rows that an embedding needs."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:

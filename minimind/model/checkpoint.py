@@ -15,36 +15,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minimind.chat.tokenizer import ChatTokenizer, copy_tokenizer
+from minimind.chat.tokenizer import ChatTokenizer, copy_tokenizer, num_tokens, read_tokenizer
 from minimind.errors import UserError, complaint
 from minimind.files import replacing
+from minimind.model.families import config_json, read_config
 from minimind.model.transformer import ModelConfig, ModelShape, Transformer
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # where weights are in several files
-# model_type in config.json, without and with experts.
-DENSE, MIXTURE = "llama", "ernie4_5_moe"
-EMBEDDING = "model.embed_tokens.weight"
-# A part of the Hugging Face mixture that ours does not have: it can choose experts by probability
-# plus a bias; we balance them by a loss instead.
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# A part of the Ernie mixture that ours does not have: it can choose experts by probability plus a
+# bias; we balance them by a loss instead.
 SELECTION_BIAS = "moe_statics.e_score_correction_bias"
-# What our configuration's fields are called in config.json.
-SHAPE = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "max_positions": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-}
-EXPERTS = {
-    "num_experts": "moe_num_experts",
-    "num_experts_per_token": "moe_k",
-    "num_shared_experts": "moe_num_shared_experts",
-    "router_aux_loss_coef": "router_aux_loss_coef",
-}
-
 
 # What else there may be instead of a checkpoint, and what to do with it.
 FOREIGN = {
@@ -76,7 +58,8 @@ def save_checkpoint(
         name: tensor.detach().to("cpu", torch.float32).contiguous()
         for name, tensor in model.state_dict().items()
     }
-    if num_experts := model.config.num_experts:
+    if model.config.model_type == "ernie4_5_moe":
+        num_experts = model.config.num_experts
         for layer in range(model.config.num_layers):
             weights[f"model.layers.{layer}.mlp.{SELECTION_BIAS}"] = torch.zeros(1, num_experts)
     with replacing(directory) as partial:
@@ -114,12 +97,16 @@ def load_model(directory: Path | str) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    head = weights.pop("lm_head.weight", None)  # some writers store the tied head a second time
-    if head is not None and not torch.equal(head, weights.get(EMBEDDING, head.new_empty(0))):
-        raise UserError(
-            f"{path}: lm_head.weight is not {EMBEDDING}; "
-            "a head with weights of its own is not supported."
-        )
+    if config.tie_embeddings:  # some writers store the tied head a second time
+        head = weights.pop(HEAD, None)
+        if head is not None and not torch.equal(head, weights.get(EMBEDDING, head.new_empty(0))):
+            raise UserError(
+                f"{path}: {HEAD} is not {EMBEDDING}, but tie_word_embeddings is true in "
+                "config.json; if the head has weights of its own, make it false."
+            )
+    weights = {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    if config.num_experts and any(".shared_experts.0." in name for name in weights):
+        weights = dict(_as_ernie(name, w, config) for name, w in weights.items())
     for name in [name for name in weights if name.endswith(SELECTION_BIAS)]:
         if weights.pop(name).any():
             raise UserError(
@@ -139,15 +126,23 @@ def load_model(directory: Path | str) -> Transformer:
                 "take a checkpoint from before they came in."
             )
     if (directory / "tokenizer.json").is_file():
-        num_tokens = ChatTokenizer.load(directory).vocab_size
-        if num_tokens > config.vocab_size:
+        num_known = num_tokens(read_tokenizer(directory))
+        if num_known > config.vocab_size:
             raise UserError(
-                f"{directory}: its tokenizer has {num_tokens} tokens, its model only "
+                f"{directory}: its tokenizer has {num_known} tokens, its model only "
                 f"{config.vocab_size}; they do not belong together."
             )
     model = Transformer(config)
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return model
+
+
+def _as_ernie(name: str, weight: Tensor, config: ModelConfig) -> tuple[str, Tensor]:
+    """MiniMind 2's mixture: its one shared expert stands in a list, its rotation pairs halves."""
+    if name.endswith(("q_proj.weight", "k_proj.weight")):
+        halves = weight.unflatten(0, (-1, 2, config.head_size // 2))
+        weight = halves.transpose(1, 2).flatten(0, 2).contiguous()
+    return name.replace(".shared_experts.0.", ".shared_experts."), weight
 
 
 def _read_weights(directory: Path) -> dict[str, Tensor]:
@@ -217,12 +212,16 @@ def start_model(init: Path, shape: ModelShape, seed: int, asked_by: str) -> Tran
     """
     if (init / "config.json").exists():
         model = load_model(init)
-        wanted = ModelConfig(vocab_size=model.config.vocab_size, **shape.model_dump())
-        for key, value in wanted:
-            if value != (found := getattr(model.config, key)):
-                raise UserError(
-                    f"{asked_by}.{key} is {value}, but {init} has {found}; make them agree."
-                )
+        found = model.config.model_dump(exclude={"vocab_size"})
+        wanted = shape.model_dump()
+        if others := [key for key in wanted if wanted[key] != found[key]]:
+            section = asked_by.rpartition(" ")[2]
+            values = [json.dumps(found[key]).replace('"', "") for key in others]
+            told = [f"-S '++{section}.{k}={v}'" for k, v in zip(others, values, strict=True)]
+            raise UserError(
+                f"{asked_by}.{others[0]} is {wanted[others[0]]}, but {init} has "
+                f"{found[others[0]]}; make them agree: {' '.join(told)}"
+            )
         return model
     if advice := _advice(init):
         raise UserError(f"{init} is no tokenizer alone: {advice}.")
@@ -232,102 +231,36 @@ def start_model(init: Path, shape: ModelShape, seed: int, asked_by: str) -> Tran
     return model
 
 
+def extend_checkpoint(source: Path, directory: Path) -> None:
+    """Put the model of `source` beside a tokenizer that has more tokens than that of `source`.
+
+    What the model knows nothing of starts as the mean of all tokens that it knows.
+
+    Raises:
+        UserError: there is no checkpoint in `source` that can be read.
+    """
+    model, num_known = load_model(source), num_tokens(read_tokenizer(source))
+    num_wanted = ChatTokenizer.load(directory).vocab_size
+    vocab_size = max(num_wanted, model.config.vocab_size)  # some models have more than they use
+    weights = model.state_dict()
+    for name in {EMBEDDING, HEAD} & weights.keys():
+        known, unused = weights[name][:num_known], weights[name][num_wanted:]
+        new = known.double().mean(0).float().expand(num_wanted - num_known, -1)
+        weights[name] = torch.cat([known, new, unused])
+    extended = Transformer(model.config.model_copy(update={"vocab_size": vocab_size}))
+    extended.load_state_dict(weights)
+    save_checkpoint(directory, extended, directory)
+
+
 def load_config(directory: Path) -> ModelConfig:
     """The shape of a checkpoint's model.
 
     Raises:
-        UserError: there is no readable config.json of a model we know.
+        UserError: there is no readable config.json of a model we know, or it says something that
+            our model does not do.
     """
     path = directory / "config.json"
     if not path.is_file():
         advice = _advice(directory) or "run its stage first"
         raise UserError(f"{path} is missing; {directory} is not a checkpoint: {advice}.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config["model_type"] not in (DENSE, MIXTURE):
-            raise UserError(
-                f"{path}: model_type is {config['model_type']!r}; "
-                f"allowed is {DENSE!r} or {MIXTURE!r}."
-            )
-        mixture = config["model_type"] == MIXTURE
-        shape = {field: config[key] for field, key in SHAPE.items()}
-        shape["rope_theta"] = (config.get("rope_parameters") or config)["rope_theta"]
-        shape |= {field: config[key] if mixture else 0 for field, key in EXPERTS.items()}
-        loaded = ModelConfig.model_validate(shape, strict=True)
-        _require_our_arithmetic(config, loaded, path)
-    except KeyError as error:
-        raise UserError(f"{path}: the key {error} is missing.") from None
-    except ValidationError as error:
-        detail = error.errors()[0]
-        keys = [(SHAPE | EXPERTS).get(str(field), field) for field in detail["loc"]]
-        where = f"{keys[0]} is {detail['input']!r}; " if keys else ""
-        raise UserError(f"{path}: {where}{complaint(detail)}.") from None
-    except UserError:
-        raise
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid: {error}.") from None
-    if mixture and not loaded.num_experts:
-        raise UserError(f"{path}: moe_num_experts is 0; {MIXTURE!r} needs at least one.")
-    width = "moe_intermediate_size" if mixture else "intermediate_size"
-    if config.get(width) != loaded.intermediate_size:
-        raise UserError(
-            f"{path}: {width} is {config.get(width)}; "
-            f"for hidden_size {loaded.hidden_size} only {loaded.intermediate_size} is supported."
-        )
-    return loaded
-
-
-def _require_our_arithmetic(config: dict[str, Any], loaded: ModelConfig, path: Path) -> None:
-    """Raises UserError where a model of our shape would compute something else with its weights."""
-    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    found = {
-        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
-        "rope_type": (rotary.get("rope_type", rotary.get("type", "default")), "default"),
-        **{
-            key: (config.get(key) or False, False)
-            for key in ("attention_bias", "mlp_bias", "use_bias")
-        },
-    }
-    if config.get("head_dim") is not None:
-        found["head_dim"] = (config["head_dim"], loaded.head_size)
-    if config.get("auto_map"):  # code that comes with a model
-        found["auto_map"] = (config["auto_map"], None)
-    for key, (value, supported) in found.items():
-        if value != supported:
-            raise UserError(f"{path}: {key} is {value!r}; only {supported!r} is supported.")
-
-
-def config_json(config: ModelConfig) -> dict[str, Any]:
-    """What config.json says of a model's shape, for stock transformers."""
-    shared = {
-        "dtype": "float32",
-        "head_dim": config.head_size,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "intermediate_size": config.intermediate_size,
-        # transformers 4 reads the first, 5 the second; with neither, theta is another one.
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-        "tie_word_embeddings": True,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{key: getattr(config, field) for field, key in SHAPE.items()},
-    }
-    if not config.num_experts:
-        return shared | {
-            "architectures": ["LlamaForCausalLM"],
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "mlp_bias": False,
-            "model_type": DENSE,
-        }
-    return shared | {
-        "architectures": ["Ernie4_5_MoeForCausalLM"],
-        "model_type": MIXTURE,
-        "moe_intermediate_size": config.intermediate_size,
-        "moe_layer_end_index": config.num_layers - 1,
-        "moe_layer_interval": 1,
-        "moe_layer_start_index": 0,  # every layer has experts
-        "moe_norm_min": 1e-12,
-        "use_bias": False,
-        **{key: getattr(config, field) for field, key in EXPERTS.items()},
-    }
+    return read_config(path)

@@ -37,7 +37,9 @@ class MixtureOfExperts(nn.Module):
 
     Router: softmax over all experts, the k largest, their weights divided by their sum, which is
     the softmax over the chosen (arXiv:2401.04088, section 2.1). The shared expert has no gate
-    (arXiv:2401.06066, eq. 9). Module names are those of Hugging Face's Ernie 4.5 MoE.
+    (arXiv:2401.06066, eq. 9). Module names are those of Hugging Face's Ernie 4.5 MoE, and without
+    shared experts of its Qwen3 MoE. With one expert a token its weight is 1: then the router
+    learns from the auxiliary loss alone.
     """
 
     def __init__(

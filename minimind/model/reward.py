@@ -12,6 +12,7 @@ class RewardModel(nn.Module):
     def __init__(self, transformer: Transformer) -> None:
         super().__init__()
         self.transformer = transformer
+        transformer.lm_head = None  # its place is the score's
         self.score = nn.Linear(transformer.config.hidden_size, 1, bias=False)
         nn.init.zeros_(self.score.weight)  # all conversations alike: the loss starts at ln 2
 
@@ -28,7 +29,7 @@ class RewardModel(nn.Module):
 def dense_part(mixture: Transformer, seed: int) -> Transformer:
     """A dense model that starts as what a mixture of experts computes for every token.
 
-    Stock transformers has no classifier of such mixtures, but of dense models. Attention, norms
+    Stock transformers has no classifier of every mixture, but of dense models. Attention, norms
     and embedding come along, and the shared expert where there is one; without it, or with a wider
     one, feed-forward networks start anew from `seed`.
     """
@@ -38,7 +39,7 @@ def dense_part(mixture: Transformer, seed: int) -> Transformer:
     wanted = dense.state_dict()
     weights = {}
     for name, weight in mixture.state_dict().items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
+        if mixture.config.interleaved_rotary and name.endswith(("q_proj.weight", "k_proj.weight")):
             weight = _halves_paired(weight, config.head_size)
         name = name.replace("mlp.shared_experts.", "mlp.")
         if name in wanted and weight.shape == wanted[name].shape:

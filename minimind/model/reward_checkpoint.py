@@ -10,9 +10,11 @@ from minimind.files import replacing
 from minimind.model.checkpoint import WEIGHTS, save_checkpoint, save_weights, write_json
 from minimind.model.reward import RewardModel
 
+CLASSIFIER = "SequenceClassification"
+
 
 def save_reward_model(directory: Path, model: RewardModel, tokenizer_directory: Path) -> None:
-    """Write a LlamaForSequenceClassification with one label.
+    """Write a model of class ``...ForSequenceClassification`` with one label.
 
     Stock transformers reads the score at the last token that is not padding, as training does.
     The directory appears whole or not at all.
@@ -22,7 +24,7 @@ def save_reward_model(directory: Path, model: RewardModel, tokenizer_directory: 
         (partial / "generation_config.json").unlink()
         config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
         config |= {
-            "architectures": ["LlamaForSequenceClassification"],
+            "architectures": [config["architectures"][0].replace("CausalLM", CLASSIFIER)],
             "id2label": {"0": "reward"},  # transformers takes the number of labels from here
             "label2id": {"reward": 0},
             "tie_word_embeddings": False,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minimind.chat.tokenizer import ChatTokenizer
+from minimind.chat.tokenizer import num_tokens, read_tokenizer
 from minimind.datasets.epochs import num_steps
 from minimind.model.checkpoint import load_config
 from minimind.model.transformer import FILL, ModelConfig, Transformer
@@ -133,8 +133,9 @@ class Estimate:
         head = s.vocab_size * s.hidden_size
         expert = 3 * s.hidden_size * s.intermediate_size
         idle = max(0, s.num_experts - s.num_experts_per_token) * expert  # what a token goes past
-        attention = s.hidden_size * data.tokens
-        layers = self.parameters - head + s.num_layers * (attention - idle)
+        attention = s.num_heads * s.head_size * data.tokens
+        # An embedding is looked up, which costs nothing.
+        layers = self.parameters - head * (2 - s.tie_embeddings) + s.num_layers * (attention - idle)
         # A parameter and token: 2 forward, 4 backward, 2 of them for its own gradient; rollouts
         # sample and are scored by the reference, too.
         passes = 4 if self.stage == "lora" else 10 if self.stage in REINFORCED else 6
@@ -155,7 +156,8 @@ class Estimate:
         # In bytes, of a token: norms and the residual stream, always in float32; then attention's
         # inputs, q, k, v and output; inputs and four inner values of feed-forwards; chosen outputs.
         layer = 16 * s.hidden_size
-        layer += width * (5 * s.hidden_size + 2 * s.num_kv_heads * s.head_size)
+        layer += 8 * s.qk_norm * (s.num_heads + s.num_kv_heads) * s.head_size
+        layer += width * (3 * s.hidden_size + 2 * (s.num_heads + s.num_kv_heads) * s.head_size)
         layer += width * forwards * (2 * s.hidden_size + 4 * s.intermediate_size)
         layer += width * chosen * s.hidden_size
         layers = layer * s.num_layers
@@ -258,10 +260,12 @@ class Estimates:
             self.params["encode"]["tokenizer"],
             self.params["data"]["tokenizer"],
         )
+        extend = self.params["tokenizer"].get("extend", ())
         for path in (encoded_with, learnt_from):
             if path != "models/tokenizer" and (self.root / path).is_dir():
-                return ChatTokenizer.load(self.root / path).vocab_size
-        return int(self.params["tokenizer"]["vocab_size"])
+                more = extend if path == learnt_from else ()
+                return num_tokens(read_tokenizer(self.root / path, more))
+        return int(self.params["tokenizer"]["vocab_size"]) + len(extend)
 
     def data(self, name: str) -> tuple[Data, float]:
         """Rows of an encoded data set, and its bytes."""
