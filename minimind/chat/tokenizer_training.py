@@ -7,9 +7,9 @@ given its tokenizer.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tokenizers
 from pydantic import Field
@@ -26,7 +26,9 @@ from minimind.chat.tokenizer import (
     TEMPLATE_FILE,
     TOOL_TAGS,
     ChatTokenizer,
+    add_tokens,
     copy_tokenizer,
+    read_tokenizer,
 )
 from minimind.errors import UserError
 from minimind.files import replacing
@@ -37,9 +39,11 @@ SMALLEST_VOCAB = 256 + len(CONTROL_TOKENS) + len(TAGS + TOOL_TAGS)
 
 
 class TokenizerConfig(Section):
-    """The section ``tokenizer``; without effect on a tokenizer that is adopted."""
+    """The section ``tokenizer``."""
 
-    vocab_size: int = Field(ge=SMALLEST_VOCAB, le=2**24)
+    vocab_size: int = Field(ge=SMALLEST_VOCAB, le=2**24)  # of one that is trained here
+    # Added to it, or to one that is adopted.
+    extend: tuple[Annotated[str, Field(min_length=1)], ...] = ()
 
 
 _ADDED_PATTERN = re.compile("|".join(map(re.escape, CONTROL_TOKENS + TAGS + TOOL_TAGS)))
@@ -75,9 +79,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
     pieces = (piece for text in texts for piece in _ADDED_PATTERN.split(text))
     tokenizer.train_from_iterator(pieces, trainer)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(known)
-    # Not special: those vanish from text decoded with skip_special_tokens=True.
-    tags = [AddedToken(tag, special=False, normalized=False) for tag in TAGS + TOOL_TAGS]
-    tokenizer.add_tokens(tags)
+    add_tokens(tokenizer, TAGS + TOOL_TAGS)
     return tokenizer
 
 
@@ -91,16 +93,19 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, directory: Path | str) -> No
         _write_config(partial, config)
 
 
-def adopt_tokenizer(source: Path, directory: Path) -> None:
+def adopt_tokenizer(source: Path, directory: Path, extend: Sequence[str] = ()) -> None:
     """Copy the files of an existing tokenizer; its chat template becomes ours.
+
+    extend: tokens that it gets besides.
 
     Ours whatever it had: a checkpoint's template must be the one it was trained with.
 
     Raises:
-        UserError: it lacks a control token, one of its files is broken, or transformers gives
-            chats other ids.
+        UserError: it lacks a control token that it is not to get, one of its files is broken, or
+            transformers gives chats other ids.
     """
-    ChatTokenizer.load(source)
+    name = f"{source / 'tokenizer.json'}"
+    ChatTokenizer(read_tokenizer(source, extend), name)  # which changes what it is given
     config_file = source / "tokenizer_config.json"
     try:
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
@@ -110,7 +115,13 @@ def adopt_tokenizer(source: Path, directory: Path) -> None:
         raise UserError(f"{config_file} must hold a JSON object.")
     with replacing(directory) as partial:
         partial.mkdir()
-        copy_tokenizer(source, partial)
+        if extend:  # the other files do not have the new tokens
+            read_tokenizer(source, extend).save(str(partial / "tokenizer.json"))
+            config = {k: v for k, v in config.items() if k != "added_tokens_decoder"}
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+            (partial / TEMPLATE_FILE).write_text(CHAT_TEMPLATE, encoding="utf-8")
+        else:
+            copy_tokenizer(source, partial)
         _write_config(partial, config)
         require_agreement(partial, source)
 
