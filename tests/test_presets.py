@@ -44,7 +44,13 @@ SECTIONS: dict[str, type[Section]] = {
     "grpo": GrpoConfig,
     "spo": SpoConfig,
 }
-PARAMETERS = {"small": 25_829_888, "base": 104_030_976, "moe": 145_029_760}
+PARAMETERS = {
+    "small": 25_829_888,
+    "base": 104_030_976,
+    "moe": 145_029_760,
+    "minimind3": 63_912_192,
+    "minimind3-moe": 198_416_640,
+}
 
 
 def applied(tmp_path: Path, name: str) -> tuple[Path, str]:
@@ -66,6 +72,18 @@ def test_a_preset_is_valid_and_has_the_documents_size(tmp_path: Path, name: str)
     with torch.device("meta"):
         model = Transformer(ModelConfig(vocab_size=vocab_size, **shape.model_dump()))
     assert model.num_parameters == PARAMETERS[name]
+
+
+def test_a_preset_takes_back_what_another_has_set(tmp_path: Path) -> None:
+    """What minimind3 adds to params.yaml, QK-norm for example, small must not leave there."""
+    (tmp_path / "alone").mkdir()
+    alone, _ = applied(tmp_path / "alone", "small")
+    params, _ = applied(tmp_path, "minimind3-moe")
+    where = ["--presets", str(ROOT / "presets"), "--params", str(params)]
+    assert CliRunner().invoke(app, ["preset", "small", *where]).exit_code == 0
+    for section in ("model", "distill", "grpo"):
+        shapes = [load_section(path, section, SECTIONS[section]) for path in (alone, params)]
+        assert shapes[0] == shapes[1]
 
 
 def test_comments_and_other_values_stay(tmp_path: Path) -> None:
