@@ -7,6 +7,7 @@ import typer
 
 from minimind.cli.compare import compare
 from minimind.cli.explain import explain
+from minimind.cli.get import get
 from minimind.cli.lint import lint
 from minimind.cli.plan import plan
 from minimind.cli.presets import apply_preset, read_preset
@@ -28,7 +29,10 @@ def main_options() -> None:
 @app.command()
 def preset(
     name: Annotated[
-        str, typer.Argument(help="small, base, moe, tiny, or a file of yours in presets/")
+        str,
+        typer.Argument(
+            help="small, base, moe, minimind3, minimind3-moe, tiny, or a file of yours in presets/"
+        ),
     ],
     params: Annotated[Path, typer.Option(help="the file to change")] = Path("params.yaml"),
     presets: Annotated[Path, typer.Option(help="where presets are")] = Path("presets"),
@@ -42,6 +46,7 @@ def preset(
 
 app.command()(compare)
 app.command()(explain)
+app.command()(get)
 app.command()(init)
 app.command()(lint)
 app.command()(plan)

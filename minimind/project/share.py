@@ -23,7 +23,7 @@ def push() -> int:
     Raises:
         UserError: there is no project or remote, or it cannot be reached.
     """
-    with _project() as repo:
+    with dvc_project() as repo:
         sent = repo.push(run_cache=True)
         result = repo.cloud.push(_outputs_of_runs(repo, repo.cache.local.exists))
         if result.failed:
@@ -33,7 +33,7 @@ def push() -> int:
 
 def pull() -> int:
     """Bring outputs, past runs and their metrics; what nobody has sent is no error."""
-    with _project() as repo:
+    with dvc_project() as repo:
         brought = repo.pull(run_cache=True, allow_missing=True)["stats"]["fetched"]
         lacking = _outputs_of_runs(repo, lambda md5: not repo.cache.local.exists(md5))
         return brought + len(repo.cloud.pull(lacking).transferred)
@@ -47,7 +47,8 @@ def _outputs_of_runs(repo: Repo, wanted: Callable[[str], bool]) -> set[HashInfo]
 
 
 @contextmanager
-def _project() -> Iterator[Repo]:
+def dvc_project() -> Iterator[Repo]:
+    """DVC's view of the project that we are in; what DVC raises becomes one line."""
     logging.getLogger("dvc").setLevel(logging.CRITICAL)  # it is said in a line
     try:
         with Repo() as repo:
