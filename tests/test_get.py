@@ -151,6 +151,15 @@ def test_what_is_not_there_is_one_line(hub: Hub, name: str) -> None:
     assert "would lie elsewhere" in complains("somebody/evil", "--hub", name)
 
 
+def test_what_a_stage_has_written_is_left_alone(hub: Hub) -> None:
+    Path("data/chats").mkdir(parents=True)
+    assert "data/chats is there, and not from a hub" in complains("somebody/chats")
+    assert not list(Path("data/chats").iterdir()) and not hub.asked
+    succeeds("somebody/chats", "dpo.jsonl", "--output", "data/mine")
+    said = succeeds("somebody/small", "config.json", "--output", "data/mine")
+    assert "beside them, from elsewhere or another revision: dpo.jsonl" in said
+
+
 def test_a_revision_that_is_not_there_is_one_line(hub: Hub) -> None:
     assert "Revision" in complains("somebody/chats", "--rev", "v9")
 

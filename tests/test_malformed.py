@@ -960,7 +960,7 @@ CONFIG: dict[str, list[Any]] = {
     "num_key_value_heads": [2, 3],
     "intermediate_size": [7, None],
     "rms_norm_eps": [0, float("nan")],
-    "rope_parameters": ["x", {"rope_type": "default"}, 7],
+    "rope_parameters": ["x", {"rope_type": "linear"}, {"rope_type": "yarn"}, 7],
     "max_position_embeddings": [0, -5],
     "hidden_act": ["gelu"],
     "auto_map": [{"AutoModelForCausalLM": "modeling.Model"}],

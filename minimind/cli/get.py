@@ -40,5 +40,7 @@ def get(
         )
     if rev is None:
         typer.echo(f"--rev {found.revision} brings the same again")
-    brought = bring(found, chosen, folder)
+    brought, others = bring(found, chosen, folder)
+    if others:
+        typer.echo(f"beside them, from elsewhere or another revision: {', '.join(others)}")
     typer.echo(f"{len(brought)} new; {folder}.dvc has where each is from, and its SHA-256")

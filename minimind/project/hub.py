@@ -103,22 +103,26 @@ def find(hub: HubName, name: str, revision: str | None, kind: Kind | None) -> Re
     return found[0]
 
 
-def bring(repository: Repository, files: list[HubFile], folder: Path) -> list[HubFile]:
-    """Have files in a folder, and DVC track it; returns those that were not there already.
+def bring(
+    repository: Repository, files: list[HubFile], folder: Path
+) -> tuple[list[HubFile], list[str]]:
+    """Have files in a folder, and DVC track it; its ``.dvc`` file says where each is from.
 
-    The folder's ``.dvc`` file says of each where it is from and its SHA-256.
+    Returns those that were not there already, and the names of others there, of elsewhere or of
+    another revision.
 
     Raises:
-        UserError: a file cannot be had or is damaged, or this is no DVC project.
+        UserError: a file cannot be had or is damaged, the folder is something else's, or this is no
+            DVC project.
     """
     with dvc_project() as dvc:
+        if folder.exists() and not folder.with_name(f"{folder.name}.dvc").is_file():
+            raise UserError(f"{folder} is there, and not from a hub; give another --output.")
         missing = [file for file in files if not file.is_in(folder)]
-        partial = folder.with_name(folder.name + ".partial")
+        partial = folder.with_name(f"{folder.name}.partial")
         for file in missing:
             with _one_line(f"{repository}: {file.path}", "the same command goes on from here"):
-                if not file.is_in(partial):
-                    partial.mkdir(parents=True, exist_ok=True)
-                    _download(repository, file, partial)
+                _download(repository, file, partial)
                 if not file.is_in(partial):
                     (partial / file.path).unlink()
                     raise UserError(
@@ -129,12 +133,14 @@ def bring(repository: Repository, files: list[HubFile], folder: Path) -> list[Hu
             (partial / file.path).replace(folder / file.path)
         shutil.rmtree(partial, ignore_errors=True)
         (stage,) = dvc.add(str(folder))
-        own = {
-            f.path: {"from": str(repository), "sha256": sha256_of(folder / f.path)} for f in files
-        }
-        stage.meta = {"files": (stage.meta or {}).get("files", {}) | own}
+        known = (stage.meta or {}).get("files", {})
+        for file in files:
+            sha256 = file.sha256 or sha256_of(folder / file.path)
+            known[file.path] = {"from": str(repository), "sha256": sha256}
+        stage.meta = {"files": known}
         stage.dump()
-    return missing
+        others = [name for name, entry in known.items() if entry["from"] != str(repository)]
+    return missing, others
 
 
 def sha256_of(file: Path) -> str:
