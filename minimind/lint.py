@@ -5,6 +5,7 @@ Errors are what stage encode refuses. Warnings are what it accepts and counts
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,10 +18,11 @@ from minimind.datasets.encode import ENCODINGS, DroppedRow, EncodedSample, encod
 from minimind.datasets.formats import (
     TAG_PATTERN,
     BadRowError,
-    Fault,
-    Place,
     Preference,
     Row,
+    parse_chat,
+    parse_preference,
+    parse_text,
     read_rows_and_bad_rows,
     shown_keys,
 )
@@ -33,6 +35,7 @@ from minimind.datasets.row_checks import (
     shown_characters,
     texts,
 )
+from minimind.datasets.sources import Fault, Place, Record
 from minimind.datasets.unread_keys import UnreadKeys
 from minimind.errors import UserError
 from minimind.tasks.problem import Problem, parse_problem
@@ -82,24 +85,15 @@ class Against:
 
 
 def detect_format(source: Path) -> LintFormat:
-    """The format whose keys the first rows have; raises UserError if they have those of none."""
+    """What the first rows whose keys are those of some format are for.
+
+    Raises:
+        UserError: there are no such rows, or they are of a format that is not read.
+    """
     rows = list(islice(read_rows_and_bad_rows(source, lambda r: r), _ROWS_TO_DETECT))
     for row in rows:
-        match row.value if isinstance(row, Row) else {}:
-            case {"conversations": messages}:
-                return "reason" if TAG_PATTERN.search(str(messages)) else "chat"
-            case {"chosen": _} | {"rejected": _}:
-                return "preference"
-            case {"text": _}:
-                return "text"
-            case {"prompt": _, "completion": _}:
-                advice = "chats, {conversations}, or pairs, {prompt, chosen, rejected}"
-                raise UserError(
-                    f"{row.place}: prompt with completion (as for KTO, with label) is no format "
-                    f"that is read; make them {advice}."
-                )
-            case {"prompt": _}:
-                return "prompts"
+        if isinstance(row, Row) and (kind := _kind_of(row.value)):
+            return kind
     for row in rows:
         if isinstance(row, BadRowError):
             raise UserError(f"no row of a known format; the first that cannot be read is {row}")
@@ -107,9 +101,21 @@ def detect_format(source: Path) -> LintFormat:
     assert isinstance(first, Row)
     raise UserError(
         f"{first.place}: its format cannot be told from its keys, {shown_keys(first.value)}; there "
-        "must be text, conversations, chosen and rejected, or prompt. Rename them, or give "
-        f"--format: {names}."
+        "must be text, conversations, messages, instruction and output, chosen and rejected, or "
+        f"prompt. Rename them, or give --format: {names}."
     )
+
+
+def _kind_of(record: Record) -> LintFormat | None:
+    if parse_preference.find(record) or not {"chosen", "rejected"}.isdisjoint(record):
+        return "preference"
+    if chat := parse_chat.find(record):
+        if chat.name in ("agent", "rlaif"):
+            return "prompts"
+        return "reason" if TAG_PATTERN.search(str(record.get("conversations"))) else "chat"
+    if parse_text.find(record):
+        return "text"
+    return "prompts" if "prompt" in record else None
 
 
 def lint(
@@ -119,12 +125,14 @@ def lint(
     tokenizer: ChatTokenizer | None,
     max_length: int | None,
     unread: UnreadKeys | None = None,
+    formats: Counter[str] | None = None,
 ) -> Iterator[list[Finding]]:
     """What is found in each row of a source, as a stream; for most rows nothing.
 
     tokenizer: to look for characters it does not give back; None looks for none.
     max_length: tokens a row may have, as in ``encode.<name>.max_length``; None is any number.
     unread: gets the keys that the format does not read.
+    formats: counts the rows of each format.
 
     Raises:
         UserError: the source is missing, has no rows, or a line without end.
@@ -148,6 +156,8 @@ def lint(
             if isinstance(row, Row):
                 if unread:
                     unread.add(row)
+                if formats is not None:
+                    formats[row.format] += 1
                 value, warned = row.value, []
                 if data_format == "prompts":
                     problem = Problem.of_row(row)

@@ -16,7 +16,7 @@ from minimind.datasets.encode import (
     Format,
     encode_dataset,
 )
-from minimind.datasets.formats import unread_files
+from minimind.datasets.sources import unread_files
 from minimind.files import replacing
 from minimind.lineage.provenance import unchanged
 from minimind.params import load_path, load_section
@@ -33,7 +33,7 @@ def main(
     metrics: Annotated[Path, typer.Option(help="JSON file for rows, tokens, shares.")],
     params: Annotated[Path, typer.Option(help="Parameters.")] = Path("params.yaml"),
 ) -> None:
-    """Check the rows of a JSONL data set and write them as memory-mapped arrays of tokens."""
+    """Check the rows of a data set and write them as memory-mapped arrays of tokens."""
     data = load_section(params, "data", DataConfig)
     section = ChatEncodeConfig if data_format in ("chat", "reason") else EncodeConfig
     config = load_section(params, f"encode.{name}", section)
@@ -60,20 +60,8 @@ def main(
         if unread := unread_files(source):
             shown = ", ".join(unread[:8]) + (", ..." if len(unread) > 8 else "")
             typer.echo(f"encode: not read: {shown}", err=True)
-        if keys := counts.unread.shown(warned=False):
-            typer.echo(f"encode: keys that are not read: {keys}", err=True)
-        if keys := counts.unread.shown(warned=True):
-            typer.echo(f"encode: warning: keys that are not read: {keys}", err=True)
-        if counts.skipped_rows:
-            typer.echo(
-                f"encode: left out {counts.skipped_rows} rows: {output / 'skipped.jsonl'}", err=True
-            )
-        if counts.dropped_rows:
-            typer.echo(
-                f"encode: dropped {counts.dropped_rows} rows whose answer, or what makes a pair "
-                f"differ, is cut off: {output / 'skipped.jsonl'}",
-                err=True,
-            )
+        for line in counts.said(output / "skipped.jsonl"):
+            typer.echo(f"encode: {line}", err=True)
         values = {"encode": {name: counts.metrics()}}
         with replacing(metrics) as partial:
             partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

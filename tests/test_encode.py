@@ -29,11 +29,11 @@ NO_COPIES = {"augment_copies": 0, "seed": 1, "word_dropout": 0.1, "synonym_share
 SYSTEM: Message = {"role": "system", "content": "你是 helper"}
 
 
-def user(content: str) -> Message:
+def user(content: str) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
-def assistant(content: str) -> Message:
+def assistant(content: str) -> dict[str, Any]:
     return {"role": "assistant", "content": content}
 
 
@@ -91,13 +91,15 @@ class Stage:
 
     def run(
         self,
-        rows: Sequence[Any],
+        rows: Sequence[Any] | None,  # None: what is there
         data_format: str,
         max_length: int = 512,
         on_bad_row: str = "error",
         against: Path | None = None,
     ) -> Any:
-        source = write_rows(self.folder / "sft.jsonl", rows)
+        source = self.folder / "sft.jsonl"
+        if rows is not None:
+            write_rows(source, rows)
         nothing = write_rows(self.folder / "nothing.jsonl", [{"text": "what no row asks"}])
         evaluation = dict.fromkeys(["problems", "text"], str(against or nothing))
         params: dict[str, Any] = {
@@ -149,7 +151,74 @@ def test_chats(stage: Stage, tokenizer: ChatTokenizer) -> None:
         "eval_overlap_rows": 0,
         "lossy_rows": 0,
         "trained_share": float(f"{sum(trained) / num_tokens:.6g}"),
+        "formats": {"minimind": 3},
     }
+
+
+def test_what_became_of_the_rows_is_said_and_stands_in_the_metrics(
+    stage: Stage, tokenizer: ChatTokenizer
+) -> None:
+    against = write_rows(stage.folder / "problems.jsonl", [{"prompt": "2+3?", "answer": "5"}])
+    alpaca = {"instruction": "2+3?", "output": "5"}
+    rows = [alpaca, *chat_rows(CHATS[1:2]), {"messages": []}, {"text": "a"}, "{", alpaca]
+    max_length = len(tokenizer.encode_chat(CHATS[1])[0]) - 1
+    result = stage.run([*rows, {"text": "b"}], "chat", max_length, "skip", against)
+    file = stage.folder / "sft.jsonl"
+    assert "encode: 7 rows (2 alpaca, 1 minimind), 3 samples, " in result.stderr
+    why = f"encode: why: 2 schema (first {file}:4: conversations or messages or "
+    assert why in result.stderr
+    assert f"1 order (first {file}:3: messages has no assistant turn; " in result.stderr
+    assert "encode: cut off the end of 1 rows longer than max_length" in result.stderr
+    same, asks = f"{file}:6, the same as {file}:1", f"{file}:1, asks what {against}:1 asks"
+    assert f"encode: 1 rows say what another one says: first {same}" in result.stderr
+    assert f"encode: 2 rows ask what evaluation data asks: first {asks}" in result.stderr
+    metrics = json.loads(stage.metrics_file.read_text())["encode"]["sft"]
+    assert metrics["formats"] == {"alpaca": 2, "minimind": 1}
+    assert metrics["left_out"] == {"order": 1, "schema": 2, "json": 1}
+    assert metrics["first_left_out"]["json"].startswith(f"{file}:5: broken JSON")
+
+
+def test_thoughts_calls_and_tools_are_trained_on_and_their_results_are_not(
+    stage: Stage, tokenizer: ChatTokenizer
+) -> None:
+    tools = json.dumps([{"type": "function", "function": {"name": "add"}}])
+    spoken = assistant("") | {"tool_calls": '[{"name": "add", "arguments": {"a": 2}}]'}
+    last = assistant("It is 5.") | {"reasoning_content": "so"}
+    system, result = {"role": "system", "content": "", "tools": tools}, {"role": "tool"}
+    chat = [system, user("2+3?"), spoken, result | {"content": "5"}, last]
+    dataset, _ = stage.encode(chat_rows([chat]), "chat")
+    ((ids, loss_mask),) = rows_of(dataset)
+    trained = tokenizer.decode(id for id, c in zip(ids, loss_mask, strict=True) if c)
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'
+    assert trained == f"{call}<think>\nso\n</think>\n\nIt is 5."
+    assert '<tools>\n{"type": "function", "function": {"name": "add"}}\n' in tokenizer.decode(ids)
+    assert "<tool_response>\n5\n</tool_response>" in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("switch", [{"loss": False}, {"weight": 0}, {"train": False}])
+def test_a_turn_whose_loss_is_off_is_context(
+    stage: Stage, tokenizer: ChatTokenizer, switch: dict[str, Any]
+) -> None:
+    chat = [user("a"), assistant("b") | switch, user("c"), assistant("d") | {"weight": 1}]
+    dataset, _ = stage.encode(chat_rows([chat]), "chat")
+    ((ids, loss_mask),) = rows_of(dataset)
+    assert ids == tokenizer.encode_chat(chat)[0]
+    assert tokenizer.decode(id for id, c in zip(ids, loss_mask, strict=True) if c) == "d"
+
+
+def test_a_mixture_says_what_it_has_of_each_part(stage: Stage) -> None:
+    (stage.folder / "sft.jsonl").mkdir()
+    folder = stage.folder / "sft.jsonl"
+    write_rows(folder / "a.jsonl", [{"instruction": f"{n}?", "output": "a"} for n in range(9)])
+    write_rows(folder / "b.jsonl", chat_rows(CHATS))
+    parts = [{"path": "a.jsonl", "share": 0.5}, {"path": "b.jsonl", "share": 0.5}]
+    (folder / "mix.yaml").write_text(json.dumps({"parts": parts}))
+    result = stage.run(None, "chat")
+    assert result.exit_code == 0, result.output
+    assert "encode: a.jsonl: 3 of its 9 rows are in the mixture\n" in result.stderr
+    metrics = json.loads(stage.metrics_file.read_text())["encode"]["sft"]
+    assert (metrics["rows"], metrics["parts"]) == (6, {"a.jsonl": 3, "b.jsonl": 3})
+    assert metrics["formats"] == {"alpaca": 3, "minimind": 3}
 
 
 def test_doubtful_rows_are_counted_and_kept(stage: Stage, tokenizer: ChatTokenizer) -> None:
@@ -385,19 +454,20 @@ def test_keys_that_are_not_read_are_named_once_and_change_nothing(
 ) -> None:
     rows = chat_rows([CHATS[0], *CHATS])
     dataset, metrics = stage.encode(rows, "chat")
-    thought = {**CHATS[0][1], "reasoning_content": "2+3=5"}
-    rows[2] = {"conversations": [CHATS[0][0], thought], "source": "web"}
+    masked = {**CHATS[0][1], "mask": 0}
+    rows[2] = {"conversations": [CHATS[0][0], masked], "source": "web"}
     rows[3] |= {"id": 3, "source": "web"}
     result = stage.run(["{", rows[0], *rows[1:]], "chat", 512, "skip")
     file = stage.folder / "sft.jsonl"
     said = [line for line in result.stderr.splitlines() if "not read" in line]
     assert sorted(said, reverse=True) == [
-        f"encode: warning: keys that are not read: 'conversations.reasoning_content' in "
-        f"1 rows, first {file}:4 (elsewhere a thought before the content)",
+        f"encode: warning: keys that are not read: 'conversations.mask' in 1 rows, first "
+        f"{file}:4 (elsewhere whether it is trained on)",
         f"encode: keys that are not read: 'source' in 2 rows, first {file}:4; "
         f"'id' in 1 rows, first {file}:5",
     ]
-    assert json.loads(stage.metrics_file.read_text())["encode"]["sft"].keys() == metrics.keys()
+    found = json.loads(stage.metrics_file.read_text())["encode"]["sft"]
+    assert found.keys() - metrics.keys() == {"left_out", "first_left_out"}
     assert rows_of(EncodedDataset.open(stage.output))[-1] == rows_of(dataset)[-1]
 
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimind.chat.template import Message
-from minimind.datasets import formats
+from minimind.datasets import sources
 from minimind.datasets.formats import (
     BadRowError,
     Preference,
+    Row,
     parse_chat,
     parse_preference,
     parse_reasoning,
@@ -25,16 +25,20 @@ Parse = Callable[[dict[str, Any]], Any]
 PARSERS: list[Parse] = [parse_text, parse_chat, parse_reasoning, parse_preference]
 
 
-def user(content: str) -> Message:
+def user(content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
-def assistant(content: str) -> Message:
+def assistant(content: str) -> dict[str, Any]:
     return {"role": "assistant", "content": content}
 
 
 def chat(*messages: Any) -> dict[str, Any]:
     return {"conversations": list(messages)}
+
+
+def call(arguments: str) -> dict[str, Any]:
+    return {"tool_calls": [{"id": "1", "function": {"name": "add", "arguments": arguments}}]}
 
 
 def reasoning(content: str) -> dict[str, Any]:
@@ -77,6 +81,140 @@ def test_accepted_reasoning(content: str) -> None:
     assert parse_reasoning(reasoning(content))[1]["content"] == content
 
 
+TOOL = {"type": "function", "function": {"name": "add"}}
+SYSTEM = {"role": "system", "content": "s"}
+CALLED = {"tool_calls": [{"name": "add", "arguments": {"a": 1}}]}
+HELLO = [user("a"), assistant("b")]
+# The name of a format, a row of it, and the messages that it is.
+CHATS: list[tuple[str, Any, list[Any]]] = [
+    ("minimind", chat(*HELLO), HELLO),
+    (
+        "minimind",
+        chat(
+            {"role": "system", "content": "", "tools": json.dumps([TOOL])},
+            user("a"),
+            assistant("") | {"tool_calls": json.dumps([{"name": "add", "arguments": {"a": 1}}])},
+            {"role": "tool", "content": "5"},
+            assistant("b") | {"reasoning_content": "so", "tools": "", "tool_calls": None},
+        ),
+        [
+            {"role": "system", "content": "", "tools": [TOOL]},
+            user("a"),
+            assistant("") | CALLED,
+            {"role": "tool", "content": "5"},
+            assistant("b") | {"reasoning_content": "so"},
+        ],
+    ),
+    (
+        "openai",
+        {
+            "tools": [TOOL],
+            "messages": [
+                {"role": "developer", "content": "s"},
+                user([{"type": "text", "text": "a"}, {"type": "text", "text": "?"}]),
+                {"role": "assistant", "content": None, **call('{"a":1}')},
+                {"role": "tool", "tool_call_id": "1", "content": ""},
+                assistant("b") | {"weight": 1},
+            ],
+        },
+        [
+            SYSTEM | {"tools": [TOOL]},
+            user("a?"),
+            assistant("") | CALLED,
+            {"role": "tool", "content": ""},
+            assistant("b"),
+        ],
+    ),
+    (
+        "sharegpt",
+        {
+            "system": "s",
+            "tools": json.dumps([TOOL]),
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+                {"from": "observation", "value": "5"},
+                {"from": "gpt", "value": "b", "loss": False},
+            ],
+        },
+        [
+            SYSTEM | {"tools": [TOOL]},
+            user("a"),
+            assistant("") | CALLED,
+            {"role": "tool", "content": "5"},
+            assistant("b") | {"loss": False},
+        ],
+    ),
+    ("alpaca", {"instruction": "a", "input": "", "output": "b"}, HELLO),
+    (
+        "alpaca",
+        {
+            "instruction": "c",
+            "input": "d",
+            "output": "e",
+            "system": "s",
+            "history": [["a", "b"]],
+        },
+        [SYSTEM, *HELLO, user("c\nd"), assistant("e")],
+    ),
+    ("prompt-completion", {"prompt": "a", "completion": "b"}, HELLO),
+    (
+        "prompt-completion",
+        {"prompt": [SYSTEM, HELLO[0]], "completion": HELLO[1:]},
+        [SYSTEM, *HELLO],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "record", "messages"), CHATS)
+def test_chats_of_every_format(name: str, record: Any, messages: list[Any]) -> None:
+    assert parse_chat.of(record).name == name
+    assert parse_chat(record) == messages
+
+
+def test_each_row_is_told_by_itself(tmp_path: Path) -> None:
+    """Whatever stands before it, also what is no row, and of the same format otherwise spelt."""
+    rows = [record for _, record, _ in CHATS]
+    file = tmp_path / "mixed.jsonl"
+    for order in (rows, rows[::-1]):
+        file.write_text("\n".join(["{", *map(json.dumps, order)]))
+        bad, *good = read_rows_and_bad_rows(file, parse_chat)
+        assert isinstance(bad, BadRowError)
+        found = [(row.format, row.value) for row in good if isinstance(row, Row)]
+        assert sorted(found, key=str) == sorted([(n, m) for n, _, m in CHATS], key=str)
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("preference", {"prompt": "p", "chosen": "b", "rejected": "c"}),
+        ("preference", {"prompt": [user("p")], "chosen": "b", "rejected": "c"}),
+        ("preference", {"prompt": "p", "chosen": [assistant("b")], "rejected": [assistant("c")]}),
+        (
+            "preference",
+            {
+                "prompt": [{"from": "human", "value": "p"}],
+                "chosen": [{"from": "gpt", "value": "b"}],
+                "rejected": [assistant("c")],
+            },
+        ),
+        (
+            "implicit-preference",
+            {"chosen": [user("p"), assistant("b")], "rejected": [user("p"), assistant("c")]},
+        ),
+        ("implicit-preference", {"chosen": "p b", "rejected": "p c"}),
+    ],
+)
+def test_preferences_of_every_format(name: str, record: Any) -> None:
+    assert parse_preference.of(record).name == name
+    assert parse_preference(record) == Preference([user("p")], [assistant("b")], [assistant("c")])
+
+
+def test_a_thought_may_stand_beside_its_answer() -> None:
+    thought = assistant("5") | {"reasoning_content": "2+3"}
+    assert parse_reasoning(chat(user("2+3?"), thought)) == [user("2+3?"), thought]
+
+
 TAGS_NEEDED = "it must have <think> </think> <answer> </answer>, each once"
 BAD_RECORDS: list[tuple[Parse, Any, str]] = [
     (parse_text, {}, "text is missing; the keys found are none"),
@@ -85,12 +223,14 @@ BAD_RECORDS: list[tuple[Parse, Any, str]] = [
     (parse_text, {"text": None}, "text is null; it must be a string"),
     (parse_text, {"text": " \n"}, "text is empty; it must hold text"),
     (parse_text, {"text": "a\ud83d"}, r"text has half a character (\ud83d)"),
-    (parse_chat, {"messages": []}, "conversations is missing; the keys found are 'messages'"),
+    (parse_chat, {"chat": []}, "prompt with completion is missing; the keys found are 'chat'"),
+    (parse_chat, {"messages": []}, "messages has no assistant turn"),
     (parse_chat, {"conversations": "hi"}, "conversations is the string 'hi'; it must be a list"),
     (parse_chat, chat(), "conversations has no assistant turn"),
     (parse_chat, chat(user("a")), "conversations has no assistant turn; there must be one"),
     (parse_chat, chat("hi"), "turn 1 is the string 'hi'; it must be {"),
-    (parse_chat, chat({"from": "human"}), "turn 1: role is missing; the keys found are 'from'"),
+    (parse_chat, chat({"from": "human"}), "turn 1: value is missing; the keys found are 'from'"),
+    (parse_chat, chat({"rôle": "user"}), "turn 1: role is missing; the keys found are 'rôle'"),
     (parse_chat, chat({"role": "user"}), "turn 1: content is missing"),
     (
         parse_chat,
@@ -123,9 +263,9 @@ BAD_RECORDS: list[tuple[Parse, Any, str]] = [
         chat(user("a"), assistant("<think>x</think><answer>5</answer>"), assistant("b")),
         "turn 3 has the tags none",
     ),
-    (parse_preference, {"prompt": "a"}, "chosen is missing"),
-    (parse_preference, {"chosen": 1}, "chosen is the number 1; it must be a string or list"),
-    (parse_preference, {"chosen": "a", "rejected": "b"}, "prompt is missing"),
+    (parse_preference, {"prompt": "a"}, "chosen with rejected is missing; the keys found are"),
+    (parse_preference, {"chosen": 1, "rejected": 2}, "chosen is the number 1; it must be a string"),
+    (parse_preference, {"chosen": "a", "rejected": "b"}, "share no beginning"),
     (parse_preference, {"prompt": "a", "chosen": "b", "rejected": ""}, "rejected is empty"),
     (
         parse_preference,
@@ -159,10 +299,54 @@ BAD_RECORDS: list[tuple[Parse, Any, str]] = [
         },
         "rejected has no assistant turn",
     ),
+    (parse_preference, {"prompt": "a", "completion": "b", "label": True}, "the row is KTO's"),
+    (parse_chat, {"prompt": "a", "completion": "b", "label": True}, "the row is KTO's"),
+    (parse_chat, chat(user("a"), assistant("")) | {"gt": ["5"]}, "it is for data.prompts"),
+    (parse_chat, chat(user("a"), assistant("空")), "it is for data.prompts"),
+    (parse_chat, {"instruction": "", "output": "b"}, "instruction is empty"),
     (
-        parse_preference,
-        {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]},
-        "prompt is a list; put its messages at the beginning of both",
+        parse_chat,
+        {"instruction": "a", "output": "b", "history": [["c"]]},
+        "history, pair 1 is a li",
+    ),
+    (parse_chat, {"prompt": [], "completion": "b"} | {"tools": "[x"}, "tools: broken JSON at col"),
+    (
+        parse_chat,
+        chat(user("a"), assistant("b")) | {"tools": 5},
+        "tools is the number 5; it must be",
+    ),
+    (parse_chat, chat(user("a"), assistant("b") | {"tool_calls": [{}]}), "name is missing"),
+    (
+        parse_chat,
+        chat(user("a"), assistant("b") | {"tool_calls": '["a"]'}),
+        "tool_calls is the str",
+    ),
+    (
+        parse_chat,
+        chat(user("a"), assistant("b") | call("[1]")),
+        "arguments is a list; it must be an",
+    ),
+    (parse_chat, chat(user("a"), assistant("b") | call('{"a": "\\ud800"}')), "is no JSON in UTF-8"),
+    (
+        parse_chat,
+        chat(user("a") | call("{}"), assistant("b")),
+        "tool_calls is there, but role is 'u",
+    ),
+    (
+        parse_chat,
+        chat(user("a"), assistant("b") | {"weight": 0.5}),
+        "weight is the number 0.5; it mu",
+    ),
+    (
+        parse_chat,
+        chat(user("a"), assistant("b") | {"loss": False}),
+        "no assistant turn whose loss is",
+    ),
+    (parse_chat, {"messages": [user([{"type": "image_url"}]), assistant("b")]}, "text is missing"),
+    (
+        parse_chat,
+        chat({"role": "system", "content": "s"}, assistant("b")) | {"system": "t"},
+        "content of system stands twice",
     ),
 ]
 
@@ -212,8 +396,8 @@ def test_broken_lines_name_file_line_and_reason(tmp_path: Path, line: bytes, rea
         (parse_chat, chat(user("a"), assistant("b")), []),
         (
             parse_chat,
-            {**chat({**user("a"), "x": 1}, {**assistant("b"), "x": 2, "loss": 0}), "tools": []},
-            ["conversations.loss", "conversations.x", "tools"],
+            {**chat({**user("a"), "x": 1}, {**assistant("b"), "x": 2, "loss": 1}), "label": []},
+            ["conversations.x", "label"],
         ),
         (
             parse_preference,
@@ -225,9 +409,9 @@ def test_broken_lines_name_file_line_and_reason(tmp_path: Path, line: bytes, rea
             {
                 "prompt": "a",
                 "chosen": [user("a"), assistant("b")],
-                "rejected": [user("a"), {**assistant("c"), "weight": 0}],
+                "rejected": [user("a"), {**assistant("c"), "score": 0}],
             },
-            ["prompt", "rejected.weight"],
+            ["prompt", "rejected.score"],
         ),
     ],
 )
@@ -280,7 +464,7 @@ def test_sources_without_rows_are_errors(tmp_path: Path) -> None:
 def test_a_line_without_end_is_not_read_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 2**20)
     (tmp_path / "data.jsonl").write_bytes(b"\0" * (2**20 + 1))
     with pytest.raises(UserError, match="longer than 1 MiB"):
         list(read_rows(tmp_path, parse_text))
@@ -301,6 +485,10 @@ JSON = st.recursive(
                     "answer",
                     "chosen",
                     "rejected",
+                    "messages",
+                    "tool_calls",
+                    "instruction",
+                    "output",
                 ]
             ),
             inner | st.sampled_from(["user", "assistant", "<think>", "</think>\n<answer>5"]),

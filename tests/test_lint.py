@@ -367,6 +367,20 @@ def test_characters_that_do_not_come_back_are_named(tmp_path: Path, tokenizer_fo
     assert list(lint(file, "chat", NOTHING, whole, None)) == [[], [], []]
 
 
+def test_what_is_for_reinforcement_is_a_file_of_prompts(tmp_path: Path) -> None:
+    asked = [user(text) for text in "abcd"]
+    placeholder = chat(asked[0], assistant("空"))
+    agent = chat(asked[1], assistant("")) | {"gt": ["5"]}
+    openai = {"messages": [asked[2], assistant("<think>b</think>c")], "answer": "5"}
+    rows = [placeholder, agent, openai, {"prompt": [asked[3]], "answer": 5}]
+    file = write(tmp_path / "a.jsonl", rows)
+    assert detect_format(file) == "prompts"
+    assert found(file, "prompts") == []
+    problems = read_problems(file, needs_answers=False, say=pytest.fail)
+    assert [problem.messages for problem in problems] == [[turn] for turn in asked]
+    assert [problem.answer for problem in problems] == [None, "5", "5", "5"]
+
+
 def test_a_format_is_told_by_the_first_row_that_has_one(tmp_path: Path) -> None:
     assert detect_format(write(tmp_path / "a.jsonl", [b"{", {"x": 1}, GOOD["reason"]])) == "reason"
     assert detect_format(write(tmp_path / "b.jsonl", [{"chosen": 1, "prompt": 2}])) == "preference"
@@ -418,14 +432,15 @@ def test_findings_then_a_table_of_them(tmp_path: Path) -> None:
     text = write(tmp_path / "text.jsonl", [{"text": "a"}])
     result = run(bad, text, "--show", 2)
     *lines, _header, _rule, _, _, _, _ = result.stdout.splitlines()
-    assert [line.split(" ", 3)[:3] for line in lines] == [
+    assert [line.split(" ", 3)[:3] for line in lines if "rows that are read" not in line] == [
         [f"{bad}:2:", "error:", "json:"],
         [f"{bad}:3:", "error:", "json:"],
         [f"{bad}:7:", "error:", "order:"],
         [f"{bad}:8:", "warning:", "duplicate:"],
         [f"{bad}:", "error:", "json:"],
     ]
-    assert "json: 3 more (--show)" in lines[-1]
+    assert f"{bad}: rows that are read: 2 minimind" in lines
+    assert "json: 3 more (--show)" in lines[-2]
     assert table_rows(result) == [
         [str(bad), "chat", "error", "json", "5", "8", "62.50%"],
         [str(bad), "chat", "error", "order", "1", "8", "12.50%"],
@@ -455,7 +470,7 @@ def test_what_is_for_kto_is_no_file_of_prompts(tmp_path: Path) -> None:
     row = {"prompt": "a", "completion": "b", "label": True}
     result = run(write(tmp_path / "kto.jsonl", [row]))
     assert result.exit_code == 1
-    assert "kto.jsonl:1: prompt with completion (as for KTO" in result.stdout
+    assert "kto.jsonl:1: error: schema: the row is KTO's, half a pair with a label" in result.stdout
 
 
 def test_a_file_that_cannot_be_read_is_an_error_and_the_others_are_checked(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from minimind.chat.tokenizer import ChatTokenizer
-from minimind.datasets.formats import shown_path, unread_files
+from minimind.datasets.sources import shown_path, unread_files
 from minimind.datasets.unread_keys import UnreadKeys
 from minimind.errors import UserError
 from minimind.lint import Against, LintFormat, detect_format
@@ -20,7 +20,7 @@ from minimind.tasks.problem import KNOWN_KEYS
 
 
 def lint(
-    files: Annotated[list[Path], typer.Argument(help="JSONL files, or folders of *.jsonl shards")],
+    files: Annotated[list[Path], typer.Argument(help="files of rows, or folders of them")],
     data_format: Annotated[
         Literal["auto", LintFormat],
         typer.Option("--format", help="what a row is; auto: as the first row's keys say"),
@@ -51,12 +51,12 @@ def lint(
         name = shown_path(file)
         for unread_file in unread_files(file):
             typer.echo(f"{name}: not read: {unread_file}")
-        counts, unread = Counter[tuple[str, str]](), UnreadKeys()
+        counts, unread, formats = Counter[tuple[str, str]](), UnreadKeys(), Counter[str]()
         num_rows, found_format = 0, "?"
         try:
             found_format = detect_format(file) if data_format == "auto" else data_format
             unread = UnreadKeys(KNOWN_KEYS if found_format == "prompts" else ())
-            linted = lint_rows(file, found_format, evaluation, loaded, max_length, unread)
+            linted = lint_rows(file, found_format, evaluation, loaded, max_length, unread, formats)
             with _row_counter() as counter:
                 for findings in counter.track(linted, description=name):
                     num_rows += 1
@@ -67,6 +67,8 @@ def lint(
         except UserError as error:
             typer.echo(f"{name}: error: unreadable: {error}")
             counts["error", "unreadable"] += 1
+        if found := ", ".join(f"{number} {name}" for name, number in formats.items()):
+            typer.echo(f"{name}: rows that are read: {found}")
         if keys := unread.shown(warned=False):
             typer.echo(f"{name}: keys that are not read: {keys}")
         if keys := unread.shown(warned=True):

@@ -1,4 +1,4 @@
-"""JSONL to arrays on disk, as a stream: memory does not grow with the data.
+"""Rows to arrays on disk, as a stream: memory does not grow with the data.
 
 A text longer than ``max_length`` tokens is split into several rows, so that none of it is lost.
 Chats and preferences are cut at their end: a turn without what it answers teaches nothing. What
@@ -10,7 +10,7 @@ import json
 import math
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import islice, pairwise
@@ -24,9 +24,8 @@ from minimind.chat.tokenizer import CONTEXT, ChatTokenizer, EncodedRow
 from minimind.datasets.augment import Augmentation, AugmentConfig
 from minimind.datasets.formats import (
     BadRowError,
-    Fault,
+    Formats,
     Preference,
-    Record,
     Row,
     parse_chat,
     parse_preference,
@@ -34,11 +33,12 @@ from minimind.datasets.formats import (
     parse_text,
     read_rows_and_bad_rows,
 )
-from minimind.datasets.row_checks import Doubt, EvaluationQuestions, RowChecks
+from minimind.datasets.row_checks import EvaluationQuestions, RowChecks
+from minimind.datasets.sources import Taken, mixture
 from minimind.datasets.unread_keys import UnreadKeys
 from minimind.errors import UserError
 from minimind.files import replacing
-from minimind.metrics import Number, rounded
+from minimind.metrics import rounded
 from minimind.params import Section
 
 Format = Literal["text", "chat", "reason", "preference"]
@@ -66,6 +66,23 @@ class ChatEncodeConfig(EncodeConfig, AugmentConfig):
     """How one data set of chats is encoded."""
 
 
+class Tally:
+    """How many rows have each kind of something, and the first of them."""
+
+    def __init__(self) -> None:
+        self.rows: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, kind: str, example: str) -> None:
+        self.rows[kind] += 1
+        self.first.setdefault(kind, example)
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{n} {kind} (first {self.first[kind]})" for kind, n in self.rows.most_common(3)
+        )
+
+
 class EncodingCounts(NamedTuple):
     """What an encoding did. A sample is what training draws: a row, or a pair of them."""
 
@@ -79,13 +96,53 @@ class EncodingCounts(NamedTuple):
     duplicate_rows: int  # the same as one before
     eval_overlap_rows: int  # that ask what evaluation data asks
     lossy_rows: int  # with characters that the tokenizer does not give back
+    formats: Mapping[str, int]  # rows of each, those left out for their length among them
+    left_out: Tally  # rows skipped and dropped, by their fault
+    doubts: Tally
     unread: UnreadKeys
+    parts: Sequence[Taken]  # of a mixture
 
-    def metrics(self) -> dict[str, Number]:
-        """The counts, trained tokens as a share of all."""
-        counts = self._asdict()
-        del counts["unread"]
-        return counts | {"trained_share": rounded(counts.pop("trained_tokens") / self.tokens)}
+    def metrics(self) -> dict[str, Any]:
+        """The counts, trained tokens as a share of all, with an example of each fault."""
+        counts: dict[str, Any] = {k: v for k, v in self._asdict().items() if isinstance(v, int)}
+        counts["trained_share"] = rounded(counts.pop("trained_tokens") / self.tokens)
+        counts["formats"] = dict(self.formats)
+        if self.parts:
+            counts["parts"] = {taken.part.path: taken.taken for taken in self.parts}
+        if self.left_out.rows:
+            counts |= {"left_out": dict(self.left_out.rows), "first_left_out": self.left_out.first}
+        return counts
+
+    def said(self, listed: Path) -> Iterator[str]:
+        """What became of the rows, a line each; ``listed`` is where those left out are."""
+        for part, _, taken, rows in self.parts:
+            yield f"{part.path}: {taken} of its {rows} rows are in the mixture"
+        of_formats = ", ".join(f"{number} {name}" for name, number in self.formats.items())
+        share = f"{self.trained_tokens / self.tokens:.0%} of {self.tokens} tokens trained on"
+        yield f"{self.rows} rows ({of_formats}), {self.samples} samples, {share}"
+        if keys := self.unread.shown(warned=False):
+            yield f"keys that are not read: {keys}"
+        if keys := self.unread.shown(warned=True):
+            yield f"warning: keys that are not read: {keys}"
+        if self.skipped_rows:
+            yield f"left out {self.skipped_rows} rows: {listed}"
+        if self.dropped_rows:
+            what = "rows whose answer, or what makes a pair differ, is cut off"
+            yield f"dropped {self.dropped_rows} {what}: {listed}"
+        if self.left_out.rows:
+            yield f"why: {self.left_out}"
+        if self.truncated_rows:
+            yield f"cut off the end of {self.truncated_rows} rows longer than max_length"
+        for doubt, what in SAID_DOUBTS.items():
+            if number := self.doubts.rows[doubt]:
+                yield f"{number} rows {what}: first {self.doubts.first[doubt]}"
+
+
+SAID_DOUBTS = {
+    "duplicate": "say what another one says",
+    "overlap": "ask what evaluation data asks",
+    "lossy": "have characters that the tokenizer does not give back",
+}
 
 
 class EncodedSample(NamedTuple):
@@ -108,7 +165,7 @@ class DroppedRow(BadRowError):
 class Encoding(NamedTuple):
     """How the rows of a format are read and encoded."""
 
-    parse: Callable[[Record], Any]
+    parse: Formats[Any]
     encode: Callable[[ChatTokenizer, list[Any], int], list[EncodedSample]]
     format: str  # as training sees it: reasoning is chats
     rows_per_sample: int
@@ -124,7 +181,7 @@ def encode_dataset(
     augmentation: Augmentation | None = None,
     evaluation: Sequence[Path] = (),
 ) -> EncodingCounts:
-    """Encode a JSONL file, or a folder of shards, into the directory ``output``, or nothing at all.
+    """Encode a source of rows into the directory ``output``, or nothing at all.
 
     The layout is that of :class:`minimind.datasets.encoded.EncodedDataset`. Rows left out are
     listed in ``skipped.jsonl`` beside the arrays. ``evaluation`` are sources to count overlaps
@@ -138,15 +195,15 @@ def encode_dataset(
     assert augmentation is None or encoding.format == "chat", "only chats have variations"
     num_rows = num_truncated = num_skipped = num_dropped = 0
     checks = RowChecks(tokenizer, EvaluationQuestions(evaluation))
-    doubts: Counter[Doubt] = Counter()
-    unread = UnreadKeys()
-    faults, examples = Counter[Fault](), dict[Fault, BadRowError]()
+    unread, doubts, left_out, formats = UnreadKeys(), Tally(), Tally(), Counter[str]()
 
     def checked_rows() -> Iterator[Row[Any] | BadRowError]:
         for row in read_rows_and_bad_rows(source, encoding.parse):
             if isinstance(row, Row):
                 unread.add(row)
-                doubts.update(warned.doubt for warned in checks.warnings(row.place, row.value))
+                formats[row.format] += 1
+                for warned in checks.warnings(row.place, row.value):
+                    doubts.add(warned.doubt, f"{row.place}, {warned.message}")
             yield row
 
     rows = checked_rows()
@@ -161,8 +218,7 @@ def encode_dataset(
                 elif on_bad_row == "skip" or isinstance(sample, DroppedRow):
                     num_dropped += isinstance(sample, DroppedRow)
                     num_skipped += not isinstance(sample, DroppedRow)
-                    faults[sample.fault] += 1
-                    examples.setdefault(sample.fault, sample)
+                    left_out.add(sample.fault, str(sample))
                     entry = {"file": str(sample.place.file), "line": sample.place.line}
                     entry |= {"fault": sample.fault, "reason": sample.reason}
                     # Of a file's name, bytes that are not UTF-8 become JSON's escapes.
@@ -172,9 +228,7 @@ def encode_dataset(
                 else:
                     raise UserError(f"{sample} (data.on_bad_row: skip leaves such rows out).")
         if num_skipped + num_dropped == num_rows:
-            most = [f"{n} {fault} (first {examples[fault]})" for fault, n in faults.most_common(3)]
-            reasons = ", ".join(most)
-            raise UserError(f"{source}: none of its {num_rows} rows can be used: {reasons}.")
+            raise UserError(f"{source}: none of its {num_rows} rows can be used: {left_out}.")
         meta = {
             "format": encoding.format,
             "rows": arrays.num_rows,
@@ -197,10 +251,14 @@ def encode_dataset(
         trained_tokens=arrays.num_trained,
         skipped_rows=num_skipped,
         dropped_rows=num_dropped,
-        duplicate_rows=doubts["duplicate"],
-        eval_overlap_rows=doubts["overlap"],
-        lossy_rows=doubts["lossy"],
+        duplicate_rows=doubts.rows["duplicate"],
+        eval_overlap_rows=doubts.rows["overlap"],
+        lossy_rows=doubts.rows["lossy"],
+        formats=formats,
+        left_out=left_out,
+        doubts=doubts,
         unread=unread,
+        parts=mixture(source),
     )
 
 

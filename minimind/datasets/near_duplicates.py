@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from minimind.datasets.formats import Place, read_rows
+from minimind.datasets.formats import read_rows
 from minimind.datasets.row_checks import parse_question, questions
+from minimind.datasets.sources import Place
 
 SHINGLE = 5  # characters
 _NUM_PERM = 128

@@ -6,23 +6,25 @@ is a hash and a place, 16 bytes of a table that is up to two thirds full.
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from minimind.chat.template import Message
+from minimind.chat.template import Message, turns
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.formats import (
-    FaultError,
-    Place,
+    Format,
+    Formats,
     Preference,
-    Record,
-    parse_chat,
+    has_turns_as_prompt,
+    parse_messages,
     parse_text,
     read_rows,
-    shown_keys,
+    text_of,
 )
+from minimind.datasets.sources import Place, Record
 
 Doubt = Literal[
     "duplicate",
@@ -149,16 +151,20 @@ class LostCharacters:
         return sorted(character for character in found if not self._is_kept[character])
 
 
-def parse_question(record: Record) -> str:
-    """What a row of evaluation data asks; {"prompt"}, {"text"} or {"conversations"}."""
-    if "conversations" in record:
-        return "\n".join(_user_turns(parse_chat(record)))
-    if "prompt" in record:
-        return parse_text(record, "prompt")
-    if "text" in record:
-        return parse_text(record)
-    found = f"the keys found are {shown_keys(record)}"
-    raise FaultError(f"it has none of prompt, text, conversations, one of which it must; {found}")
+def _asked(key: str, record: Record) -> str:
+    return "\n".join(_user_turns(parse_messages(record, key, may_end_empty=True)))
+
+
+# What a row of evaluation data asks.
+parse_question = Formats(
+    [
+        Format("minimind", ("conversations",), partial(_asked, "conversations")),
+        Format("openai", ("messages",), partial(_asked, "messages")),
+        Format("prompt", ("prompt",), partial(_asked, "prompt"), tells=has_turns_as_prompt),
+        Format("prompt", ("prompt",), partial(text_of, key="prompt")),
+        *parse_text.formats,
+    ]
+)
 
 
 def questions(value: Any) -> list[str]:
@@ -173,8 +179,8 @@ def texts(value: Any) -> list[str]:
     """All text of a row."""
     if isinstance(value, str):
         return [value]
-    messages = chain(*value) if isinstance(value, Preference) else value
-    return [message["content"] for message in messages]
+    chats = value if isinstance(value, Preference) else [value]
+    return [turn.text for turn in chain(*map(turns, chats))]
 
 
 def shown_characters(characters: Sequence[str]) -> str:

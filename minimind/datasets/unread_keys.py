@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minimind.datasets.formats import Place, Row, shown
+from minimind.datasets.formats import Row
+from minimind.datasets.sources import Place, shown
 
 # What it means in data for TRL, MiniMind, OpenAI, LLaMA-Factory that no format here reads.
 ELSEWHERE: Mapping[str, str] = {

@@ -15,6 +15,7 @@ import torch
 
 from minimind.chat.tokenizer import num_tokens, read_tokenizer
 from minimind.datasets.epochs import num_steps
+from minimind.datasets.sources import count_rows
 from minimind.model.checkpoint import load_config
 from minimind.model.transformer import FILL, ModelConfig, Transformer
 from minimind.objectives.chunked import MANY_LOGITS
@@ -288,8 +289,7 @@ class Estimates:
         source = self.root / self.params["data"][name]
         if not source.exists() and source == self.root / f"data/mini_world/{name}.jsonl":
             return int(self.params["mini_world"][f"num_{name}"])
-        files = sorted(source.rglob("*.jsonl")) if source.is_dir() else [source]
-        return sum(1 for file in files for _ in file.open("rb"))
+        return count_rows(source)
 
 
 def _orthogonalizing(size: torch.Size) -> float:

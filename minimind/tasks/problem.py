@@ -13,7 +13,9 @@
  "choices", "label"       answers to choose from, and the index of the right one
  "completion_prompt"      how raw text would begin that goes on with the answer
  "language"               for whoever looks at the rows; nobody reads it
-{"conversations"}         in place of "prompt", a chat: without an "answer", its last turn has it
+{"conversations"}         or "messages", in place of "prompt": a chat; "system", "tools" beside it.
+                          Without an "answer", or MiniMind's "gt", its last turn has it, unless that
+                          is empty or a placeholder. "prompt" may be a list of messages, too
 """
 
 import json
@@ -31,15 +33,16 @@ from minimind.chat.answers import find_answer, normalise
 from minimind.chat.template import Message
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.formats import (
-    READ_KEYS,
     BadRowError,
-    Place,
+    Format,
+    Formats,
     Row,
-    parse_chat,
+    has_turns_as_prompt,
+    parse_asked,
     read_rows,
-    shown,
     shown_keys,
 )
+from minimind.datasets.sources import Place, shown
 from minimind.datasets.unread_keys import UnreadKeys
 from minimind.errors import UserError, complaint
 from minimind.tasks.task import Score, task_names, task_of
@@ -143,7 +146,9 @@ class _Row(BaseModel):
         return self
 
 
-KNOWN_KEYS = sorted({*_Row.model_fields, "conversations", "language"})
+KNOWN_KEYS = sorted(
+    {*_Row.model_fields, "conversations", "messages", "system", "tools", "gt", "language"}
+)
 
 
 def read_problems(
@@ -196,21 +201,24 @@ def encode_prompts(
     return prompts
 
 
-def parse_problem(record: dict[str, Any]) -> dict[str, Any]:
-    """What a row says of its problem, by the names of fields."""
+def _parse_problem(record: dict[str, Any]) -> dict[str, Any]:
     try:
         json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise UserError("it has half a character (as \\ud800); write both halves") from None
     messages: list[Message] = []
-    if "conversations" in record:
-        *messages, last = parse_chat(record)
-        if last["role"] != "assistant" or not messages:
-            found = f"the last of {len(messages) + 1} turns is {last['role']}'s"
-            raise UserError(f"{found}; it must be an assistant turn that answers the one before")
-        record = {"prompt": messages[-1]["content"]} | record
-        if expected := find_answer(last["content"]):
+    has_turns = has_turns_as_prompt(record)
+    if has_turns or "conversations" in record or "messages" in record:
+        messages, answered = parse_asked(record)
+        question = {"prompt": messages[-1]["content"]}
+        record = record | question if has_turns else question | record
+        if expected := find_answer(answered):
             record = {"answer": expected.value} | record
+    if "gt" in record:  # MiniMind's: what an agent's last words must have
+        right = record["gt"] if isinstance(record["gt"], list) else [record["gt"]]
+        if len(right) != 1:
+            raise UserError(f"gt has {len(right)} values; outputs are compared with one, answer")
+        record = {"answer": right[0]} | record
     try:
         row = _Row.model_validate(record)
     except ValidationError as error:
@@ -223,7 +231,8 @@ def parse_problem(record: dict[str, Any]) -> dict[str, Any]:
     return said | {"messages": messages or [{"role": "user", "content": row.prompt}]}
 
 
-READ_KEYS[parse_problem] = KNOWN_KEYS
+# What a row says of its problem, by the names of fields.
+parse_problem = Formats([Format("problem", (), _parse_problem, KNOWN_KEYS)])
 
 
 def _wrong(detail: ErrorDetails, record: dict[str, Any]) -> str:
