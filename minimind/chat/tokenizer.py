@@ -199,6 +199,7 @@ class ChatTokenizer:
     def _pieces(self, messages: Sequence[Message], num_context: int) -> Iterator["_Piece"]:
         for turn in turns(messages):
             is_trained = turn.role == "assistant" and turn.position >= num_context
+            is_trained &= messages[turn.position].get("loss", True)
             trained = TRAINED if is_trained else CONTEXT
             # An answer is generated behind its header, and all of its tags are tokens of their own.
             goes_on = spoken = turn.role == "assistant"
