@@ -62,7 +62,7 @@ def write(folder: Path, name: str, predictions: list[dict[str, Any]], **changes:
     return metrics
 
 
-def run(folder: Path, *names: str, record: Path | None = None) -> tuple[int, str, str]:
+def run(folder: Path, *names: str, **options: Path | None) -> tuple[int, str, str]:
     """Exit code, and what is printed on stdout and stderr; of training, what is in metrics/."""
     arguments = [*names, "--evaluations", f"{folder / 'metrics/evaluate'}"]
     arguments += ["--predictions", f"{folder / 'predictions'}", "--output", f"{folder / 'r.md'}"]
@@ -71,8 +71,7 @@ def run(folder: Path, *names: str, record: Path | None = None) -> tuple[int, str
         trained = folder / "metrics" / f"{name}.json"
         if trained.parent.is_dir() and not trained.exists():
             trained.write_text("{}")
-    if record:
-        arguments += ["--record", f"{record}"]
+    arguments += [f"--{name}={path}" for name, path in options.items() if path]
     result = CliRunner().invoke(app, arguments)
     return result.exit_code, result.stdout, result.stderr
 
@@ -285,6 +284,42 @@ def test_training_metrics_are_listed_whatever_they_are(tmp_path: Path) -> None:
     assert "| dpo   | loss 0.693147, pair_accuracy 0.9, steps 1200000 |" in report
     assert "| sft   | rows.all 3 " in report
     assert read_metrics([one])["dpo"]["steps"] == 1200000
+
+
+ENCODED = {
+    "rows": 9,
+    "samples": 6,
+    "truncated_rows": 1,
+    "skipped_rows": 3,
+    "dropped_rows": 0,
+    "duplicate_rows": 2,
+    "eval_overlap_rows": 4,
+    "trained_share": 0.2,
+    "formats": {"sharegpt": 5, "alpaca": 1},
+    "left_out": {"role": 3},
+    "first_left_out": {"role": "mine/a.json, row 7: role is 'bot'"},
+}
+
+
+def test_the_report_has_what_became_of_the_data(tmp_path: Path) -> None:
+    write(tmp_path, "sft", [prediction()])
+    write(tmp_path, "grpo", [prediction()])  # has its name from no data set
+    (tmp_path / "metrics/encode").mkdir()
+    file = tmp_path / "metrics/encode/sft.json"
+    file.write_text(json.dumps({"encode": {"sft": ENCODED}}))
+    assert run(tmp_path, "sft", "grpo", encoded=file.parent)[0] == 0
+    report = (tmp_path / "r.md").read_text("utf-8")
+    data, reasons = report.split("## Data\n\n")[1].split("\n\n")[:2]
+    numbers = ["9", "6", "3", "0", "1", "2", "4", "20.0"]
+    assert cells(data.splitlines()[2]) == ["sft", "5 sharegpt, 1 alpaca", *numbers]
+    assert cells(reasons.splitlines()[2]) == ["sft", "role", "3", ENCODED["first_left_out"]["role"]]
+    for broken in (
+        {"encode": {"sft": {"rows": "9"}}},
+        {"encode": {"sft": ENCODED | {"formats": 1}}},
+    ):
+        file.write_text(json.dumps(broken))
+        code, _, said = run(tmp_path, "sft", "grpo", encoded=file.parent)
+        assert code == 1 and "sft.json: sft: " in said and said.count("\n") == 1
 
 
 def test_examples_show_the_same_problem_at_every_checkpoint() -> None:

@@ -15,6 +15,7 @@ from minimind.cli.project import init, pull, push, upgrade
 from minimind.cli.repro import repro
 from minimind.cli.resume import resume
 from minimind.cli.seeds import seeds
+from minimind.cli.show import show
 from minimind.cli.verify import verify
 from minimind.terminal.command import stage_app
 
@@ -55,6 +56,7 @@ app.command()(push)
 app.command()(repro)
 app.command()(resume)
 app.command()(seeds)
+app.command()(show)
 app.command()(upgrade)
 app.command()(verify)
 

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import mean
+from typing import Any
 
 from minimind.evaluation.wilson import effective_trials, wilson_interval
 from minimind.metrics import Number
@@ -33,6 +34,15 @@ OF_OUTPUTS = {
     "sentence": "full_sentence",
     "think": "complete_think",
     "truncated": "unfinished",
+}
+OF_DATA = {
+    "rows": "rows",
+    "samples": "samples",
+    "left out": "skipped_rows",
+    "dropped": "dropped_rows",
+    "cut": "truncated_rows",
+    "repeated": "duplicate_rows",
+    "asked in evaluation": "eval_overlap_rows",
 }
 MAX_SHOWN = 400  # characters of an output in the examples
 
@@ -89,6 +99,23 @@ def alike(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
     """The largest group of runs that differ in nothing but the seed: those of the shipped dtype."""
     ((most, _),) = Counter((run.dtype, run.isa) for run in runs).most_common(1)
     return [run for run in runs if (run.dtype, run.isa) == most]
+
+
+def data_section(encodings: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row for each data set, then why rows were left out, with the first of each reason."""
+    rows, reasons = [], []
+    for name, counts in encodings.items():
+        formats = ", ".join(f"{number} {format_}" for format_, number in counts["formats"].items())
+        cells = [f"{counts[key]}" for key in OF_DATA.values()]
+        rows.append([name, formats, *cells, _percent(counts["trained_share"])])
+        for fault, number in counts["left_out"].items():
+            first = f"{counts['first_left_out'].get(fault)}"
+            reasons.append([name, fault, f"{number}", _shown(first)])
+    header = ["data", "formats", *OF_DATA, "% trained on"]
+    parts = ["## Data", table(header, rows, num_left=2)]
+    if reasons:
+        parts.append(table(["data", "left out for", "rows", "the first"], reasons, num_left=4))
+    return "\n\n".join(parts)
 
 
 def training_section(training: Mapping[str, Metrics]) -> str:

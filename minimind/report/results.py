@@ -22,6 +22,12 @@ PREDICTION_TYPES: dict[str, tuple[type, ...]] = {
     "correct": (bool,),
     "choice_correct": (bool, NoneType),
 }
+ENCODING_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(["rows", "samples", "truncated_rows", "skipped_rows", "dropped_rows"], (int,)),
+    **dict.fromkeys(["duplicate_rows", "eval_overlap_rows"], (int,)),
+    "trained_share": (int, float),
+    **dict.fromkeys(["formats", "left_out", "first_left_out"], (dict,)),
+}
 RUN_TYPES = {"seed": (int,), "dtype": (str,), "isa": (str,), "metrics": (dict,)}
 
 
@@ -97,6 +103,23 @@ def read_metrics(paths: Sequence[Path]) -> dict[str, dict[str, Number]]:
             _require_numbers(path, leaves)
             stages.setdefault(stage, {}).update(leaves)
     return stages
+
+
+def read_encodings(paths: Sequence[Path]) -> dict[str, Record]:
+    """What stage encode says of each data set, by its name.
+
+    Raises:
+        UserError: a file is missing or not what the stage writes.
+    """
+    found: dict[str, Record] = {}
+    for path in paths:
+        encode = _read_json(path).get("encode")
+        for name, counts in encode.items() if isinstance(encode, dict) else ():
+            none = {"left_out": {}, "first_left_out": {}}
+            counts = none | counts if isinstance(counts, dict) else {}
+            _require_types(counts, ENCODING_TYPES, f"{path}: {name}", "run its encode stage again")
+            found[name] = counts
+    return found
 
 
 def read_record(path: Path) -> list[RecordedRun]:
