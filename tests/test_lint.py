@@ -14,9 +14,10 @@ from minimind.chat.template import Message
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
 from minimind.cli.main import app
-from minimind.datasets.formats import Place, parse_chat
+from minimind.datasets.formats import parse_chat
 from minimind.datasets.near_duplicates import NearDuplicates, jaccard, numbers, shingles
 from minimind.datasets.row_checks import FirstSeen, questions
+from minimind.datasets.sources import Place
 from minimind.errors import UserError
 from minimind.lint import Against, LintFormat, detect_format, lint
 from minimind.tasks.problem import read_problems

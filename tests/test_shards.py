@@ -19,7 +19,8 @@ import stages.tokenizer
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
 from minimind.cli.main import app
-from minimind.datasets.formats import read_texts, unread_files
+from minimind.datasets.formats import read_texts
+from minimind.datasets.sources import unread_files
 from minimind.errors import UserError
 from minimind.mini_world.rows import MiniWorldConfig, write_mini_world
 from minimind.model.checkpoint import save_checkpoint
@@ -205,17 +206,17 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
     for name, text in rows.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"text": text}) + "\n")
-    for name in ("notes.txt", "b/more.json", ".DS_Store", "o\nther"):
+    for name in ("notes.txt", "b/more.yaml", ".DS_Store", "o\nther"):
         (tmp_path / name).write_text("no rows")
     (tmp_path / "elsewhere").symlink_to(tmp_path / "b")
     (tmp_path / "lost.jsonl").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.jsonl")  # reading it would wait for ever
     unread = [
-        f"{tmp_path / 'b/more.json'} (no .jsonl file)",
+        f"{tmp_path / 'b/more.yaml'} (no file of rows)",
         f"{tmp_path / 'elsewhere'} (a linked folder; link its files, or copy it)",
         f"{tmp_path / 'lost.jsonl'} (a link to nowhere, which is missing)",
-        f"{tmp_path / 'notes.txt'} (no .jsonl file)",
-        f"'{tmp_path}/o\\nther' (no .jsonl file)",
+        f"{tmp_path / 'notes.txt'} (no file of rows)",
+        f"'{tmp_path}/o\\nther' (no file of rows)",
         f"{tmp_path / 'pipe.jsonl'} (a pipe, socket or device, no file)",
     ]
     assert list(read_texts(tmp_path)) == ["one", "two", "three"]
