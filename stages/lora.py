@@ -42,7 +42,7 @@ def main(
         num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trained = fit(model, NextToken(), dataset, config, run)
         with run.saving(metrics):
-            save_adapter(output, model)
+            save_adapter(output, model, config.init)
             write_history(history, trained.rows)
             values = {"parameters": num_trained, **measured(trained, dataset, config)}
             write_metrics(metrics, "lora", values)

@@ -140,7 +140,10 @@ COMMANDS: dict[str, tuple[StageApp, str]] = {
     "distill": (distill.app, f"--encoded encoded --teacher-outputs outputs {TRAINED}"),
     "lora": (lora.app, f"--encoded encoded {TRAINED}"),
     "merge": (merge.app, "--adapter models/lora --output out/export"),
-    "export": (export.app, "--checkpoint models/base --output out/export"),
+    "export": (
+        export.app,
+        "--checkpoint models/base --output out/export --evaluation evaluated/sft.json",
+    ),
     "evaluate": (
         evaluate.app,
         "--checkpoint models/base --name sft "

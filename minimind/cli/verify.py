@@ -11,13 +11,16 @@ from typing import Annotated
 import typer
 
 from minimind.errors import UserError
+from minimind.exports.receipt import RECEIPT, check_export
 from minimind.lineage.verify import Finding, Project
 
 MARK = "# minimind verify --install-hook"
 
 
 def verify(
-    root: Annotated[Path, typer.Argument(help="the project's root folder")] = Path("."),
+    root: Annotated[
+        Path, typer.Argument(help="the project's root folder, or an exported one, wherever it is")
+    ] = Path("."),
     allow_older: Annotated[
         bool, typer.Option("--allow-older", help="what `dvc repro` would run again is no error")
     ] = False,
@@ -28,11 +31,17 @@ def verify(
         bool, typer.Option("--install-hook", help="have git check this before each commit")
     ] = False,
 ) -> None:
-    """Check checkpoints against dvc.lock, and what they come of, back to the data."""
+    """Check checkpoints against dvc.lock, and what they come of, back to the data.
+
+    Of an exported folder: whether weights and files are what its receipt says.
+    """
     if install_hook:
         typer.echo(f"{_install_hook(root)}: git checks what is staged before each commit.")
         return
-    findings = _findings_of_staged(root) if staged else list(Project(root).findings())
+    if (root / RECEIPT).exists():
+        findings = list(check_export(root))
+    else:
+        findings = _findings_of_staged(root) if staged else list(Project(root).findings())
     for finding in findings:
         verdict = "" if finding.verdict == "whole" else f"{finding.verdict.upper()}: "
         typer.echo(f"{finding.subject}: {verdict}{finding.text}")

@@ -61,12 +61,16 @@ def add_adapter(model: Transformer, shape: AdapterShape, seed: int) -> PeftModel
         return PeftModel(model, config)
 
 
-def save_adapter(directory: Path, model: PeftModel) -> None:
+def save_adapter(directory: Path, model: PeftModel, base: Path | None = None) -> None:
     """Write adapter_config.json and adapter_model.safetensors; same adapter, same bytes.
 
     The directory appears whole or not at all.
+    base: the checkpoint that peft's AutoPeftModel is to load beneath it.
     """
-    config = model.peft_config["default"].to_dict() | {"inference_mode": True}
+    config = model.peft_config["default"].to_dict() | {
+        "inference_mode": True,
+        "base_model_name_or_path": base.as_posix() if base else None,
+    }
 
     def as_json(value: Any) -> Any:
         """Sets are sorted: their order differs from process to process. Enums are strings."""
