@@ -8,6 +8,7 @@ import typer
 from minimind.cli.compare import compare
 from minimind.cli.explain import explain
 from minimind.cli.get import get
+from minimind.cli.gguf import gguf
 from minimind.cli.lint import lint
 from minimind.cli.plan import plan
 from minimind.cli.presets import apply_preset, read_preset
@@ -48,6 +49,7 @@ def preset(
 app.command()(compare)
 app.command()(explain)
 app.command()(get)
+app.command()(gguf)
 app.command()(init)
 app.command()(lint)
 app.command()(plan)

@@ -40,6 +40,10 @@ def verify(
         return
     if (root / RECEIPT).exists():
         findings = list(check_export(root))
+        if any(root.glob("*.gguf")):
+            from minimind.exports.gguf import check_ggufs  # needs an extra
+
+            findings += check_ggufs(root)
     else:
         findings = _findings_of_staged(root) if staged else list(Project(root).findings())
     for finding in findings:
