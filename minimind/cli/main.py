@@ -17,6 +17,7 @@ from minimind.cli.repro import repro
 from minimind.cli.resume import resume
 from minimind.cli.seeds import seeds
 from minimind.cli.show import show
+from minimind.cli.serve import serve
 from minimind.cli.verify import verify
 from minimind.terminal.command import stage_app
 
@@ -59,6 +60,7 @@ app.command()(repro)
 app.command()(resume)
 app.command()(seeds)
 app.command()(show)
+app.command()(serve)
 app.command()(upgrade)
 app.command()(verify)
 

@@ -1,0 +1,1 @@
+"""A checkpoint behind OpenAI's API, on this machine."""
