@@ -13,6 +13,7 @@ from minimind.cli.lint import lint
 from minimind.cli.plan import plan
 from minimind.cli.presets import apply_preset, read_preset
 from minimind.cli.project import init, pull, push, upgrade
+from minimind.cli.publish import publish
 from minimind.cli.repro import repro
 from minimind.cli.resume import resume
 from minimind.cli.seeds import seeds
@@ -54,6 +55,7 @@ app.command()(gguf)
 app.command()(init)
 app.command()(lint)
 app.command()(plan)
+app.command()(publish)
 app.command()(pull)
 app.command()(push)
 app.command()(repro)

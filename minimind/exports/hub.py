@@ -1,0 +1,46 @@
+"""Exported folders to a hub of models, by the hub's own client."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from minimind.errors import UserError
+from minimind.exports.receipt import RECEIPT, read_receipt, require_whole
+
+
+def files_to_publish(folder: Path) -> list[Path]:
+    """What the receipt has, the receipt, and GGUF files with what belongs to them.
+
+    Raises:
+        UserError: there is no receipt, or the folder is not what it says.
+    """
+    require_whole(folder)
+    names = [*read_receipt(folder).files, RECEIPT]
+    gguf = sorted(folder.glob("*.gguf"))
+    beside = [folder / "Modelfile"] if gguf else []
+    return [*(folder / name for name in names), *gguf, *filter(Path.is_file, beside)]
+
+
+def publish(folder: Path, repository: str, private: bool) -> str:
+    """Send an exported folder; returns where it is.
+
+    Raises:
+        UserError: as :func:`files_to_publish` does; or the hub refuses, or cannot be reached.
+    """
+    files = files_to_publish(folder)
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            folder_path=folder,
+            repo_id=repository,
+            allow_patterns=[file.name for file in files],
+            commit_message=f"Upload {folder.resolve().name}",
+        )
+    except Exception as error:  # the client raises whatever its parts raise
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"{repository} was not published: {type(error).__name__}: {said}; `hf auth login` or "
+            "HF_TOKEN says who you are."
+        ) from None
+    return str(commit.commit_url)
