@@ -17,8 +17,8 @@ from minimind.cli.publish import publish
 from minimind.cli.repro import repro
 from minimind.cli.resume import resume
 from minimind.cli.seeds import seeds
-from minimind.cli.show import show
 from minimind.cli.serve import serve
+from minimind.cli.show import show
 from minimind.cli.verify import verify
 from minimind.terminal.command import stage_app
 
