@@ -203,6 +203,14 @@ def test_each_row_is_told_by_itself(tmp_path: Path) -> None:
             {"chosen": [user("p"), assistant("b")], "rejected": [user("p"), assistant("c")]},
         ),
         ("implicit-preference", {"chosen": "p b", "rejected": "p c"}),
+        (
+            "sharegpt-preference",
+            {
+                "conversations": [{"from": "human", "value": "p"}],
+                "chosen": {"from": "gpt", "value": "b"},
+                "rejected": {"from": "gpt", "value": "c"},
+            },
+        ),
     ],
 )
 def test_preferences_of_every_format(name: str, record: Any) -> None:
@@ -301,6 +309,7 @@ BAD_RECORDS: list[tuple[Parse, Any, str]] = [
     ),
     (parse_preference, {"prompt": "a", "completion": "b", "label": True}, "the row is KTO's"),
     (parse_chat, {"prompt": "a", "completion": "b", "label": True}, "the row is KTO's"),
+    (parse_chat, {"messages": [user("a"), assistant("b")], "label": False}, "the row is KTO's"),
     (parse_chat, chat(user("a"), assistant("")) | {"gt": ["5"]}, "it is for data.prompts"),
     (parse_chat, chat(user("a"), assistant("空")), "it is for data.prompts"),
     (parse_chat, {"instruction": "", "output": "b"}, "instruction is empty"),

@@ -445,6 +445,12 @@ def _preference(record: Record) -> Preference:
     return Preference(chosen[:num_shared], chosen[num_shared:], rejected[num_shared:])
 
 
+def _sharegpt_preference(record: Record) -> Preference:
+    """The sides are one turn each, as in LLaMA-Factory."""
+    sides = {side: [record[side]] for side in _SIDES}
+    return _preference(record | {"prompt": record["conversations"]} | sides)
+
+
 def _refused(name: str, keys: Sequence[str], reason: str, **options: Any) -> Format[Any]:
     def refuse(record: Record) -> Any:
         raise FaultError(f"the row is {reason}")
@@ -467,21 +473,22 @@ def _ends_open(record: Record) -> bool:
 _HEAD, _SIDES = ("system", "tools"), ("chosen", "rejected")
 _KTO = _refused(
     "kto",
-    ("prompt", "completion", "label"),
+    ("label",),
     "KTO's, half a pair with a label; no stage learns from these: write pairs, chosen and rejected",
+    tells=lambda record: isinstance(record["label"], bool),
 )
 _FOR_PROMPTS = "of MiniMind's for reinforcement, without an answer; it is for data.prompts"
 
 parse_text = Formats([Format("text", ("text",), partial(text_of, key="text"))])
 parse_chat = Formats(
     [
+        _KTO,
         _refused("agent", ("conversations", "gt"), _FOR_PROMPTS),
         _refused("rlaif", ("conversations",), _FOR_PROMPTS, tells=_ends_open),
         Format("sharegpt", ("conversations",), partial(_chat, "conversations"), _HEAD, _is_from),
         Format("minimind", ("conversations",), partial(_chat, "conversations"), _HEAD),
         Format("openai", ("messages",), partial(_chat, "messages"), _HEAD),
         Format("alpaca", ("instruction", "output"), _alpaca, ("input", "history", *_HEAD)),
-        _KTO,
         Format("prompt-completion", ("prompt", "completion"), _prompt_completion, _HEAD),
     ]
 )
@@ -492,6 +499,13 @@ parse_reasoning = Formats(
 )
 parse_preference = Formats(
     [
+        Format(
+            "sharegpt-preference",
+            ("conversations", *_SIDES),
+            _sharegpt_preference,
+            _HEAD,
+            lambda record: isinstance(record["chosen"], dict),
+        ),
         Format("preference", _SIDES, _preference, ("prompt", *_HEAD), lambda r: "prompt" in r),
         Format("implicit-preference", _SIDES, _preference, _HEAD),
         _KTO,

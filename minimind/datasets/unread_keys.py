@@ -17,7 +17,7 @@ ELSEWHERE: Mapping[str, str] = {
     "functions": "what can be called",
     "system": "the system turn",
     "history": "earlier turns",
-    "images": "what is asked about",
+    **dict.fromkeys(("images", "audios", "videos"), "what is asked about"),
     "weight": "how much it counts",
     "loss": "whether it is trained on",
     "mask": "whether it is trained on",
