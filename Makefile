@@ -7,7 +7,7 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-.PHONY: repro test test-more check table bench docs install clean
+.PHONY: repro test test-more check table bench serve-check docs install clean
 
 repro: install
 	minimind repro
@@ -19,6 +19,14 @@ table:
 bench: install
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	python -m benchmarks.bench $(if $(MINIMIND),--minimind $(MINIMIND)) $(BENCH)
+
+# Whether transformers, our code and llama.cpp, which is compiled here, say the same (FOLDER=exports/...).
+serve-check: .venv/llama-cpp
+	python -m benchmarks.serve_check $(FOLDER)
+
+.venv/llama-cpp: .venv/installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llama-cpp]'
+	touch $@
 
 docs: install
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
