@@ -71,7 +71,7 @@ def evaluate(
         exact_<task>: right answers among the problems of a task
         <part>_<task>: of scorings that tell more, as tool_choice and calls
         choice, choice_<task>: problems whose right choice is the likeliest (see `_choose`)
-        text_bits_per_byte: of the texts, if the model knows raw text only
+        text_bits_per_byte: of the texts, as raw text
 
     and of the outputs to problems without a task, if there are any:
         in_form: those that are an answer and nothing else: a number, or a whole sentence
@@ -98,7 +98,7 @@ def evaluate(
     for name, group in _groups(predictions, by_level=False).items():
         if chosen := [p.choice_correct for p in group if p.choice_correct is not None]:
             metrics[f"choice{name}"] = fmean(chosen)
-    if texts and as_text:
+    if texts:
         metrics["text_bits_per_byte"] = text_bits_per_byte(model, tokenizer, texts, config.dtype)
     if without_task := [p for p in predictions if p.task is None]:
         metrics["in_form"] = fmean(p.in_form for p in without_task)
