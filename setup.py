@@ -9,8 +9,8 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 SHIPPED = (
-    *("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", ".dvc/config"),
-    *("presets/*.yaml", "rewards/*.py", "launchers/**/*"),
+    *("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/plots/*.json"),
+    *("presets/*.yaml", "rewards/*.py", "launchers/**/*", "lm-eval/*.yaml", "lm-eval/*/*"),
 )
 
 

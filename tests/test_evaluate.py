@@ -32,7 +32,7 @@ from minimind.evaluation.evaluate import (
     evaluate,
     text_bits_per_byte,
 )
-from minimind.evaluation.likelihood import Fork, branch_logprobs
+from minimind.evaluation.likelihood import Fork, branch_likelihoods, branch_logprobs
 from minimind.evaluation.wilson import effective_trials, wilson_interval
 from minimind.metrics import Number
 from minimind.model.checkpoint import load_model, save_checkpoint
@@ -198,31 +198,56 @@ def test_answers_to_one_problem_count_as_often_as_they_differ() -> None:
 # ---- likelihoods ----
 
 
-def test_branches_are_scored_as_whole_rows_apart() -> None:
+@pytest.mark.parametrize("shared_from", [2, 64])
+def test_branches_are_scored_as_whole_rows_apart(
+    monkeypatch: pytest.MonkeyPatch, shared_from: int
+) -> None:
+    """Whatever forks share with those beside them."""
+    monkeypatch.setattr("minimind.evaluation.likelihood.SHARED_FROM", shared_from)
     model = tiny_model().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5)
+    likeliest = int(row_logits(model, [20, 21])[-1].argmax())
     forks = [
         Fork([5, 6, 7], [[8], [9, 10, 11], [12, 13]]),
         Fork([20], [[21, 22, 23, 24]]),
         Fork([30, 31, 32, 33, 34], [[35, 36], [36, 35]]),
+        Fork([30, 31, 32, 37], [[38], [39]]),
+        Fork([30, 31, 32], [[33, 34]]),
+        Fork([20, 21], [[likeliest], [likeliest + 1], [likeliest, 3]]),
     ]
-    for fork, found in zip(forks, branch_logprobs(model, forks, "float32"), strict=True):
-        for branch, logprob in zip(fork.branches, found, strict=True):
+    for fork, found in zip(forks, branch_likelihoods(model, forks, "float32"), strict=True):
+        for branch, (logprob, is_greedy) in zip(fork.branches, found, strict=True):
             row = [*fork.prefix, *branch]
             logprobs = row_logprobs(model, row)[len(fork.prefix) - 1 :]
             assert logprob == pytest.approx(float(logprobs.sum()), rel=1e-5)
+            greedy = row_logits(model, row).argmax(-1)[len(fork.prefix) - 1 :]
+            assert is_greedy == (greedy.tolist() == list(branch))
+    assert found[0].is_greedy
 
 
-def row_logprobs(model: Transformer, row: list[int]) -> torch.Tensor:
-    """Of each token but the first, by the packed model."""
+def test_what_prefixes_begin_with_is_computed_once() -> None:
+    model, beginning = tiny_model().eval(), [*range(3, 73)]
+    forks = [Fork([*beginning, 80 + n], [[5], [6], [7]]) for n in range(9)]
+    computed = []
+    model.model.register_forward_pre_hook(lambda _, inputs: computed.append(len(inputs[0])))
+    branch_logprobs(model, forks, "float32")
+    assert computed == [len(beginning) + len(forks)]
+
+
+def row_logits(model: Transformer, row: list[int]) -> torch.Tensor:
+    """Of what follows each token, by the packed model."""
     length = len(row)
     boundaries = torch.tensor([0, length], dtype=torch.int32)
     tokens = PackedTokens(torch.tensor(row), torch.arange(length), boundaries, length)
     with torch.no_grad():
-        logits = model(tokens, torch.arange(length - 1)).logits
-    return -F.cross_entropy(logits, torch.tensor(row[1:]), reduction="none")
+        return model(tokens, torch.arange(length)).logits
+
+
+def row_logprobs(model: Transformer, row: list[int]) -> torch.Tensor:
+    """Of each token but the first."""
+    return -F.cross_entropy(row_logits(model, row)[:-1], torch.tensor(row[1:]), reduction="none")
 
 
 def test_rows_fork_where_they_differ() -> None:
@@ -398,6 +423,7 @@ def run(
             *("--checkpoint", f"{folder / 'checkpoint'}", "--name", name),
             *("--metrics", f"{output / 'metrics.json'}"),
             *("--predictions", f"{output / 'predictions.jsonl'}"),
+            *("--choices", f"{output / 'choices.csv'}"),
             *("--params", f"{params}"),
         ],
     )
@@ -427,6 +453,8 @@ def test_a_chat_model_is_asked_and_scored(learnt: Path, tmp_path: Path) -> None:
     assert [p.id for p in predictions] == ["1", "2", "3", "4"]
     length = metrics.pop("thinking_tokens")
     tokenizer = ChatTokenizer.load(learnt / "checkpoint")
+    assert 0 <= metrics.pop("text_bits_per_byte") < 0.2  # of chat models, too
+    assert (tmp_path / "choices.csv").read_text() == "right,chosen\nB,B\nA,B\nC,C\n"
     assert length == len(tokenizer.encode_text("3+4=7，7-2=5"))
     assert metrics == {
         "exact_l1": 0.5,

@@ -14,9 +14,11 @@ import pytest
 import yaml
 from dvc.dependency import ParamsDependency
 from dvc.repo import Repo
+from dvc_render.vega_templates import get_template
 from networkx import ancestors
 
 from minimind.lineage.code import stage_names
+from minimind.lineage.dvc_files import output_paths, variants
 from minimind.lineage.paths import keys_of, path_templates
 from minimind.params import SHARED, Section, shared_keys
 from tests.graph import ROOT
@@ -45,8 +47,9 @@ def test_a_stage_depends_on_its_code(name: str) -> None:
 
 
 def test_every_stage_module_is_in_the_graph() -> None:
-    others: dict[str, Any] = yaml.safe_load((ROOT / "tools/dvc.yaml").read_text(encoding="utf-8"))
-    stages = [*STAGES.values(), *others["stages"].values()]
+    """Or in one of those in folders, which plain `dvc repro` leaves alone."""
+    beside = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in ROOT.glob("*/dvc.yaml")]
+    stages = [s.get("do", s) for graph in (GRAPH, *beside) for s in graph["stages"].values()]
     assert {module_of(stage) for stage in stages} == {*stage_names(), "code"}
     assert STAGES["code"]["deps"] == ["minimind", "stages"]
 
@@ -275,6 +278,17 @@ def outputs(stage: dict[str, Any]) -> list[str]:
     ]
     paths = [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
     return [re.sub(r"\$\{.*?\}", "x", path) for path in paths]
+
+
+def test_what_is_plotted_is_an_output_and_its_template_is_there() -> None:
+    written = {
+        path
+        for _, stage, variant in variants(GRAPH["stages"])
+        for path in output_paths(stage.get("outs"), variant)
+    }
+    for (plot,) in (entry.values() for entry in GRAPH["plots"]):
+        assert {*plot["y"]} <= written
+        get_template(plot.get("template"), ROOT / ".dvc/plots")  # or it raises
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -33,15 +33,17 @@ def kept_files() -> dict[str, str]:
 
 def first_files() -> dict[str, str]:
     """The files that a project begins with and that are its own from then on."""
-    own = [f for top in ("rewards", "launchers") for f in sorted(shipped(top).rglob("*"))]
+    own = [
+        f for top in ("rewards", "launchers", "lm-eval") for f in sorted(shipped(top).rglob("*"))
+    ]
     return {
         "README.md": _text(PACKAGE / "project" / "README.md"),
         "README.zh.md": _text(PACKAGE / "project" / "README.zh.md"),
-        ".dvc/config": _text(shipped(".dvc/config")),
+        **{name: _text(shipped(name)) for name in (".dvc/config", ".dvc/plots/history.json")},
         **{
             file.relative_to(shipped("")).as_posix(): _text(file)
             for file in own
-            if file.is_file() and file.suffix != ".pyc"
+            if file.is_file() and file.suffix not in (".pyc", ".lock")
         },
     }
 

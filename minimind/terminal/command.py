@@ -17,7 +17,8 @@ from minimind.compute.launch import Kind, is_worker, say_last_words
 from minimind.errors import Stopped, UserError
 
 LONGEST_LINE = 2000  # characters
-OUTPUTS = ("output", "metrics", "history", "predictions", "rejected")  # options that are written to
+# Options that are written to.
+OUTPUTS = ("output", "metrics", "history", "predictions", "choices", "rejected")
 
 
 class StageApp(typer.Typer):
