@@ -222,8 +222,8 @@ def _refuse_if_false(
 
 
 def record_name(stage: str) -> str:
-    """The name of a stage's record below runs/."""
-    return f"{stage.replace('@', '-')}.json"
+    """The name of a stage's record below runs/: of any graph, whose file may stand before it."""
+    return f"{stage.rpartition(':')[2].replace('@', '-')}.json"
 
 
 def _peak_memory() -> dict[str, int]:

@@ -226,8 +226,8 @@ def outdated(repo: Repo) -> dict[str, list[str]]:
     """
     found = {}
     for stage in repo.index.stages:
-        if stage.path_in_repo.endswith("/dvc.yaml"):  # a graph of its own, as in tools/
-            continue
+        if stage.addressing.partition(":")[0].endswith("/dvc.yaml"):
+            continue  # of a graph in a folder, which runs when it is asked for
         changed = ["its command"] if stage.is_data_source is False and stage.cmd_changed else []
         for item in (*stage.deps, *stage.outs):
             status = {p: s for p, s in item.workspace_status().items() if s != "deleted"}
