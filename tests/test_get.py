@@ -151,13 +151,36 @@ def test_what_is_not_there_is_one_line(hub: Hub, name: str) -> None:
     assert "would lie elsewhere" in complains("somebody/evil", "--hub", name)
 
 
-def test_what_a_stage_has_written_is_left_alone(hub: Hub) -> None:
+def test_what_others_have_written_is_left_alone(hub: Hub) -> None:
     Path("data/chats").mkdir(parents=True)
-    assert "data/chats is there, and not from a hub" in complains("somebody/chats")
-    assert not list(Path("data/chats").iterdir()) and not hub.asked
-    succeeds("somebody/chats", "dpo.jsonl", "--output", "data/mine")
-    said = succeeds("somebody/small", "config.json", "--output", "data/mine")
-    assert "beside them, from elsewhere or another revision: dpo.jsonl" in said
+    for name in ("tokens.bin", "sft.jsonl"):  # of a stage, or of the user
+        Path("data/chats", name).write_bytes(b"mine")
+        said = complains("somebody/chats", "sft.jsonl")
+        assert f"data/chats/{name} is there, and not as a hub has it" in said
+        assert Path("data/chats", name).read_bytes() == b"mine" and not hub.asked
+        Path("data/chats", name).unlink()
+    succeeds("somebody/chats", "sft.jsonl")
+    Path("data/chats/sft.jsonl").write_bytes(b"mine")  # edited since
+    assert "sft.jsonl is there, and not as" in complains("somebody/chats")
+    assert Path("data/chats/sft.jsonl").read_bytes() == b"mine"
+    Path("data/chats/sft.jsonl").unlink()
+    succeeds("somebody/chats")
+    hub.files[("dataset", "somebody/chats")]["sft.jsonl"] = ROWS[:-5]  # a newer revision
+    succeeds("somebody/chats")
+    assert Path("data/chats/sft.jsonl").read_bytes() == ROWS[:-5]
+    said = succeeds("somebody/small", "config.json", "--output", "data/chats")
+    assert "beside them, from elsewhere or another revision: sft.jsonl, dpo.jsonl" in said
+
+
+def test_a_command_that_died_before_dvc_had_its_files_is_run_again(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Repo, "add", lambda *_: 1 / 0)
+        complains("somebody/chats")
+    assert Path("data/chats/sft.jsonl").exists() and not Path("data/chats.dvc").exists()
+    assert "0 new" in succeeds("somebody/chats")
+    assert len(sources("data/chats")) == 3
 
 
 def test_a_revision_that_is_not_there_is_one_line(hub: Hub) -> None:

@@ -19,6 +19,7 @@ from urllib.error import HTTPError
 from urllib.parse import quote, urlencode
 from urllib.request import Request, urlopen
 
+from dvc.utils.serialize import load_yaml
 from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.file_download import http_get
@@ -116,9 +117,8 @@ def bring(
             DVC project.
     """
     with dvc_project() as dvc:
-        if folder.exists() and not folder.with_name(f"{folder.name}.dvc").is_file():
-            raise UserError(f"{folder} is there, and not from a hub; give another --output.")
         missing = [file for file in files if not file.is_in(folder)]
+        _require_ours(folder, files, missing)
         partial = folder.with_name(f"{folder.name}.partial")
         for file in missing:
             with _one_line(f"{repository}: {file.path}", "the same command goes on from here"):
@@ -141,6 +141,23 @@ def bring(
         stage.dump()
         others = [name for name, entry in known.items() if entry["from"] != str(repository)]
     return missing, others
+
+
+def _require_ours(folder: Path, files: list[HubFile], missing: list[HubFile]) -> None:
+    """Raises UserError where files would lie among those of others, or take the place of one."""
+    tracked, known = folder.with_name(f"{folder.name}.dvc"), {}
+    others = {file.path for file in missing}
+    if tracked.is_file():
+        known = (load_yaml(tracked).get("meta") or {}).get("files", {})
+    else:  # the command may have been stopped before DVC had tracked the folder
+        there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+        others |= there - {file.path for file in files}
+    for name in others:
+        file = folder / name
+        if file.is_file() and known.get(name, {}).get("sha256") != sha256_of(file):
+            raise UserError(
+                f"{file} is there, and not as a hub has it; move it away, or give another --output."
+            )
 
 
 def sha256_of(file: Path) -> str:
