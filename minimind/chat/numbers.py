@@ -71,11 +71,20 @@ _NUMBER = re.compile(
 )
 _SEPARATORS = str.maketrans("．−", ".-", "{} \\!,，")
 _CURRENCY = r"\\?[$¥￥€£]?"
-# Between the parts of 3 apples + 4 apples, 5个-2个 and $5 - $2, which are no numbers of their own.
+# A unit, and the smaller ones in which the rest may follow: 3小时20分钟, 5元3角, 5 feet 3 inches.
+_HOURS, _MINUTES = "小?时|hours?|hrs?|h", "分钟?|minutes?|mins?"
+_SMALLER = {"天|days?": _HOURS, _HOURS: f"{_MINUTES}|m", _MINUTES: "秒|seconds?|secs?|s"}
+_SMALLER |= {"[元块]": "[角毛分]", "[角毛]": "分", "米": "[分厘]米", "feet|ft": "inch(?:es)?|in"}
+_PARTS = "|".join(
+    rf" ?(?:{unit})(?: ?零| ?又|,? (?:and )?)?(?=\d[\d.]{{0,9}} ?(?:{smaller})(?![A-Za-z]))"
+    for unit, smaller in _SMALLER.items()
+)
+# Between the parts of 3 apples + 4 apples, 5个-2个 and $5 - $2, and of one quantity in two units,
+# which are no numbers of their own.
 _JOINED = re.compile(
     rf"(?: ?[^\W\d]{{1,15}}){{0,2}}"
     rf"(?: ?(?:[+＋×÷*]|\\(?:times|cdot|div|pm)\b)|{_MINUS}) ?{_CURRENCY}(?=[({{]*\d)"
-    rf"| ?{_MINUS} ?[$¥￥€£](?=\d)"
+    rf"| ?{_MINUS} ?[$¥￥€£](?=\d)|{_PARTS}"
 )
 _UNIT = re.compile(
     r"(?:\^\{?[23]\}?|(?<=m)[23]|(?<=/s)2|(?<=[^\W\d])/(?=[^\W\d])|[^\d=:：/／+*×÷<>]){0,40}"
