@@ -1052,6 +1052,9 @@ CONFIG_FILES = [
 CAUSES["config.json cannot be read"] = [
     base_case(command, with_text(f"{BASE}/config.json", text))
     for command, text in zip(LOADERS, [*CONFIG_FILES, b'{"a": ' + b"9" * 5000 + b"}"], strict=False)
+] + [
+    base_case("sft", with_json(f"{BASE}/config.json", **{key: 5}), BASE, f"{key} is 5")
+    for key in ("rope_parameters", "rope_scaling")
 ]
 CAUSES["a tokenizer that is not the data's"] = [
     Case(command, with_other_tokenizer(folder), (f"encoded/{data}", folder))
@@ -1430,6 +1433,8 @@ CAUSES["a learning rate that throws the weights out of bounds"] = [
 
 # The tests
 
+PYTHONS_WORDS = re.compile("has no attribute|object is not|indices must be|TypeError|KeyError")
+
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -1463,6 +1468,7 @@ def check(cause: str, case: Case, workspace: Path) -> None:
     for name in case.named:
         assert name in lines[-1], f"{name} is not named: {lines[-1]}"
     assert "Traceback" not in outcome.stderr
+    assert not PYTHONS_WORDS.search(lines[-1]), lines[-1]
     assert contents(directory) == before, "something was written"
     seen = (case.command, case.options, *case.environment.items(), *breakage)
     SEEN.setdefault(cause, set()).add(hash(seen))

@@ -108,6 +108,11 @@ def read_config(path: Path) -> ModelConfig:
     fields: dict[str, str] = {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise UserError(f"{path} is {config!r:.40}; it must be an object with keys.")
+        for key in ("rope_parameters", "rope_scaling"):  # of transformers 5 and 4
+            if not isinstance(found := config.get(key) or {}, dict):
+                raise UserError(f"{path}: {key} is {found!r:.40}; it must be an object with keys.")
         if config["model_type"] == "minimind":
             config = _minimind_as_stock(config)
         if config["model_type"] not in FAMILIES:

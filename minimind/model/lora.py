@@ -94,8 +94,12 @@ def merge_adapter(base: Transformer, directory: Path) -> Transformer:
         if not (directory / name).is_file():
             raise UserError(f"{directory / name} is missing; {directory} is not an adapter.")
     try:
-        if json.loads((directory / CONFIG).read_text(encoding="utf-8"))["peft_type"] != "LORA":
-            raise ValueError("its peft_type is not LORA")
+        found = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or found.get("peft_type") != "LORA":
+            raise UserError(
+                f"{directory / CONFIG} is not as peft writes it for LoRA: its peft_type must be "
+                "LORA; run its stage again."
+            )
         config = LoraConfig.from_pretrained(str(directory))
         _require_low_rank_alone(config, directory)
         model = PeftModel(base, config)
