@@ -6,21 +6,11 @@ DVC or the torchrun that started it is gone, or that its code is being edited.
 
 import os
 import sys
-from types import TracebackType
 
 from minimind.compute.launch import is_worker
-from minimind.errors import UserError
 from minimind.lineage.edits import note_code
+from minimind.terminal.complain import complain
 from minimind.terminal.signals import watch_parents
-
-
-def complain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """One line of what a person can mend, also where it is found while a stage is imported."""
-    if issubclass(kind, UserError):
-        print(" ".join(str(error).split()), file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
 
 sys.excepthook = complain
 if os.environ.get("DVC_STAGE") or is_worker():

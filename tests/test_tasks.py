@@ -1,6 +1,7 @@
 """Ways to score outputs: one object for evaluation, rewards and rejection sampling."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -170,3 +171,14 @@ def test_what_is_wrong_while_a_stage_is_imported_is_one_line(
     assert sys.excepthook is stages.complain
     sys.excepthook(UserError, UserError("rewards/x.py:3:\n no."), None)
     assert capsys.readouterr().err == "rewards/x.py:3: no.\n"
+
+
+def test_code_that_is_not_python_is_one_line_in_every_command() -> None:
+    command = "from minimind.cli import main\n@main.app.command()\ndef broken():\n    {}\n{}"
+    not_python = 'exec(compile("def (", "minimind/x.py", "exec"))'
+    of_a_command = command.format(not_python, "main.app(['broken'])")
+    for text in (of_a_command, f"import stages\n{not_python}"):
+        run = [sys.executable, "-c", text]
+        done = subprocess.run(run, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr == "minimind/x.py:1: not Python: invalid syntax; mend it.\n"

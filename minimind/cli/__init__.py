@@ -1,0 +1,7 @@
+"""The commands of `minimind`."""
+
+import sys
+
+from minimind.terminal.complain import complain
+
+sys.excepthook = complain
