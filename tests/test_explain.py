@@ -329,6 +329,9 @@ def test_data_is_read_from_the_remote_and_what_is_nowhere_is_said(
     (data,) = explained("base", "rows")["data"]
     assert data["added"] is None
     assert "dvc fetch --all-commits shards" in data["note"]
+    Path(".dvc/config").write_text("")
+    (data,) = explained("base", "rows")["data"]
+    assert "none is configured (`dvc remote add`)" in data["note"]
 
 
 def test_no_lock_of_dvc_is_waited_for(project: Path) -> None:
@@ -340,6 +343,42 @@ def test_no_lock_of_dvc_is_waited_for(project: Path) -> None:
     with Repo() as repo, repo.lock:
         assert verdicts(explained("base", "workspace")) == UNREACHED
         assert explained("sft")["verdict"][2] == "whole"
+
+
+def test_of_a_stage_that_runs_nothing_is_counted_twice_or_in_part(project: Path) -> None:
+    writer = {"pid": os.getpid(), "cmd": "dvc repro"}
+    users = {"write": {str(project.resolve() / "encoded.txt"): writer}, "read": {}}
+    write({".dvc/tmp/rwlock": json.dumps(users)})
+    assert explained("encoded.txt")["training_rows"] == 4
+    edit("metrics/encode.json", "4", "7")  # it has ended, and DVC has not recorded it
+    edit("chats.jsonl", '{"n": 3}', '{"n": 4}\n{"n": 5}')
+    found = explained("encoded.txt")
+    assert found["running"] == ["encode"]
+    assert found["training_rows"] == 0
+    assert [node["rows"] for node in nodes(found["output"])] == [None, None]
+    found = explained()
+    assert found["metrics"] == []
+    assert found["notes"] == ["stages that run: encode; what they write is left out"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(
+    "command", ["explain", "plan", "repro", "seeds 1", "compare a main", "push"]
+)
+def test_without_a_commit_the_command_for_one_is_named(
+    project: Path, command: str, begun: bool
+) -> None:
+    shutil.rmtree(".git")
+    edit("params.yaml", "sft:", "seed: 1\nsft:")
+    if begun:
+        git(project, "init", "-q")
+    if begun and command in ("plan", "repro", "push"):
+        return  # these need none
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert '`git init && git add -A && git commit -m "Start"`' in result.stderr
+    assert "fatal" not in result.stderr
 
 
 @pytest.mark.parametrize("name", ["no-such", "HEAD~9", "0123abc", "-", "models/no"])

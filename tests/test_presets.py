@@ -1,5 +1,7 @@
 """Presets: valid, of the documents' size, and applied without losing a comment."""
 
+import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -136,6 +138,19 @@ def test_a_preset_may_set_what_params_yaml_does_not_list(tmp_path: Path) -> None
     assert CliRunner().invoke(app, ["preset", "mine", *where]).exit_code == 0
     with pytest.raises(UserError, match=r"sft\.learning_rate is not a known key"):
         load_section(params, "sft", SftConfig)
+
+
+def test_a_preset_says_what_runs_meanwhile(tmp_path: Path) -> None:
+    stages = {"sft": {"cmd": "true", "outs": ["models/sft"]}}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    (tmp_path / ".dvc/tmp").mkdir(parents=True)
+    writer = {str(tmp_path.resolve() / "models/sft"): {"pid": os.getpid(), "cmd": "dvc"}}
+    (tmp_path / ".dvc/tmp/rwlock").write_text(json.dumps({"write": writer, "read": {}}))
+    _, said = applied(tmp_path, "small")
+    assert "DVC runs sft now:" in said
+    (tmp_path / ".dvc/tmp/rwlock").write_text("{}")
+    _, said = applied(tmp_path, "small")
+    assert "DVC runs" not in said
 
 
 def test_an_unknown_preset_or_section_is_one_line_and_changes_nothing(tmp_path: Path) -> None:

@@ -403,7 +403,33 @@ def test_what_is_not_here_is_no_break(project: Path, too: str) -> None:
         shutil.rmtree(project / folder)
     code, lines, _ = verify(project)
     assert code == 0
-    assert lines["models/sft"].startswith("not here: `dvc pull models/sft` or `dvc repro sft`")
+    brings = "`dvc repro sft` brings it"
+    brings = brings if too else f"`dvc checkout models/sft` or {brings}"
+    assert lines["models/sft"].startswith(f"not here: {brings}; recorded from")
+    with (project / ".dvc/config").open("a") as config:
+        config.write("[core]\n    remote = there\n")
+    if too:
+        brings = f"`dvc pull models/sft` or {brings}"
+    assert verify(project)[1]["models/sft"].startswith(f"not here: {brings}")
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_what_a_stage_that_runs_writes_is_not_judged(project: Path, is_alive: bool) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    writer = {"pid": os.getpid() if is_alive else ended.pid, "cmd": "dvc repro"}
+    writes = {str(project.resolve() / path): writer for path in ("models/sft", "metrics/sft.json")}
+    (project / ".dvc/tmp/rwlock").write_text(json.dumps({"write": writes, "read": {}}))
+    edit("metrics/sft.json", "$", " ")(project)
+    shutil.rmtree(project / "models/sft")
+    code, lines, _ = verify(project)
+    if is_alive:
+        assert lines["DVC"] == "it runs sft: what these write is not looked at"
+        assert lines["models/sft"].startswith("in the making")
+        assert code == 0
+    else:
+        assert "DVC" not in lines
+        assert code == 1
 
 
 def test_paths_in_commands_are_quoted(project: Path) -> None:
@@ -415,7 +441,7 @@ def test_paths_in_commands_are_quoted(project: Path) -> None:
     flip.write_text("{}")
     assert "`dvc checkout 'models/s f t'` brings that back" in verify(project)[2]
     shutil.rmtree(project / "models/s f t")
-    assert "`dvc pull 'models/s f t'` or" in verify(project)[1]["models/s f t"]
+    assert "`dvc checkout 'models/s f t'` or" in verify(project)[1]["models/s f t"]
 
 
 def test_what_python_leaves_beside_code_is_no_break(project: Path) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from minimind.errors import UserError
+from minimind.lineage.repository import said_by_dvc
 from minimind.lineage.verify import Project
 from minimind.report.ancestry import OVERLAP, Ancestor, Ancestry, ancestry, output_named
 from minimind.report.tables import table
@@ -99,7 +99,7 @@ def _explained(before: str, now: str) -> "Explanation":
         with revisions(before, now) as (a, b):
             return explain(a, b)
     except (DvcException, SCMError) as error:
-        raise UserError(f"{error}; correct it.") from None
+        raise said_by_dvc(error) from None
 
 
 def _shown_explanation(found: "Explanation") -> Iterator[Part | Tree | str]:
@@ -147,9 +147,11 @@ def _shown_explanation(found: "Explanation") -> Iterator[Part | Tree | str]:
 
 
 def _shown_ancestry(found: Ancestry) -> Iterator[Part | Tree | str]:
-    path, verdict = found.output.path, found.verdict
-    whole = "as dvc.lock says" if Path(path).exists() else f"not here: `dvc pull {path}` brings it"
-    lines = [f"{path}: {verdict.verdict}: {verdict.text if verdict.verdict != 'whole' else whole}"]
+    path, text, verdict = found.verdict
+    text = text.partition("; ")[0] if verdict == "whole" else text  # the tree has what it comes of
+    lines = [f"{path}: {verdict}: {text}"]
+    if found.running:
+        lines.append(f"stages that run: {', '.join(found.running)}; what they write is left out")
     lines.append(f"commit: {found.commit or 'none has it'}")
     if found.compared_with:
         rows = f"{found.overlap_rows:,} of {found.training_rows:,} training rows"

@@ -20,6 +20,7 @@ from minimind.cli.seeds import seeds
 from minimind.cli.serve import serve
 from minimind.cli.show import show
 from minimind.cli.verify import verify
+from minimind.lineage.repository import running_stages
 from minimind.terminal.command import stage_app
 
 app = stage_app("minimind")
@@ -46,6 +47,11 @@ def preset(
     for line in changes:
         typer.echo(line)
     typer.echo(f"{params}: {len(changes)} values changed. `dvc repro` runs what depends on them.")
+    if changes and (running := running_stages(params.parent)):
+        typer.echo(
+            f"DVC runs {', '.join(running)} now: a stage that runs and has other values since ends "
+            "with an error, and those after it take the new ones."
+        )
 
 
 app.command()(compare)

@@ -20,6 +20,7 @@ from rich.table import Table
 from minimind.cli.presets import apply_preset, merge, read_preset
 from minimind.errors import UserError
 from minimind.lineage.dvc_files import kept_from_dvc
+from minimind.lineage.repository import said_by_dvc
 from minimind.params import read_params
 from minimind.report.tables import table
 
@@ -78,7 +79,7 @@ def plan(
         recorded = merge(params, recorded_params(graph))
         planned = {p.stage: p for p in plan_stages(repo, graph)}
     except DvcException as error:
-        raise UserError(f"{error}; correct it.") from None
+        raise said_by_dvc(error) from None
     active = [name for name, p in planned.items() if p.verdict.startswith("runs")]
     taken = costs(graph, active, Path(repo.root_dir), params, recorded, device, flops)
     summary = _summary(graph, planned, taken, jobs, limit)

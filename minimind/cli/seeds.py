@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from minimind.errors import UserError
+from minimind.lineage.repository import lack_of_commits
 from minimind.params import read_params
 
 PARAMS = Path("params.yaml")
@@ -35,6 +36,8 @@ def seeds(
     first = params.get("seed") if isinstance(params, dict) else None
     if not isinstance(first, int):
         raise UserError(f"{PARAMS}: seed is {first!r}; it must be a whole number.")
+    if lack := lack_of_commits(Path()):
+        raise UserError(lack)
     if changed := _git("status", "--porcelain", "--untracked-files=no").splitlines():
         raise UserError(
             f"{changed[0][3:]} {f'and {len(changed) - 1} more are' if changed[1:] else 'is'} not "

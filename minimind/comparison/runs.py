@@ -13,6 +13,7 @@ from minimind.comparison.paired import Outcomes, outcomes
 from minimind.comparison.seeds import Seeds
 from minimind.errors import UserError
 from minimind.lineage.dvc_files import kept_from_dvc, variants
+from minimind.lineage.repository import lack_of_commits, said_by_dvc
 from minimind.report.results import parse_predictions
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Checkpoint:
             raise UserError(f"{where} is not UTF-8; run the evaluate stage.") from None
         except OSError:
             raise UserError(
-                f"{where} is in neither workspace, cache nor remote; `dvc pull`, or run "
+                f"{where} is in neither workspace, cache nor remote; run "
                 f"`dvc repro {PREFIX}{self.name}` there."
             ) from None
 
@@ -179,8 +180,8 @@ class Project:
         try:
             files = DVCFileSystem(".")
             self._repo = files.repo
-        except DvcException:
-            raise UserError("this is no DVC project; run from the project's root folder.") from None
+        except DvcException as error:
+            raise said_by_dvc(error) from None
         with kept_from_dvc(Path()):
             self.workspace = Run.of(WORKSPACE, files)
         self._runs: dict[str, Run] = {}  # by commit
@@ -199,14 +200,16 @@ class Project:
             UserError: git and DVC know no such thing.
         """
         from dvc.scm import SCMError, resolve_rev
+        from scmrepo.exceptions import SCMError as GitError
 
         try:
             commit = commit or resolve_rev(self._repo.scm, revision)
-        except SCMError:  # without git, too
+        except (SCMError, GitError):  # without git, and without a commit, too
             known = ", ".join(checkpoint.name for checkpoint in self.workspace.checkpoints())
+            advice = lack_of_commits(Path()) or "`dvc exp list --all-commits` has experiments."
             raise UserError(
                 f"{revision!r} is no evaluated checkpoint ({known}), revision or experiment; "
-                "`dvc exp list --all-commits` has experiments."
+                f"{advice}"
             ) from None
         if commit not in self._runs:
             self._runs[commit] = Run.of(revision, self._open(".", rev=commit))

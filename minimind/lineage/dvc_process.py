@@ -11,21 +11,21 @@ import psutil
 DVC_ELSEWHERE = "MINIMIND_DVC"
 
 
-def writers() -> set[int]:
-    """Numbers of the DVC processes that run stages here, or were killed while they did.
+def writers(root: Path = Path()) -> dict[str, int]:
+    """What DVC processes that run stages here write, or wrote when they were killed, and who does.
 
-    While it runs a stage, DVC has its process number in its list of who writes what; nobody takes
-    it from there when DVC is killed. Empty where we cannot tell.
+    While it runs a stage, DVC has paths and its process number in its list of who writes what;
+    nobody takes them from there when DVC is killed. Empty where we cannot tell.
     """
     for _ in range(20):
         try:
-            users = json.loads(Path(".dvc/tmp/rwlock").read_text(encoding="utf-8"))
-            return {entry["pid"] for entry in users["write"].values()}
+            users = json.loads((root / ".dvc/tmp/rwlock").read_text(encoding="utf-8"))
+            return {path: entry["pid"] for path, entry in users["write"].items()}
         except ValueError:  # one of several DVC processes is just writing it
             time.sleep(0.01)
         except (OSError, KeyError, TypeError, AttributeError):
             break
-    return set()
+    return {}
 
 
 def is_elsewhere() -> bool:
@@ -38,6 +38,6 @@ def our_dvc() -> tuple[int, float] | None:
     if is_elsewhere():
         pid, _, created = os.environ[DVC_ELSEWHERE].partition(" ")
         return (int(pid), float(created)) if pid else None
-    candidates = writers()
+    candidates = {*writers().values()}
     found = next((p for p in psutil.Process().parents() if p.pid in candidates), None)
     return (found.pid, found.create_time()) if found else None

@@ -7,11 +7,12 @@ does not name the parameter. At a pipe it waits for ever.
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from minimind.errors import UserError
 from minimind.lineage.dvc_files import output_paths, value_at, variants
 
 _PARAMETER = re.compile(r"\$\{(?!(?:item|key)\b)([\w.]+)\}")
@@ -67,12 +68,28 @@ def lost_paths(stages: Mapping[str, Any], params: Any) -> Iterator[str]:
             )
 
 
+def refuse_pipes(stages: Iterable[Any]) -> None:
+    """Raises UserError for a pipe among what DVC's stages read and write: it would be waited for.
+
+    Stage check finds it too, but runs only when params.yaml has changed. A link to nothing is
+    nothing to DVC.
+    """
+    paths = {item.fs_path for stage in stages for item in (*stage.deps, *stage.outs)}
+    for place in (place for path in sorted(paths) for place in _places(Path(path))):
+        if place.exists() and (why := unreadable(place)):
+            raise UserError(f"{os.path.relpath(place)} is {why}, which DVC cannot read; remove it.")
+
+
 def _odd_file(path: Path) -> str | None:
     """What is no file there, or in that folder."""
-    for place in [path, *(path.rglob("*") if path.is_dir() else ())]:
+    for place in _places(path):
         if os.path.lexists(place) and (why := unreadable(place)):
             return f"{place} is {why}"
     return None
+
+
+def _places(path: Path) -> list[Path]:
+    return [path, *(path.rglob("*") if path.is_dir() else ())]
 
 
 def _is_brought(path: str, made: list[str]) -> bool:

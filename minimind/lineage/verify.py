@@ -28,6 +28,7 @@ from minimind.lineage.dvc_files import (
 )
 from minimind.lineage.paths import quoted
 from minimind.lineage.records import MadeFrom, Record, record_name
+from minimind.lineage.repository import has_remote, running_stages
 
 CHECKPOINT_FOLDERS = ("models", "exports")
 _DVCS = "DVC writes it; bring the file back with git, or remove it and run `dvc repro`."
@@ -78,6 +79,7 @@ class Project:
         # DVC's hash of a file or folder, None if it is not there; and what a params file holds.
         self.digest = cache(lambda path: md5_of(self._place(path)))
         self._params = cache(lambda file: _read(self._place(file)))
+        self.running = [] if staged else running_stages(root)
 
     def _place(self, path: str) -> Path:
         staged = self.staged and self.staged / path
@@ -85,12 +87,19 @@ class Project:
 
     def findings(self) -> Iterator[Finding]:
         """Of each checkpoint in the graph, in its order, of the metrics, and of false entries."""
+        if self.running:
+            yield Finding(
+                "DVC",
+                f"it runs {', '.join(self.running)}: what these write is not looked at",
+                "whole",
+            )
         others = [*dict.fromkeys([*self.outputs, *self.lock])]
         for path, stage in self.maker.items():
             if PurePosixPath(path).parts[0] in CHECKPOINT_FOLDERS:
                 yield self.checkpoint(path, stage)
                 others = [name for name in others if name not in self.ancestors(stage)]
-        checked = [path for name in self.lock for path in self.metrics.get(name, [])]
+        recorded = [name for name in self.lock if name not in self.running]
+        checked = [path for name in recorded for path in self.metrics.get(name, [])]
         breaks = [found for path in checked if (found := self._break_of_output(path))]
         missing = [path for path in checked if self.digest(path) is None]
         if breaks:
@@ -113,11 +122,21 @@ class Project:
         breaks = [found for name in self.ancestors(stage) for found in self.breaks(name)]
         if first := min(breaks, key=lambda found: found.verdict != "broken", default=None):
             return Finding(path, first.text, first.verdict)
-        if self.digest(path) is None:
-            text = f"not here: `dvc pull {quoted(path)}` or `dvc repro {stage}` brings it; recorded"
-        else:
-            text = "as dvc.lock says;"
+        text = "as dvc.lock says;"
+        if stage in self.running:
+            text = "in the making; dvc.lock has one"
+        elif self.digest(path) is None:
+            text = f"not here: {self._bringing(path, stage)} brings it; recorded"
         return Finding(path, f"{text} from {' ← '.join(self._generations(stage))}", "whole")
+
+    def _bringing(self, path: str, stage: str) -> str:
+        """Commands that bring an output back, as far as there is anywhere to bring it from."""
+        md5, commands = self._recorded(path, stage), [f"`dvc repro {stage}`"]
+        if md5 and self._cached(md5).exists():
+            commands.insert(0, f"`dvc checkout {quoted(path)}`")
+        elif has_remote(self.root):
+            commands.insert(0, f"`dvc pull {quoted(path)}`")
+        return " or ".join(commands)
 
     def ancestors(self, stage: str) -> list[str]:
         """The stages that a stage's result comes of, each after those that it comes of; it last."""
@@ -171,7 +190,7 @@ class Project:
     def _breaks_of_outputs(self, stage: str) -> Iterator[Break]:
         """Outputs without a hash in dvc.lock, which may have been cut off at the end of a line."""
         recorded = [out["path"] for out in self._entries(stage, "outs") if "md5" in out]
-        for path in self.outputs.get(stage, []):
+        for path in [] if stage in self.running else self.outputs.get(stage, []):
             if path not in recorded:
                 metrics = path if path in self.metrics[stage] and self.digest(path) else None
                 record = f"runs/{record_name(stage)}"
@@ -188,7 +207,9 @@ class Project:
     def _break_of_output(self, path: str) -> str | None:
         """What is wrong with an output that is here."""
         stage, found = self.maker.get(path), self.digest(path)
-        if stage is None or found is None or found == (expected := self._recorded(path, stage)):
+        if stage is None or stage in self.running or found is None:
+            return None
+        if found == (expected := self._recorded(path, stage)):
             return None
         if self._is_of_workspace(path, found):
             return None
@@ -250,12 +271,14 @@ class Project:
 
     def _in_cache(self, folder: str, name: str) -> str | None:
         """A file's hash by DVC's list of its folder, if that is here."""
-        place = self.root / ".dvc" / "cache" / "files" / "md5" / folder[:2] / folder[2:]
         try:
-            listed = json.loads(place.read_text(encoding="utf-8"))
+            listed = json.loads(self._cached(folder).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return UNKNOWN
         return next((entry["md5"] for entry in listed if entry["relpath"] == name), None)
+
+    def _cached(self, md5: str) -> Path:
+        return self.root / ".dvc" / "cache" / "files" / "md5" / md5[:2] / md5[2:]
 
     def _maker_of(self, path: str) -> str | None:
         """The stage that makes a path, or a folder it is in."""

@@ -15,6 +15,7 @@ from dvc.utils.serialize import load_yaml
 from dvc_data.hashfile.hash_info import HashInfo
 
 from minimind.errors import UserError
+from minimind.lineage.repository import said_by_dvc
 
 
 def push() -> int:
@@ -56,5 +57,4 @@ def dvc_project() -> Iterator[Repo]:
     except UserError:
         raise
     except Exception as error:  # of DVC or of the library of any kind of remote
-        why = f": {error.__cause__}" if error.__cause__ else ""
-        raise UserError(f"{type(error).__name__}: {error}{why}; see docs/project.md") from None
+        raise said_by_dvc(error, "see docs/project.md") from None

@@ -64,6 +64,7 @@ class Ancestry:
 
     output: Ancestor
     verdict: Finding  # as `minimind verify` finds it
+    running: list[str]  # stages
     commit: str | None  # the first with this output, and its date
     training_rows: int  # of all encoded data
     overlap_rows: int  # those of them that ask what evaluation data asks
@@ -100,6 +101,7 @@ def ancestry(path: str, project: Project) -> Ancestry:
     return Ancestry(
         output=output,
         verdict=project.checkpoint(path, stage),
+        running=project.running,
         commit=_commit_of(output.md5, project.root),
         training_rows=sum(ancestor.counts["rows"] for ancestor in encoded),
         overlap_rows=sum(ancestor.counts[OVERLAP] for ancestor in encoded),
@@ -127,10 +129,13 @@ class _Tree:
         """md5: of what no stage makes, and of a file in a folder that one makes."""
         stage = maker_of(path, self.project.maker)
         entry = self.project.lock.get(stage or "", {})
-        md5 = next((out["md5"] for out in entry.get("outs", []) if out["path"] == path), md5)
+        made = {out["path"]: out.get("md5") for out in entry.get("outs", [])}
+        md5 = made.get(path, md5)
         said = self.stages[stage] if stage else _dvc_file(self.root / path)
         license_, desc = value_at(said, "meta.license"), said.get("desc")
-        about = (path, md5, stage, license_, desc, _num_rows(self.root / path))
+        # What a stage that runs has written so far is not what was read.
+        rows = _num_rows(self.root / path) if self.project.digest(path) == md5 else None
+        about = (path, md5, stage, license_, desc, rows)
         if (stage or path) in self.told:
             return Ancestor(*about, is_above=True)
         self.told.add(stage or path)
@@ -146,6 +151,7 @@ class _Tree:
             counts={
                 name.rpartition(".")[2]: value
                 for file in self.project.metrics[stage]
+                if self.project.digest(file) == made.get(file)
                 for name, value in flat(_json(self.root / file)).items()
             },
             compared_with=[dep for dep in deps if dep in self.evaluation],

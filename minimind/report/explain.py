@@ -27,7 +27,9 @@ from dvc_data.index import DataIndexError
 
 from minimind.errors import UserError
 from minimind.lineage.dvc_files import kept_from_dvc, maker_of
+from minimind.lineage.paths import refuse_pipes
 from minimind.lineage.provenance import CODE
+from minimind.lineage.repository import has_remote, lack_of_commits, running_stages
 from minimind.lineage.verify import check_entries, stages_in
 from minimind.report.ancestry import git
 from minimind.report.report import interval, outcomes
@@ -185,10 +187,15 @@ def revisions(*names: str) -> Iterator[list[Revision]]:
             repo = stack.enter_context(Repo(config=config))
             if name != WORKSPACE:
                 if isinstance(repo.scm, NoSCM):
-                    raise UserError("the project is in no git repository: it has no revisions.")
+                    raise UserError(
+                        "the project is in no git repository: it has no revisions to compare; what "
+                        "a checkpoint comes of is told without, as in minimind explain models/dpo."
+                    )
                 try:
                     stack.enter_context(repo.switch(name))
                 except RevError:
+                    if lack := lack_of_commits(Path()):
+                        raise UserError(lack) from None
                     raise UserError(
                         f"{name} is no revision, experiment or checkpoint here; `git log` and "
                         "`dvc exp list --all` have the names, `git fetch` (of a shallow clone with "
@@ -202,9 +209,12 @@ def revisions(*names: str) -> Iterator[list[Revision]]:
 def explain(before: Revision, now: Revision) -> Explanation:
     """What differs between two revisions."""
     out_of_date = outdated(now.repo) if now.name == WORKSPACE else {}
+    edited = {path for paths in out_of_date.values() for path in paths}
+    if now.name == WORKSPACE and (running := running_stages(Path())):
+        now.notes.append(f"stages that run: {', '.join(running)}; what they write is left out")
     differences = _Differences(before, now)
     stages = list(differences.stages())
-    data, files = differences.data({path for paths in out_of_date.values() for path in paths})
+    data, files = differences.data(edited)
     return Explanation(
         before=before.name,
         now=now.name,
@@ -213,7 +223,7 @@ def explain(before: Revision, now: Revision) -> Explanation:
         code=_sorted(differences.code),
         files=files,
         stages=stages,
-        metrics=list(_metrics(before, now)),
+        metrics=list(_metrics(before, now, edited)),
         out_of_date=out_of_date,
         notes=[*before.notes, *now.notes],
     )
@@ -225,6 +235,7 @@ def outdated(repo: Repo) -> dict[str, list[str]]:
     What is missing counts for nothing: it may lie in the cache, or be in the making.
     """
     found = {}
+    refuse_pipes(repo.index.stages)
     for stage in repo.index.stages:
         if stage.addressing.partition(":")[0].endswith("/dvc.yaml"):
             continue  # of a graph in a folder, which runs when it is asked for
@@ -404,16 +415,20 @@ def _former_names(before: Mapping[str, Entry], now: Mapping[str, Entry]) -> dict
 
 
 def _not_here(revision: Revision, path: str | None) -> str:
+    lost = f"rows of {path} of {revision.name} are in no cache or remote: "
+    if not has_remote(Path()):
+        return f"{lost}none is configured (`dvc remote add`) to bring them from elsewhere"
     return (
-        f"rows of {path} of {revision.name} are in no cache or remote: `dvc push --all-commits` "
-        f"where they are, then `dvc fetch --all-commits {path}` here"
+        f"{lost}`dvc push --all-commits` where they are, then `dvc fetch --all-commits {path}` here"
     )
 
 
-def _metrics(before: Revision, now: Revision) -> Iterator[MetricChange]:
+def _metrics(before: Revision, now: Revision, edited: set[str]) -> Iterator[MetricChange]:
+    """edited: files in the workspace that are not those of dvc.lock, as of a stage that runs."""
     for file, changes in sorted(diff(*map(format_dict, (before.metrics, now.metrics))).items()):
-        if now.name == WORKSPACE and file not in now.metrics and file in now.maker:
-            continue  # recorded, but not here: its stage is running, or was stopped
+        is_recorded = now.name != WORKSPACE or file in now.metrics or file not in now.maker
+        if file in edited or not is_recorded:  # or not here: its stage is running, or was stopped
+            continue
         for name, change in sorted(changes.items()):
             half_width = None
             if isinstance(change["new"], float | int):

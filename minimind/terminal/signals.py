@@ -85,7 +85,7 @@ def watch_parents(interval_seconds: float = 0.5) -> None:
     is no shell is watched, and every shell on the way.
     """
     ancestors = psutil.Process().parents()
-    pids = set() if is_elsewhere() else writers()
+    pids = set() if is_elsewhere() else {*writers().values()}
     # If DVC died before we could look, and left us to some other process, then its list of who
     # writes what names others than our ancestors alone.
     if pids and pids.isdisjoint(ancestor.pid for ancestor in ancestors):
