@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import chdir
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import networkx as nx
 import pytest
@@ -16,11 +20,13 @@ import yaml
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.text import Text
 
 from benchmarks.parallel import bound
 from minimind.compute.settings import RuntimeSettings
 from minimind.errors import UserError
 from minimind.orchestrate import run
+from minimind.orchestrate.display import Display
 from minimind.orchestrate.graph import load_graph
 from minimind.orchestrate.machine import machine
 from minimind.orchestrate.run import reproduce
@@ -86,6 +92,10 @@ def test_dvc_is_told_the_same_as_by_its_own_repro(project: Path) -> None:
         (name, "ran") for name in ("encode@x", "encode@y", "a", "b", "c", "d")
     }
     assert report.tracked == {"dvc.lock", "c"}
+    Path("folder").mkdir()
+    with chdir("folder"):
+        tracked = reproduce(["../dvc.yaml:c"], force=True).tracked
+    assert tracked == {"../dvc.lock", "../c"}
     whole = locked()
     assert "up to date" in dvc(project, "status")
     Path("dvc.lock").unlink()
@@ -164,6 +174,56 @@ def test_each_stage_has_a_gpu_of_its_own(project: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(run, "gpus", lambda _: ["3", "5"])
     reproduce(["a", "b"])
     assert {Path("a").read_text(), Path("b").read_text()} == {"3\n", "5\n"}
+
+
+def test_what_a_launcher_takes_elsewhere_is_told_nothing_of_this_machine(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "RAYON_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MINIMIND_LAUNCHER", "srun {command}")
+    monkeypatch.setenv("MINIMIND_THREADS", "7")
+    monkeypatch.setattr(run, "gpus", lambda _: ["3", "5"])
+    names = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "MINIMIND_THREADS", "CUDA_VISIBLE_DEVICES")
+    told = f"echo {' '.join(f'[${name}]' for name in names)} > "
+    stages = {name: {"cmd": told + name, "outs": [name]} for name in ("encode", "a", "b")}
+    write_graph(stages)
+    reproduce(jobs=4)
+    assert Path("encode").read_text() == "[1] [1] [] []\n"  # it stays: a part of what there is
+    assert Path("a").read_text() == Path("b").read_text() == "[2] [] [7] []\n"
+
+
+@pytest.mark.parametrize("width", [60, 112])
+def test_the_name_of_a_running_stage_is_whole_and_its_line_fits(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys, "stdout", StringIO())
+    said = "rejection_sampling: step 12/300  " + "loss 1.234  " * 20
+    stage = SimpleNamespace(
+        stage="rejection_sampling", seconds=123.4, threads=2, last_line=lambda: said
+    )
+    with Display() as display:
+        display.show([stage], 12, 40)
+    written = Text.from_ansi(sys.stdout.getvalue()).plain.splitlines()
+    line = next(line for line in written if "rejection" in line)
+    assert line.startswith("rejection_sampling   123 s  ")
+    assert "step 12/300  loss" in line
+    assert len(line) == width
+
+
+def test_a_pipe_in_the_place_of_a_file_is_one_line(project: Path) -> None:
+    reproduce()
+    Path("x.txt").unlink()
+    os.mkfifo("x.txt")
+    started = begin()  # DVC waits for ever for what is in a pipe
+    try:
+        printed = started.communicate(timeout=60)[0]
+    finally:
+        started.kill()
+    assert printed.startswith("minimind: x.txt is a pipe")
+    assert printed.count("\n") == 1
 
 
 def test_what_another_dvc_uses_is_waited_for(project: Path) -> None:

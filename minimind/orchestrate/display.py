@@ -4,13 +4,13 @@ import sys
 from collections.abc import Collection
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from minimind.orchestrate.process import StageProcess
 
+WIDE = 80  # columns of a terminal that has room for all
 STYLES = {"failed": "bold red", "stopped": "yellow", "ran": "green"}
 
 
@@ -41,12 +41,12 @@ class Display:
     def show(self, running: Collection[StageProcess], num_over: int, num_stages: int) -> None:
         if not self._live.is_started:
             return
-        lines = Table.grid(padding=(0, 2))
-        for _ in range(3):
-            lines.add_column(no_wrap=True)
-        lines.add_column(no_wrap=True, overflow="ellipsis", style="dim", ratio=1)
+        widest = max((len(stage.stage) for stage in running), default=0)
+        lines = []
         for stage in running:
-            time, threads = f"{stage.seconds:.0f} s", f"threads: {stage.threads}"
-            lines.add_row(stage.stage, time, threads, stage.last_line())
-        lines.add_row(f"{num_over}/{num_stages}", "", "", "Ctrl-C saves and stops")
-        self._live.update(lines, refresh=True)
+            threads = f"threads: {stage.threads}  " * (self._console.width >= WIDE)
+            begin = f"{stage.stage:<{widest}}  {stage.seconds:4.0f} s  {threads}"
+            said = (stage.last_line().removeprefix(f"{stage.stage}: "), "dim")
+            lines.append(Text.assemble(begin, said, no_wrap=True, overflow="ellipsis"))
+        lines.append(Text(f"{num_over}/{num_stages}  Ctrl-C saves and stops", "dim"))
+        self._live.update(Group(*lines), refresh=True)

@@ -11,6 +11,7 @@ from dvc.repo import Repo
 from dvc.repo.reproduce import collect_stages, get_active_graph
 
 from minimind.errors import UserError
+from minimind.lineage.paths import refuse_pipes
 from minimind.lineage.records import record_name
 
 
@@ -22,7 +23,7 @@ def load_graph(repo: Repo, targets: Iterable[str] = ()) -> nx.DiGraph:
 
     Raises:
         DvcException: the graph is wrong.
-        UserError: there is no such target.
+        UserError: there is no such target, or a pipe among files.
     """
     depends = get_active_graph(repo.index.graph)  # frozen stages need nothing
     try:
@@ -30,6 +31,7 @@ def load_graph(repo: Repo, targets: Iterable[str] = ()) -> nx.DiGraph:
     except DvcException as error:
         raise UserError(f"{error}; `dvc dag` has the names of all stages.") from None
     needed = {stage for end in wanted for stage in (end, *nx.descendants(depends, end))}
+    refuse_pipes(needed)
     graph = nx.DiGraph()
     graph.add_nodes_from((stage.addressing, {"stage": stage}) for stage in needed)
     graph.add_edges_from((b.addressing, a.addressing) for a, b in depends.subgraph(needed).edges)

@@ -29,6 +29,8 @@ def machine(settings: RuntimeSettings, jobs: int | None, num_gpus: int) -> Machi
     asked = os.environ.get("OMP_NUM_THREADS", "")
     threads = settings.threads or (int(asked) if asked.isdecimal() else 0) or _cores()
     jobs = min(jobs or 1024, num_gpus) if num_gpus else jobs or threads
+    if settings.launcher:  # what trains does so elsewhere
+        return Machine(jobs, max(threads, jobs), divides_threads=False)
     return Machine(jobs, max(threads, jobs), _free_memory() / 2**20, divides_threads=not num_gpus)
 
 

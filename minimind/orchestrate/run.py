@@ -22,6 +22,7 @@ from minimind.compute.launch import other_machines
 from minimind.compute.settings import load_settings
 from minimind.errors import UserError
 from minimind.lineage.records import refuse_false_entry
+from minimind.lineage.repository import said_by_dvc
 from minimind.orchestrate.display import Display
 from minimind.orchestrate.graph import load_graph, past_runs
 from minimind.orchestrate.machine import gpus, machine
@@ -77,8 +78,7 @@ def reproduce(
             "another `minimind repro` runs in this project; wait for it to end, or stop it."
         ) from None
     except DvcException as error:
-        why = f": {error.__cause__}" if error.__cause__ else ""
-        raise UserError(f"{error}{why}") from None
+        raise said_by_dvc(error) from None
 
 
 class _Reproduction:
@@ -88,7 +88,7 @@ class _Reproduction:
         self.repo, self.force = repo, force
         self.root = Path(os.path.relpath(repo.root_dir))
         self.settings = load_settings()
-        self.free_gpus = gpus(self.settings)
+        self.free_gpus = [] if self.settings.launcher else gpus(self.settings)
         with lock_repo(repo):
             graph = load_graph(repo, targets)
         self.stages: dict[str, Any] = dict(graph.nodes("stage"))
@@ -174,6 +174,8 @@ class _Reproduction:
     def _start(self, name: str, threads: int) -> None:
         each = str(max(1, threads // self.settings.processes))
         environment = {"OMP_NUM_THREADS": each, "RAYON_NUM_THREADS": each, "MINIMIND_THREADS": ""}
+        if self.settings.launcher and name not in self.schedule.checking:
+            environment = {}  # what there is to divide here is nothing to where it goes
         if self.settings.processes > 1 and not other_machines():
             environment["PET_STANDALONE"] = "1"  # torchrun's default port is one for all
         if self.free_gpus:
@@ -202,12 +204,20 @@ class _Reproduction:
             self.schedule.failed.add(name)
         else:
             self.schedule.done.add(name)
-            self.report.tracked |= _tracked(self.stages[name])
+            self.report.tracked |= self._tracked(self.stages[name])
         if how == "failed":
             self.report.failures.append(f"{name} failed: {said} ({stage.log})")
         outcome = Outcome(name, how, stage.seconds)
         self.report.outcomes.append(outcome)
         display.say(f"{name}: {how}, {outcome.seconds:.1f} s", how)
+
+    def _tracked(self, stage: Any) -> set[str]:
+        """Folders and files for git that running a stage may change, as seen from here."""
+        file = Path(stage.relpath)
+        paths = [out.fs_path for out in stage.outs if not out.use_cache]
+        below = (Path(os.path.relpath(path, self.repo.root_dir)) for path in paths)
+        tops = {str(self.root / path.parts[0]) for path in below}
+        return {str(file if file.suffix == ".dvc" else file.with_name("dvc.lock")), *tops}
 
 
 def _has_changed(stage: Any) -> bool:
@@ -215,10 +225,3 @@ def _has_changed(stage: Any) -> bool:
         return stage.changed()
     except DvcException:  # in use by another process, or wrong: its own process waits, or says so
         return True
-
-
-def _tracked(stage: Any) -> set[str]:
-    """Folders and files for git that running a stage may change."""
-    file = Path(stage.relpath)
-    outs = {Path(out.def_path).parts[0] for out in stage.outs if not out.use_cache}
-    return {str(file if file.suffix == ".dvc" else file.with_name("dvc.lock")), *outs}

@@ -41,13 +41,13 @@ class Schedule:
 
     def __post_init__(self) -> None:
         order = list(nx.topological_sort(self.graph))
-        self._checking: set[str] = set()
+        self.checking: set[str] = set()
         for name in order:
             is_source = self.graph.in_degree(name) == 0 and name.endswith(".dvc")
             if (is_source or name.rpartition(":")[2].partition("@")[0] in CHECKING) and all(
-                needed in self._checking for needed in self.graph.predecessors(name)
+                needed in self.checking for needed in self.graph.predecessors(name)
             ):
-                self._checking.add(name)
+                self.checking.add(name)
         self._after = {name: nx.descendants(self.graph, name) for name in order}
         self._longest = longest_paths(self.graph, self.seconds)
 
@@ -63,8 +63,8 @@ class Schedule:
             if all(needed in self.done for needed in self.graph.predecessors(name))
         ]
         lost = set().union(*(self._after[name] for name in self.failed))
-        if self._checking - over - lost:
-            names = [name for name in names if name in self._checking]
+        if self.checking - over - lost:
+            names = [name for name in names if name in self.checking]
         return sorted(names, key=lambda name: (-self._longest[name], name))
 
     def start(self) -> dict[str, int]:
