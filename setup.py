@@ -11,6 +11,7 @@ from setuptools.command.build_py import build_py
 SHIPPED = (
     *("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/plots/*.json"),
     *("presets/*.yaml", "rewards/*.py", "launchers/**/*", "lm-eval/*.yaml", "lm-eval/*/*"),
+    *("docs/data.md", "docs/project*.md", "docs/settings.md"),
 )
 
 

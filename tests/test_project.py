@@ -1,6 +1,7 @@
 """A project outside the clone, on the built and installed wheel; and what is trained, shared."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -181,6 +182,16 @@ def test_a_project_is_the_graph_without_the_clone(project: Path) -> None:
         deps = stage.get("do", stage)["deps"]
         digests = [dep for dep in deps if dep.startswith("code/")]
         assert len(digests) == 1 and (project / digests[0]).is_file(), name
+
+
+def test_pages_that_a_project_names_are_there(project: Path) -> None:
+    named = set()
+    for name in ("params.yaml", "README.md", "README.zh.md", "rewards/custom.py"):
+        named |= set(re.findall(r"docs/[\w.]+\.md", (project / name).read_text(encoding="utf-8")))
+    assert named >= {"docs/data.md", "docs/settings.md"}
+    for name in {*named, "docs/project.md"}:  # which push and pull name
+        text = (project / name).read_text(encoding="utf-8")
+        assert not re.search(r"\]\((?!\w+:)", text), name  # links lead nowhere there
 
 
 def test_your_edits_stay(project: Path, newer: Any) -> None:

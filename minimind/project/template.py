@@ -9,6 +9,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
 _SYNONYMS, _RECORD = "minimind/datasets/synonyms.json", "benchmarks/results/claims.json"
+# Named by params.yaml and by what commands say; links from them lead nowhere in a project.
+_PAGES = ("data.md", "project.md", "project.zh.md", "settings.md")
+_LINK = re.compile(r"!?\[([^]]+)\]\((?!\w+:)[^)]+\)")
 _STAGE_CODE = re.compile(r"^  code:.*?^(?=  \w)", re.MULTILINE | re.DOTALL)
 
 
@@ -28,6 +31,7 @@ def kept_files() -> dict[str, str]:
         "synonyms.json": _text(PACKAGE / "datasets" / "synonyms.json"),
         ".gitignore": _text(shipped(".gitignore")),
         ".dvcignore": _text(shipped(".dvcignore")),
+        **{f"docs/{page}": _LINK.sub(r"\1", _text(shipped(f"docs/{page}"))) for page in _PAGES},
     }
 
 
