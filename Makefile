@@ -1,6 +1,6 @@
 # make repro: from clone to trained, evaluated checkpoints    make test: the tests
 # make check: format, lint, types                             make table: what each stage taught
-# make bench: how fast, beside others that do the same work   make test-more: tests with a cluster
+# make bench: how fast, beside others that do the same work   make test-more: a cluster, a browser
 
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -35,9 +35,10 @@ docs: install
 test: install
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadgroup
 
-# Needs more than Python packages, and skips what is not there: Slurm (apt-get install slurm-wlm munge).
+# Needs more than Python packages, and skips what is not there: Slurm (apt-get install slurm-wlm munge), Chromium.
 test-more: install .venv/skypilot
-	OMP_NUM_THREADS=1 python -m pytest -rs tests/cluster
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	OMP_NUM_THREADS=1 python -m pytest -rs tests/cluster tests/browser
 
 .venv/skypilot: # in an environment of its own: it asks for other versions of much that we use
 	$(PYTHON) -m venv $@

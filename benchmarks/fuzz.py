@@ -36,7 +36,7 @@ from benchmarks.warm import StageProcess
 
 LIMIT_SECONDS = {"cpu": 30, "wall": 600}  # of a command that takes one
 LONGEST_LINE = 2000  # characters of a complaint
-OUTPUTS = ("--output", "--metrics", "--history", "--predictions", "--rejected")
+OUTPUTS = ("--output", "--metrics", "--history", "--predictions", "--rejected", "--page")
 STATES = (".resume/", ".dvc/", ".git/")  # what commands may write although they refuse
 ANYTHING: list[Any] = [None, True, 0, -1, 1.5, float("nan"), float("inf"), 1e308, 10**30, 2**63]
 ANYTHING += ["", " ", "x", "\ud800", "\0", "a" * 2**20, "1e3", "1_000", "１２", ".", "..", "/"]

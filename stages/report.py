@@ -7,14 +7,9 @@ import typer
 
 from minimind.files import replacing
 from minimind.lineage.provenance import unchanged
-from minimind.report.report import (
-    checkpoint_section,
-    data_section,
-    examples_section,
-    record_section,
-    training_section,
-)
-from minimind.report.results import read_encodings, read_evaluations, read_metrics, read_record
+from minimind.report.page import render
+from minimind.report.report import checkpoint_section, data_section, record_section
+from minimind.report.results import Results, read_encodings
 from minimind.terminal.command import stage_app
 
 app = stage_app("report")
@@ -26,31 +21,34 @@ def main(
     evaluations: Annotated[Path, typer.Option(help="folder of <checkpoint>.json")],
     predictions: Annotated[Path, typer.Option(help="folder of <checkpoint>.jsonl")],
     training: Annotated[Path, typer.Option(help="folder of <stage>.json")],
-    output: Annotated[Path, typer.Option(help="Markdown")],
+    histories: Annotated[Path, typer.Option(help="folder of <stage>.csv")],
+    output: Annotated[Path, typer.Option(help="Markdown: the tables")],
+    page: Annotated[Path, typer.Option(help="HTML: all of it")],
     record: Annotated[Path | None, typer.Option(help="runs of other seeds, recorded")] = None,
     encoded: Annotated[Path | None, typer.Option(help="folder of <data>.json")] = None,
+    params: Annotated[Path, typer.Option(help="what each was trained from")] = Path("params.yaml"),
 ) -> None:
-    """Write what each checkpoint can do, what it was trained on, how that ended, what it says.
-
-    Of data, what those sets were that a checkpoint has its name from.
-    """
-    evaluated = [evaluations / f"{name}.json" for name in checkpoints]
-    answers = [predictions / f"{name}.jsonl" for name in checkpoints]
-    trained = [training / f"{name}.json" for name in checkpoints]
+    """Write what each checkpoint can do, what it was trained on and how, and what it says."""
+    inputs = [evaluations / f"{name}.json" for name in checkpoints]
+    inputs += [predictions / f"{name}.jsonl" for name in checkpoints]
+    inputs += [training / f"{name}.json" for name in checkpoints]
+    inputs += [histories / f"{name}.csv" for name in checkpoints]
+    # Of data sets, those that a checkpoint has its name from.
     data = [encoded / f"{name}.json" for name in checkpoints] if encoded else []
     data = [file for file in data if file.is_file()]
-    inputs = [*evaluated, *answers, *trained, *data, *([record] if record else [])]
-    with unchanged("report", Path("params.yaml"), {}, inputs):
-        results, metrics = read_evaluations(evaluated, predictions), read_metrics(trained)
-        table = checkpoint_section(results, metrics)
+    with unchanged("report", params, {}, [*inputs, *data, *([record] if record else [])]):
+        results = Results.read(
+            checkpoints, evaluations, predictions, training, histories, record, params
+        )
+        table = checkpoint_section(results.evaluations, results.training)
         sections = ["# Report", table]
-        if runs := read_record(record) if record else []:
-            sections.append(record_section(runs, checkpoints))
+        if results.runs:
+            sections.append(record_section(results.runs, checkpoints))
         if data:
             sections.append(data_section(read_encodings(data)))
-        sections += [training_section(metrics), examples_section(results)]
-        with replacing(output) as partial:
+        with replacing(output) as partial, replacing(page) as partial_page:
             partial.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+            partial_page.write_text(render(results), encoding="utf-8", errors="replace")
     typer.echo(table)
 
 

@@ -152,7 +152,7 @@ COMMANDS: dict[str, tuple[StageApp, str]] = {
     "report": (
         report.app,
         "sft --evaluations evaluated --predictions predictions --training trained "
-        "--record record.json --output out/report.md",
+        "--histories trained --record record.json --output out/report.md --page out/index.html",
     ),
     "preset": (minimind.cli.main.app, "preset mine"),
 }
@@ -223,6 +223,7 @@ def build(directory: Path) -> Path:
     (directory / "presets/mine.yaml").write_text("sft: {lr: 1.0e-4}\n")
     (directory / "trained").mkdir()
     (directory / "trained/sft.json").write_text('{"sft": {"loss": 1.5, "steps": 2}}')
+    (directory / "trained/sft.csv").write_text("step,val_loss,loss\n0,3,\n2,1.5,2\n")
     recorded = {"seed": 1, "dtype": "float32", "isa": "AVX2"}
     recorded |= {"metrics": {"training": {}, "evaluation": {"sft": {"exact": 0.5}}}}
     (directory / "record.json").write_text(json.dumps({"runs": [recorded]}))

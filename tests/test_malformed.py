@@ -1352,6 +1352,9 @@ CAUSES["results that cannot be reported"] = [
         ("trained/sft.json", with_text("trained/sft.json", b"7")),
         ("trained/sft.json", with_text("trained/sft.json", b'{"sft": {"loss": null}}')),
         ("trained/sft.json", with_text("trained/sft.json", b'{"sft": {"loss": "low"}}')),
+        ("trained/sft.csv", without("trained/sft.csv")),
+        ("trained/sft.csv:1", with_text("trained/sft.csv", b"step,loss\n1,low\n")),
+        ("trained/sft.csv:1", with_text("trained/sft.csv", b"loss\n1\n")),
         ("record.json", as_folder("record.json")),
         ("record.json", with_text("record.json", b"{")),
         ("record.json", with_text("record.json", b"{}")),
@@ -1385,7 +1388,7 @@ CAUSES["a preset that cannot be applied"] = [
 
 # What is wrong: where outputs are to go
 
-OUTPUT_OPTIONS = ("--output", "--metrics", "--history", "--predictions", "--rejected")
+OUTPUT_OPTIONS = ("--output", "--metrics", "--history", "--predictions", "--rejected", "--page")
 
 
 def in_the_way(command: str, option: str) -> Case:

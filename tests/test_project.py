@@ -103,6 +103,7 @@ def test_an_installed_package_runs_the_graph_of_a_project(installed: Installed, 
     assert "were up to date" in installed.minimind(mine, "repro", *TARGETS)
     assert "as dvc.lock says" in installed.minimind(mine, "verify", "--allow-older")
     installed.minimind(mine, "lint", "data/mini_world/sft.jsonl")
+    assert "reports/workspace.html" in installed.minimind(mine, "report")
     again = installed.minimind(mine.parent, "init", "mine", expect=1)
     assert "has params.yaml, dvc.yaml" in again and again.count("\n") == 1
 

@@ -151,12 +151,12 @@ import minimind.report.report as report
 import stages.report
 from pathlib import Path
 
-def edited(evaluations):
+def edited(*given):
     file = Path("metrics/evaluate/sft.json")
     file.write_text(file.read_text() + " ")
-    return report.examples_section(evaluations)
+    return report.checkpoint_section(*given)
 
-stages.report.examples_section = edited
+stages.report.checkpoint_section = edited
 stages.report.app()
 """
 
@@ -165,14 +165,17 @@ stages.report.app()
 def test_the_report_notices_an_edit_while_it_is_written(project: Path, is_edited: bool) -> None:
     write(project, "sft", [prediction()])
     (project / "metrics/sft.json").write_text("{}")
+    history = project / "history/sft.csv"
+    history.parent.mkdir(exist_ok=True)
+    history.exists() or history.write_text("step,loss\n1,2.5\n")
     (project / "edited.py").write_text(REPORT)
     command = "python edited.py" if is_edited else "python -m stages.report"
     graph = yaml.safe_load((project / "dvc.yaml").read_text(encoding="utf-8"))
     graph["stages"]["report"] = {
         "cmd": f"{command} sft --evaluations metrics/evaluate --predictions predictions "
-        "--training metrics --output reports/report.md",
+        "--training metrics --histories history --output reports/r.md --page reports/index.html",
         "deps": ["metrics/evaluate/sft.json", "predictions/sft.jsonl"],
-        "outs": ["reports/report.md"],
+        "outs": ["reports/r.md", "reports/index.html"],
     }
     del graph["stages"]["evaluate"]  # whose outputs these are
     (project / "dvc.yaml").write_text(yaml.safe_dump(graph), encoding="utf-8")

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from minimind.cli.table import app as table_app
 from minimind.errors import UserError
-from minimind.report.report import alike, examples_section, record_section, record_table
-from minimind.report.results import Evaluation, RecordedRun, read_metrics, read_record
+from minimind.report.report import alike, record_section, record_table
+from minimind.report.results import RecordedRun, read_record
 from minimind.report.tables import table
 from stages.report import app
 
@@ -66,11 +66,13 @@ def run(folder: Path, *names: str, **options: Path | None) -> tuple[int, str, st
     """Exit code, and what is printed on stdout and stderr; of training, what is in metrics/."""
     arguments = [*names, "--evaluations", f"{folder / 'metrics/evaluate'}"]
     arguments += ["--predictions", f"{folder / 'predictions'}", "--output", f"{folder / 'r.md'}"]
-    arguments += ["--training", f"{folder / 'metrics'}"]
+    arguments += ["--training", f"{folder / 'metrics'}", "--histories", f"{folder / 'history'}"]
+    arguments += ["--page", f"{folder / 'index.html'}"]
+    (folder / "history").mkdir(exist_ok=True)
     for name in names:
-        trained = folder / "metrics" / f"{name}.json"
-        if trained.parent.is_dir() and not trained.exists():
-            trained.write_text("{}")
+        for file, text in ((f"metrics/{name}.json", "{}"), (f"history/{name}.csv", "step\n")):
+            if (folder / file).parent.is_dir() and not (folder / file).exists():
+                (folder / file).write_text(text)
     arguments += [f"--{name}={path}" for name, path in options.items() if path]
     result = CliRunner().invoke(app, arguments)
     return result.exit_code, result.stdout, result.stderr
@@ -272,20 +274,6 @@ def test_the_readmes_table_is_printed(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
 
 
-def test_training_metrics_are_listed_whatever_they_are(tmp_path: Path) -> None:
-    write(tmp_path, "dpo", [prediction()])
-    write(tmp_path, "sft", [prediction()])
-    one, other = tmp_path / "metrics/dpo.json", tmp_path / "metrics/sft.json"
-    one.write_text('{"dpo": {"loss": 0.69314718, "pair_accuracy": 0.9, "steps": 1200000}}')
-    other.write_text('{"sft": {"rows": {"all": 3}}}')
-    code, printed, _ = run(tmp_path, "dpo", "sft")
-    report = (tmp_path / "r.md").read_text("utf-8")
-    assert code == 0 and "## Training" in report and "## Training" not in printed
-    assert "| dpo   | loss 0.693147, pair_accuracy 0.9, steps 1200000 |" in report
-    assert "| sft   | rows.all 3 " in report
-    assert read_metrics([one])["dpo"]["steps"] == 1200000
-
-
 ENCODED = {
     "rows": 9,
     "samples": 6,
@@ -322,47 +310,6 @@ def test_the_report_has_what_became_of_the_data(tmp_path: Path) -> None:
         assert code == 1 and "sft.json: sft: " in said and said.count("\n") == 1
 
 
-def test_examples_show_the_same_problem_at_every_checkpoint() -> None:
-    problems = [
-        prediction(id=f"l{level}-{i}", level=level, prompt=f"问题{level}/{i}？")
-        for level in (1, 2)
-        for i in range(3)
-    ]
-    said = {"sft": "8", "reason": "<think>\n3|4\n</think>"}
-    evaluations = [
-        Evaluation(
-            name,
-            METRICS,
-            [row | {"output": output, "correct": name == "reason"} for row in reversed(problems)],
-        )
-        for name, output in said.items()
-    ]
-    section = examples_section(evaluations)
-    shown = [line for line in section.split("\n") if line.startswith("**")]
-    # Last to first here, and the second of the second level.
-    assert shown == ["**l1-2** 问题1/2？ → 7", "**l2-1** 问题2/1？ → 7"]
-    assert section.count("| sft        | ✗   | 8") == 2
-    assert section.count("\\<think> ⏎ 3\\|4 ⏎ \\</think> |") == 2
-
-
-def test_examples_show_a_problem_of_each_task() -> None:
-    rows = [
-        prediction(id=f"{task}-{i}", task=task, level=None, prompt=f"{task}{i}=")
-        for task in ("extraction", "equation")
-        for i in range(2)
-    ]
-    section = examples_section([Evaluation("x", METRICS, [*rows, prediction()])])
-    shown = [line for line in section.split("\n") if line.startswith("**")]
-    assert [line.split("**")[1] for line in shown] == ["l1-0000", "equation-1", "extraction-0"]
-
-
-def test_long_outputs_are_cut_in_examples_only() -> None:
-    evaluation = Evaluation("x", METRICS, [prediction(output="word " * 1000)])
-    section = examples_section([evaluation])
-    assert section.endswith("word… |")
-    assert len(section) < 2000
-
-
 def test_tables_are_aligned_with_chinese_too() -> None:
     lines = table(["name", "a|b"], [["小明", "1"], ["x", "long\nline"]]).split("\n")
 
@@ -375,22 +322,14 @@ def test_tables_are_aligned_with_chinese_too() -> None:
     assert all(line.replace("\\|", "").count("|") == 3 for line in lines)
 
 
-def test_the_same_bytes_twice(tmp_path: Path) -> None:
-    write(tmp_path, "a", [prediction(), prediction(id="l2", level=2, output="\u2028小\x85\n|")])
-    reports = []
-    for _ in range(2):
-        assert run(tmp_path, "a")[0] == 0
-        reports.append((tmp_path / "r.md").read_bytes())
-    assert reports[0] == reports[1]
-
-
 def test_misuse_is_one_line(tmp_path: Path) -> None:
     metrics = write(tmp_path, "a", [prediction(), prediction()])
     predictions = tmp_path / "predictions/a.jsonl"
 
     def complaint(*names: str) -> str:
         code, printed, errors = run(tmp_path, *names)
-        assert code == 1 and not printed and not (tmp_path / "r.md").exists()
+        assert code == 1 and not printed
+        assert not (tmp_path / "r.md").exists() and not (tmp_path / "index.html").exists()
         (line,) = errors.splitlines()
         return line
 
@@ -404,6 +343,9 @@ def test_misuse_is_one_line(tmp_path: Path) -> None:
     assert f"{predictions}:1: broken JSON" in complaint("a")
     predictions.unlink()
     assert f"{predictions} is missing" in complaint("a")
+    write(tmp_path, "a", [prediction()])
+    (tmp_path / "history/a.csv").write_text("step,loss\n1,2\n2,two\n")
+    assert f"{tmp_path / 'history/a.csv'}:2: no row of a history" in complaint("a")
     metrics.write_text('{"a": {}, "b": {}}')
     assert "has the keys a, b" in complaint("a")
 

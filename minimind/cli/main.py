@@ -14,6 +14,7 @@ from minimind.cli.plan import plan
 from minimind.cli.presets import apply_preset, read_preset
 from minimind.cli.project import init, pull, push, upgrade
 from minimind.cli.publish import publish
+from minimind.cli.report import report
 from minimind.cli.repro import repro
 from minimind.cli.resume import resume
 from minimind.cli.seeds import seeds
@@ -64,6 +65,7 @@ app.command()(plan)
 app.command()(publish)
 app.command()(pull)
 app.command()(push)
+app.command()(report)
 app.command()(repro)
 app.command()(resume)
 app.command()(seeds)

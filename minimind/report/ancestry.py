@@ -115,6 +115,18 @@ def ancestry(path: str, project: Project) -> Ancestry:
     )
 
 
+def ancestries(root: Path) -> list[Ancestry]:
+    """Of each checkpoint of the project that was made."""
+    if not (root / "dvc.lock").is_file():
+        return []
+    project = Project(root)
+    return [
+        ancestry(path, project)
+        for path, stage in project.maker.items()
+        if PurePosixPath(path).parts[0] in CHECKPOINT_FOLDERS and stage in project.lock
+    ]
+
+
 class _Tree:
     def __init__(self, project: Project) -> None:
         self.project, self.root = project, project.root

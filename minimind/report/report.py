@@ -1,6 +1,6 @@
-"""The report: what each checkpoint can do, how training ended, what the outputs look like.
+"""The report's tables: what each checkpoint can do, in one run and over seeds.
 
-It holds no times and no names of machines, so that the same results give the same bytes.
+They hold no times and no names of machines, so that the same results give the same bytes.
 """
 
 import re
@@ -44,27 +44,44 @@ OF_DATA = {
     "repeated": "duplicate_rows",
     "asked in evaluation": "eval_overlap_rows",
 }
-MAX_SHOWN = 400  # characters of an output in the examples
+MAX_SHOWN = 400  # characters of what was left out
 
 Metrics = Mapping[str, Number]
 
 
 def checkpoint_section(evaluations: Sequence[Evaluation], training: Mapping[str, Metrics]) -> str:
     """A column for each checkpoint: at most 120 wide with the nine of the graph as shipped."""
-    names = [evaluation.name for evaluation in evaluations]
     rows = []
-    for title, metric in _measures([evaluation.metrics for evaluation in evaluations]):
-        if metric == BITS:
-            bits = [training.get(name, {}).get(BITS) for name in names]
-            cells = ["" if value is None else f"{value:.3f}" for value in bits]
-        elif metric in OF_OUTPUTS.values():
-            shares = [evaluation.metrics.get(metric) for evaluation in evaluations]
-            cells = ["" if share is None else _percent(share) for share in shares]
-        else:
-            cells = [_interval(outcomes(e.predictions, metric)) for e in evaluations]
+    for title, metric in measures([evaluation.metrics for evaluation in evaluations]):
+        cells = [shown(measured(e, training, metric), metric) for e in evaluations]
         if any(cells):
             rows.append([title, *cells])
+    names = [evaluation.name for evaluation in evaluations]
     return "\n\n".join(["## Checkpoints", table(["", *names], rows), NOTE])
+
+
+def measured(
+    evaluation: Evaluation, training: Mapping[str, Metrics], metric: str
+) -> tuple[Number, Number, Number] | None:
+    """A metric of a checkpoint and its 95 % interval, itself where it has none; None without it."""
+    if metric == BITS or metric in OF_OUTPUTS.values():
+        of = training.get(evaluation.name, {}) if metric == BITS else evaluation.metrics
+        value = of.get(metric)
+        return None if value is None else (value, value, value)
+    found = outcomes(evaluation.predictions, metric)
+    return interval(found) if found else None
+
+
+def shown(value: tuple[Number, Number, Number] | None, metric: str) -> str:
+    """As in "96 94–98"; bits and what has no interval as one number."""
+    if value is None:
+        return ""
+    share, low, high = value
+    if metric == BITS:
+        return f"{share:.3f}"
+    if metric in OF_OUTPUTS.values():
+        return _percent(share)
+    return f"{100 * share:.0f} {100 * low:.0f}–{100 * high:.0f}"
 
 
 def record_section(runs: Sequence[RecordedRun], order: Sequence[str]) -> str:
@@ -75,7 +92,13 @@ def record_section(runs: Sequence[RecordedRun], order: Sequence[str]) -> str:
 
 
 def record_table(runs: Sequence[RecordedRun], order: Sequence[str]) -> str:
-    """As the table of `checkpoint_section`, over the runs that are `alike`.
+    """:func:`record_rows` as Markdown."""
+    header, *rows = record_rows(runs, order)
+    return table(header, rows)
+
+
+def record_rows(runs: Sequence[RecordedRun], order: Sequence[str]) -> list[list[str]]:
+    """As the table of `checkpoint_section`, over the runs that are `alike`; its header first.
 
     order: names of checkpoints as they are to come; others that were recorded come last.
     """
@@ -83,8 +106,8 @@ def record_table(runs: Sequence[RecordedRun], order: Sequence[str]) -> str:
     recorded = dict.fromkeys(name for run in same for name in run.evaluation)
     names = list(dict.fromkeys([*(name for name in order if name in recorded), *recorded]))
     every = [metrics for run in same for metrics in run.evaluation.values()]
-    rows = []
-    for title, metric in _measures(every):
+    rows = [[_num_seeds(same), *names]]
+    for title, metric in measures(every):
         cells = []
         for name in names:
             metrics = [run.training if metric == BITS else run.evaluation for run in same]
@@ -92,7 +115,7 @@ def record_table(runs: Sequence[RecordedRun], order: Sequence[str]) -> str:
             cells.append(_bits_spread(values) if metric == BITS else _spread(values))
         if any(cells):
             rows.append([title, *cells])
-    return table([_num_seeds(same), *names], rows)
+    return rows
 
 
 def alike(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
@@ -110,7 +133,7 @@ def data_section(encodings: Mapping[str, Mapping[str, Any]]) -> str:
         rows.append([name, formats, *cells, _percent(counts["trained_share"])])
         for fault, number in counts["left_out"].items():
             first = f"{counts['first_left_out'].get(fault)}"
-            reasons.append([name, fault, f"{number}", _shown(first)])
+            reasons.append([name, fault, f"{number}", first[:MAX_SHOWN]])
     header = ["data", "formats", *OF_DATA, "% trained on"]
     parts = ["## Data", table(header, rows, num_left=2)]
     if reasons:
@@ -118,40 +141,7 @@ def data_section(encodings: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def training_section(training: Mapping[str, Metrics]) -> str:
-    """A row for each stage with all its metrics, whatever they are."""
-    rows = []
-    for stage, metrics in training.items():
-        shown = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in metrics.items()}
-        rows.append([stage, ", ".join(f"{name} {value}" for name, value in shown.items())])
-    return "\n\n".join(["## Training", table(["stage", "metrics"], rows, num_left=2)])
-
-
-def examples_section(evaluations: Sequence[Evaluation]) -> str:
-    """A problem of each level and task, as the last checkpoint was asked it, and what each said."""
-    parts = ["## Examples"]
-    asked = evaluations[-1].predictions
-    for place, kind in enumerate(sorted({_kind(row) for row in asked})):
-        of_kind = [row for row in asked if _kind(row) == kind]
-        # Another place in each kind, since neighbours may differ in language.
-        problem = of_kind[place % len(of_kind)]
-        rows = [
-            [evaluation.name, "✓" if row["correct"] else "✗", _shown(row["output"])]
-            for evaluation in evaluations
-            for row in evaluation.predictions
-            if row["id"] == problem["id"]
-        ]
-        parts.append(f"**{problem['id']}** {problem['prompt']} → {problem['answer']}")
-        parts.append(table(["checkpoint", "", "output"], rows, num_left=3))
-    return "\n\n".join(parts)
-
-
-def _kind(row: Record) -> tuple[str, int]:
-    """Problems without a task come first, and those without a level."""
-    return row["task"] or "", -1 if row["level"] is None else row["level"]
-
-
-def _measures(metrics: Sequence[Metrics]) -> list[tuple[str, str]]:
+def measures(metrics: Sequence[Metrics]) -> list[tuple[str, str]]:
     """Titles of rows, and which metric each one shows."""
     names = {name for values in metrics for name in values}
     levels = sorted(int(name[7:]) for name in names if re.fullmatch(r"exact_l\d+", name))
@@ -177,14 +167,6 @@ def outcomes(predictions: Sequence[Record], metric: str) -> list[tuple[bool, str
         if of == (row["task"] or level) and right is not None:
             found.append((right, row["problem"]))
     return found
-
-
-def _interval(outcomes: Sequence[tuple[bool, str]]) -> str:
-    """Share and interval, as in "96 94–98"; empty without problems."""
-    if not outcomes:
-        return ""
-    share, low, high = interval(outcomes)
-    return f"{100 * share:.0f} {100 * low:.0f}–{100 * high:.0f}"
 
 
 def interval(outcomes: Sequence[tuple[bool, str]]) -> tuple[float, float, float]:
@@ -217,7 +199,3 @@ def _percent(share: Number) -> str:
 def _num_seeds(runs: Sequence[RecordedRun]) -> str:
     num_seeds = len({run.seed for run in runs})
     return f"{num_seeds} seed{'s' * (num_seeds > 1)}"
-
-
-def _shown(output: str) -> str:
-    return output if len(output) <= MAX_SHOWN else output[: MAX_SHOWN - 1] + "…"

@@ -1,5 +1,6 @@
 """What the stages have written, as the report reads it. Starts fast: no torch."""
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,9 +9,12 @@ from types import NoneType
 from typing import Any
 
 from minimind.errors import UserError
+from minimind.lineage.dvc_files import value_at
 from minimind.metrics import Number
+from minimind.params import read_params
 
 Record = dict[str, Any]
+History = list[dict[str, float]]  # rows, of the values that each has
 PREDICTION_TYPES: dict[str, tuple[type, ...]] = {
     "id": (str,),
     "problem": (str,),
@@ -49,6 +53,43 @@ class RecordedRun:
     isa: str  # instruction set, which decides the last bits
     training: dict[str, dict[str, Number]]  # metrics by stage
     evaluation: dict[str, dict[str, Number]]  # metrics by checkpoint
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the stages have written of checkpoints, in the order of the graph."""
+
+    evaluations: list[Evaluation]
+    training: dict[str, dict[str, Number]]  # by stage, as histories
+    histories: dict[str, History]
+    starts: dict[str, str]  # of a checkpoint, the name of the one that it was trained from
+    runs: list[RecordedRun]  # of other seeds
+
+    @classmethod
+    def read(
+        cls,
+        names: Sequence[str],
+        evaluations: Path,
+        predictions: Path,
+        training: Path,
+        histories: Path,
+        record: Path | None,
+        params: Path,
+    ) -> "Results":
+        """From folders of <name>.json, .jsonl, .json and .csv.
+
+        Raises:
+            UserError: a file is missing or broken.
+        """
+        values = read_params(params)
+        starts = {name: value_at(values, f"{name}.init") for name in names}
+        return cls(
+            read_evaluations([evaluations / f"{name}.json" for name in names], predictions),
+            read_metrics([training / f"{name}.json" for name in names]),
+            {name: read_history(histories / f"{name}.csv") for name in names},
+            {name: Path(start).name for name, start in starts.items() if isinstance(start, str)},
+            read_record(record) if record else [],
+        )
 
 
 def read_evaluations(metrics: Sequence[Path], predictions: Path) -> list[Evaluation]:
@@ -120,6 +161,23 @@ def read_encodings(paths: Sequence[Path]) -> dict[str, Record]:
             _require_types(counts, ENCODING_TYPES, f"{path}: {name}", "run its encode stage again")
             found[name] = counts
     return found
+
+
+def read_history(path: Path) -> History:
+    """The rows of a training history.
+
+    Raises:
+        UserError: the file is missing, or a row is none.
+    """
+    rows: History = []
+    for row in csv.DictReader(_read(path).splitlines()):
+        try:
+            rows.append({name: float(value) for name, value in row.items() if value})
+            rows[-1]["step"]
+        except (TypeError, ValueError, KeyError):
+            where = f"{path}:{len(rows) + 1}"
+            raise UserError(f"{where}: no row of a history; run the stage that wrote it.") from None
+    return rows
 
 
 def read_record(path: Path) -> list[RecordedRun]:

@@ -18,7 +18,7 @@ from minimind.errors import Stopped, UserError
 
 LONGEST_LINE = 2000  # characters
 # Options that are written to.
-OUTPUTS = ("output", "metrics", "history", "predictions", "choices", "rejected")
+OUTPUTS = ("output", "metrics", "history", "predictions", "choices", "rejected", "page")
 
 
 class StageApp(typer.Typer):

@@ -1,0 +1,15 @@
+"""Take a picture of the report's page: python docs/report_png.py PAGE.html FILE.png en-US light."""
+
+import shutil
+import sys
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+page, file, locale, scheme = sys.argv[1:]
+with sync_playwright() as driver:
+    browser = driver.chromium.launch(executable_path=shutil.which("chromium"))
+    size = {"width": 1180, "height": 1500}
+    shown = browser.new_page(viewport=size, locale=locale, color_scheme=scheme)
+    shown.goto(Path(page).resolve().as_uri())
+    shown.screenshot(path=file)
