@@ -170,7 +170,7 @@ def test_what_became_of_the_rows_is_said_and_stands_in_the_metrics(
     assert f"1 order (first {file}:3: messages has no assistant turn; " in result.stderr
     assert "encode: cut off the end of 1 rows longer than max_length" in result.stderr
     same, asks = f"{file}:6, the same as {file}:1", f"{file}:1, asks what {against}:1 asks"
-    assert f"encode: 1 rows say what another one says: first {same}" in result.stderr
+    assert f"encode: 1 rows are the same as one before: first {same}" in result.stderr
     assert f"encode: 2 rows ask what evaluation data asks: first {asks}" in result.stderr
     metrics = json.loads(stage.metrics_file.read_text())["encode"]["sft"]
     assert metrics["formats"] == {"alpaca": 2, "minimind": 1}

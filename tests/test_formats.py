@@ -231,7 +231,7 @@ BAD_RECORDS: list[tuple[Parse, Any, str]] = [
     (parse_text, {"text": None}, "text is null; it must be a string"),
     (parse_text, {"text": " \n"}, "text is empty; it must hold text"),
     (parse_text, {"text": "a\ud83d"}, r"text has half a character (\ud83d)"),
-    (parse_chat, {"chat": []}, "prompt with completion is missing; the keys found are 'chat'"),
+    (parse_chat, {"chat": []}, "completion with prompt is missing; the keys found are 'chat'"),
     (parse_chat, {"messages": []}, "messages has no assistant turn"),
     (parse_chat, {"conversations": "hi"}, "conversations is the string 'hi'; it must be a list"),
     (parse_chat, chat(), "conversations has no assistant turn"),

@@ -139,7 +139,7 @@ class EncodingCounts(NamedTuple):
 
 
 SAID_DOUBTS = {
-    "duplicate": "say what another one says",
+    "duplicate": "are the same as one before",
     "overlap": "ask what evaluation data asks",
     "lossy": "have characters that the tokenizer does not give back",
 }

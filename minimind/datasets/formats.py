@@ -7,7 +7,7 @@ listed in each row.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -85,7 +85,7 @@ class Format(Generic[T]):
     """One way to write a row."""
 
     name: str
-    keys: Sequence[str]  # a row that has all of them is written so
+    keys: Set[str]  # a row that has all of them is written so
     parse: Callable[[Record], T]  # raises FaultError
     others: Sequence[str] = ()  # other keys that it reads
     tells: Callable[[Record], bool] = lambda record: True  # what else tells it
@@ -109,21 +109,22 @@ class Formats(Generic[T]):
 
     def find(self, record: Record) -> Format[T] | None:
         for one in self.formats:
-            if all(key in record for key in one.keys) and one.tells(record):
+            if record.keys() >= one.keys and one.tells(record):
                 return one
         return None
 
     def of(self, record: Record, name: str | None = None) -> Format[T]:
         """A row's format, or that of this name; raises FaultError if there is none."""
-        read = {one.name: one for one in self.formats if one.is_read}
-        if name is not None:
-            if name not in read:
-                reason = f"{MIX} says the format {name!r}; allowed are {', '.join(read)}"
-                raise FaultError(reason)
-            return read[name]
-        if found := self.find(record):
+        if name is None and (found := self.find(record)):
             return found
-        needed = " or ".join(dict.fromkeys(" with ".join(one.keys) for one in read.values()))
+        read = {one.name: one for one in self.formats if one.is_read}
+        if name in read:
+            return read[name]
+        if name is not None:
+            raise FaultError(f"{MIX} says the format {name!r}; allowed are {', '.join(read)}")
+        needed = " or ".join(
+            dict.fromkeys(" with ".join(sorted(one.keys)) for one in read.values())
+        )
         found_keys = f"the keys found are {shown_keys(record)}"
         raise FaultError(f"{needed} is missing; {found_keys}: add it or rename one")
 
@@ -204,7 +205,8 @@ def _get(record: Record, key: str, where: str = "") -> Any:
 
 def _parsed(record: Record, key: str, where: str = "") -> Any:
     """An object or a list, or what its JSON text says; None where there is none."""
-    value = record.get(key)
+    if not (value := record.get(key)):
+        return None
     try:
         value = parse_json(value.encode()) if isinstance(value, str) and value.strip() else value
         json.dumps(value, ensure_ascii=False).encode()
@@ -249,35 +251,37 @@ def _message(turn: Any, where: str, may_be_empty: bool = False) -> Message:
         raise FaultError(
             f"{where}{role_key} is {shown(said)}; allowed are {', '.join(ROLES)}", "role"
         )
-    is_call = said == "function_call"
-    calls = _calls(turn, key if is_call else "tool_calls", where)
-    thought = _text_if_any(turn, "reasoning_content", where)
-    tools = _objects(turn, "tools", where)
-    for name, value, only in (
-        ("tool_calls", calls, "assistant"),
-        ("reasoning_content", thought, "assistant"),
-        ("tools", tools, "system"),
-    ):
-        if value and role != only:
+    message: Record = {"role": role, "content": ""}
+    if len(turn) > 2:
+        message |= _beside_content(turn, role, where)
+    if said == "function_call":
+        return message | {"tool_calls": _calls(turn, key, where)}
+    if isinstance(turn.get(key), list):  # OpenAI's parts
+        parts = [text_of(part, "text", where) for part in _objects(turn, key, where)]
+        turn = turn | {key: "".join(parts)}
+    may_be_empty |= role == "tool" or "tool_calls" in message or "tools" in message
+    message["content"] = (_text_if_any if may_be_empty else text_of)(turn, key, where)
+    return message
+
+
+def _beside_content(turn: Record, role: str, where: str) -> Record:
+    """What a message may have beside its content, if it does."""
+    found: Record = {
+        "tools": _objects(turn, "tools", where),
+        "tool_calls": _calls(turn, "tool_calls", where),
+        "reasoning_content": _text_if_any(turn, "reasoning_content", where),
+    }
+    found = {name: value for name, value in found.items() if value}
+    for name in found:
+        if role != (only := "system" if name == "tools" else "assistant"):
             raise FaultError(f"{where}{name} is there, but role is {role!r}; it must be {only!r}")
-    message = {"role": role, "content": ""}
-    if not is_call:
-        if isinstance(turn.get(key), list):  # OpenAI's parts
-            parts = [text_of(part, "text", where) for part in _objects(turn, key, where)]
-            turn = turn | {key: "".join(parts)}
-        if calls or tools or role == "tool" or may_be_empty:
-            message["content"] = _text_if_any(turn, key, where)
-        else:
-            message["content"] = text_of(turn, key, where)
-    found = {"reasoning_content": thought, "tools": tools, "tool_calls": calls}
-    message |= {name: value for name, value in found.items() if value}
     for name in ("loss", "weight", "train"):
         switch = turn.get(name)
         if switch not in (None, 0, 1):
             raise FaultError(f"{where}{name} is {_kind(switch)}; it must be 0 or 1, false or true")
         if switch in (0,) and role == "assistant":
-            message["loss"] = False
-    return message
+            found["loss"] = False
+    return found
 
 
 def parse_messages(record: Record, key: str, may_end_empty: bool = False) -> list[Message]:
@@ -451,7 +455,7 @@ def _sharegpt_preference(record: Record) -> Preference:
     return _preference(record | {"prompt": record["conversations"]} | sides)
 
 
-def _refused(name: str, keys: Sequence[str], reason: str, **options: Any) -> Format[Any]:
+def _refused(name: str, keys: Set[str], reason: str, **options: Any) -> Format[Any]:
     def refuse(record: Record) -> Any:
         raise FaultError(f"the row is {reason}")
 
@@ -473,23 +477,23 @@ def _ends_open(record: Record) -> bool:
 _HEAD, _SIDES = ("system", "tools"), ("chosen", "rejected")
 _KTO = _refused(
     "kto",
-    ("label",),
+    {"label"},
     "KTO's, half a pair with a label; no stage learns from these: write pairs, chosen and rejected",
     tells=lambda record: isinstance(record["label"], bool),
 )
 _FOR_PROMPTS = "of MiniMind's for reinforcement, without an answer; it is for data.prompts"
 
-parse_text = Formats([Format("text", ("text",), partial(text_of, key="text"))])
+parse_text = Formats([Format("text", {"text"}, partial(text_of, key="text"))])
 parse_chat = Formats(
     [
         _KTO,
-        _refused("agent", ("conversations", "gt"), _FOR_PROMPTS),
-        _refused("rlaif", ("conversations",), _FOR_PROMPTS, tells=_ends_open),
-        Format("sharegpt", ("conversations",), partial(_chat, "conversations"), _HEAD, _is_from),
-        Format("minimind", ("conversations",), partial(_chat, "conversations"), _HEAD),
-        Format("openai", ("messages",), partial(_chat, "messages"), _HEAD),
-        Format("alpaca", ("instruction", "output"), _alpaca, ("input", "history", *_HEAD)),
-        Format("prompt-completion", ("prompt", "completion"), _prompt_completion, _HEAD),
+        _refused("agent", {"conversations", "gt"}, _FOR_PROMPTS),
+        _refused("rlaif", {"conversations"}, _FOR_PROMPTS, tells=_ends_open),
+        Format("sharegpt", {"conversations"}, partial(_chat, "conversations"), _HEAD, _is_from),
+        Format("minimind", {"conversations"}, partial(_chat, "conversations"), _HEAD),
+        Format("openai", {"messages"}, partial(_chat, "messages"), _HEAD),
+        Format("alpaca", {"instruction", "output"}, _alpaca, ("input", "history", *_HEAD)),
+        Format("prompt-completion", {"prompt", "completion"}, _prompt_completion, _HEAD),
     ]
 )
 # An assistant's turn has its thought as `reasoning_content`, or is <think>T</think>
@@ -501,13 +505,13 @@ parse_preference = Formats(
     [
         Format(
             "sharegpt-preference",
-            ("conversations", *_SIDES),
+            {*_SIDES},
             _sharegpt_preference,
-            _HEAD,
-            lambda record: isinstance(record["chosen"], dict),
+            ("conversations", *_HEAD),
+            lambda r: isinstance(r["chosen"], dict) and "conversations" in r,
         ),
-        Format("preference", _SIDES, _preference, ("prompt", *_HEAD), lambda r: "prompt" in r),
-        Format("implicit-preference", _SIDES, _preference, _HEAD),
+        Format("preference", {*_SIDES}, _preference, ("prompt", *_HEAD), lambda r: "prompt" in r),
+        Format("implicit-preference", {*_SIDES}, _preference, _HEAD),
         _KTO,
     ]
 )

@@ -158,10 +158,10 @@ def _asked(key: str, record: Record) -> str:
 # What a row of evaluation data asks.
 parse_question = Formats(
     [
-        Format("minimind", ("conversations",), partial(_asked, "conversations")),
-        Format("openai", ("messages",), partial(_asked, "messages")),
-        Format("prompt", ("prompt",), partial(_asked, "prompt"), tells=has_turns_as_prompt),
-        Format("prompt", ("prompt",), partial(text_of, key="prompt")),
+        Format("minimind", {"conversations"}, partial(_asked, "conversations")),
+        Format("openai", {"messages"}, partial(_asked, "messages")),
+        Format("prompt", {"prompt"}, partial(_asked, "prompt"), tells=has_turns_as_prompt),
+        Format("prompt", {"prompt"}, partial(text_of, key="prompt")),
         *parse_text.formats,
     ]
 )

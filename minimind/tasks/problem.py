@@ -232,7 +232,7 @@ def _parse_problem(record: dict[str, Any]) -> dict[str, Any]:
 
 
 # What a row says of its problem, by the names of fields.
-parse_problem = Formats([Format("problem", (), _parse_problem, KNOWN_KEYS)])
+parse_problem = Formats([Format("problem", frozenset(), _parse_problem, KNOWN_KEYS)])
 
 
 def _wrong(detail: ErrorDetails, record: dict[str, Any]) -> str:
