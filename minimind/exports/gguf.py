@@ -191,7 +191,7 @@ class _Source:
             writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32.0)
             writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1.0)
         if self.arch == gguf.MODEL_ARCH.QWEN3MOE:
-            writer.add_expert_count(config["num_experts"])
+            writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
             writer.add_expert_used_count(config["num_experts_per_tok"])
             writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
         elif self.arch == gguf.MODEL_ARCH.ERNIE4_5_MOE:
