@@ -21,6 +21,7 @@ from llama_cpp import Llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minimind.chat.tokenizer import ChatTokenizer
+from minimind.errors import UserError
 from minimind.exports.gguf import write_gguf
 from minimind.model.checkpoint import load_model
 from minimind.model.generate import generate
@@ -51,10 +52,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", default=Path("exports/reason"))
     folder: Path = parser.parse_args().folder
-    with TemporaryDirectory() as scratch:
-        file = Path(scratch, "it.gguf")
-        write_gguf(folder, file, "f16")
-        failures = check(folder, file)
+    try:
+        with TemporaryDirectory() as scratch:
+            file = Path(scratch, "it.gguf")
+            write_gguf(folder, file, "f16")
+            failures = check(folder, file)
+    except UserError as error:
+        failures = [str(error)]
     sys.exit("\n".join(failures) or None)
 
 
