@@ -108,7 +108,7 @@ def merge_adapter(base: Transformer, directory: Path) -> Transformer:
         raise
     except Exception as error:  # peft raises whatever its parts raise
         raise UserError(
-            f"the adapter {directory} cannot be read: {error!r}; run its stage again."
+            f"the adapter {directory} cannot be read: {error}; run its stage again."
         ) from None
     expected = {name: tuple(tensor.shape) for name, tensor in _adapter_weights(model).items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
