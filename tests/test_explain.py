@@ -369,7 +369,7 @@ def test_without_a_commit_the_command_for_one_is_named(
     project: Path, command: str, begun: bool
 ) -> None:
     shutil.rmtree(".git")
-    edit("params.yaml", "sft:", "seed: 1\nsft:")
+    write({"params.yaml": f"seed: 1\n{FILES['params.yaml']}"})
     if begun:
         git(project, "init", "-q")
     if begun and command in ("plan", "repro", "push"):
