@@ -345,7 +345,7 @@ def test_misuse_is_one_line(tmp_path: Path) -> None:
     assert f"{predictions} is missing" in complaint("a")
     write(tmp_path, "a", [prediction()])
     (tmp_path / "history/a.csv").write_text("step,loss\n1,2\n2,two\n")
-    assert f"{tmp_path / 'history/a.csv'}:2: no row of a history" in complaint("a")
+    assert f"{tmp_path / 'history/a.csv'}:3: no row of a history" in complaint("a")
     metrics.write_text('{"a": {}, "b": {}}')
     assert "has the keys a, b" in complaint("a")
 

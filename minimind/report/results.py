@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,14 +170,16 @@ def read_history(path: Path) -> History:
     Raises:
         UserError: the file is missing, or a row is none.
     """
-    rows: History = []
-    for row in csv.DictReader(_read(path).splitlines()):
-        try:
-            rows.append({name: float(value) for name, value in row.items() if value})
-            rows[-1]["step"]
-        except (TypeError, ValueError, KeyError):
-            where = f"{path}:{len(rows) + 1}"
-            raise UserError(f"{where}: no row of a history; run the stage that wrote it.") from None
+    reader, rows = csv.DictReader(_read(path).splitlines()), []
+    try:
+        for row in reader:
+            values = {name: float(value) for name, value in row.items() if value}
+            if not all(map(math.isfinite, [values["step"], *values.values()])):
+                raise ValueError
+            rows.append(values)
+    except (csv.Error, KeyError, TypeError, ValueError):
+        where = f"{path}:{reader.line_num}"
+        raise UserError(f"{where}: no row of a history; run the stage that wrote it.") from None
     return rows
 
 
