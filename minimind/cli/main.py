@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from minimind.cli.chat import chat
 from minimind.cli.compare import compare
 from minimind.cli.explain import explain
 from minimind.cli.get import get
@@ -55,6 +56,7 @@ def preset(
         )
 
 
+app.command()(chat)
 app.command()(compare)
 app.command()(explain)
 app.command()(get)
