@@ -87,6 +87,7 @@ def test_the_same_prompts_are_shown_of_every_checkpoint(tmp_path: Path) -> None:
     assert len(shown) == 24
     kinds = [(a["data-kind"], a["data-language"]) for a in shown]
     assert {kinds.count(kind) for kind in kinds} == {6} and len({*kinds}) == 4
+    assert {"小明有5个。1？", "小明有55个。1？"} <= {*page.texts}  # of 1, 3, ... 59: evenly
     assert len(page.all("li", "wrong")) == len(page.all("li", "right")) == 24
     assert page.texts.count("3+4") == page.texts.count("7") == 24  # thought and answer apart
     assert page.texts.count("<b>8") == 24 and not page.all("b", "8")
