@@ -77,7 +77,7 @@ def test_a_file_comes_whole_and_dvc_tracks_it(hub: Hub, name: str) -> None:
     assert Path("data/chats/sft.jsonl").read_bytes() == ROWS
     assert sources("data/chats") == {
         "sft.jsonl": {
-            "from": f"{name} dataset somebody/chats@{COMMIT}",
+            "from": f"{name}:datasets/somebody/chats@{COMMIT}",
             "sha256": hashlib.sha256(ROWS).hexdigest(),
         }
     }

@@ -43,4 +43,4 @@ def get(
     brought, others = bring(found, chosen, folder)
     if others:
         typer.echo(f"beside them, from elsewhere or another revision: {', '.join(others)}")
-    typer.echo(f"{len(brought)} new; {folder}.dvc has where each is from, and its SHA-256")
+    typer.echo(f"{len(brought)} new; commit {folder}.dvc: where each is from, and its SHA-256")

@@ -64,7 +64,7 @@ class Repository:
     files: list[HubFile]
 
     def __str__(self) -> str:
-        return f"{self.hub} {self.kind} {self.name}@{self.revision}"
+        return f"{self.hub}:{self.kind}s/{self.name}@{self.revision}"
 
     def chosen(self, patterns: Iterable[str]) -> list[HubFile]:
         """The files that patterns name; without any all of a data set, or what a model is made of.
