@@ -222,7 +222,7 @@ def test_branches_are_scored_as_whole_rows_apart(
             row = [*fork.prefix, *branch]
             logprobs = row_logprobs(model, row)[len(fork.prefix) - 1 :]
             assert logprob == pytest.approx(float(logprobs.sum()), rel=1e-5)
-            greedy = row_logits(model, row).argmax(-1)[len(fork.prefix) - 1 :]
+            greedy = row_logits(model, row).argmax(-1)[len(fork.prefix) - 1 : -1]
             assert is_greedy == (greedy.tolist() == list(branch))
     assert found[0].is_greedy
 
@@ -491,7 +491,7 @@ def test_each_choice_is_scored_as_a_whole_row(
             f"{start}user\n{question}{end}\n{start}assistant\n{reply}{end}" for reply in replies
         ]
 
-    assert scored == [
+    assert scored[:4] == [  # behind them the held-out text
         chat_rows(CHATS[0][0], ["9", "7", "17"]),
         ["<|im_start|>2+6=8\n", "<|im_start|>2+6=6\n", "<|im_start|>2+6=5\n"],
         chat_rows(CHATS[1][0], [f"Tom now has {n} apples." for n in (8, 9, 10)]),
@@ -543,7 +543,8 @@ def test_a_task_has_metrics_of_its_own(learnt: Path, tmp_path: Path, name: str) 
 
 def test_tasks_alone_say_nothing_of_form(learnt: Path, tmp_path: Path) -> None:
     metrics, _ = run(learnt, "chatty", "tasks.jsonl", tmp_path)
-    assert set(metrics) == {"exact_equation", "exact_extraction", "choice_equation"}
+    names = {"exact_equation", "exact_extraction", "choice_equation", "text_bits_per_byte"}
+    assert set(metrics) == names
 
 
 def test_a_line_break_of_several_tokens_ends_no_output(

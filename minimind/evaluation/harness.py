@@ -285,14 +285,15 @@ def _rows(file: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     if file.suffix == ".jsonl":
         return [row.value for row in read_rows(file, parse)]
     try:
-        reader = csv.DictReader(StringIO(file.read_text(encoding="utf-8-sig")))
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 (byte {error.start}); save it as UTF-8.") from None
+    reader = csv.DictReader(StringIO(text), strict=True)
     rows: list[dict[str, str]] = []
     try:
         rows.extend(map(parse, reader))
     except (UserError, csv.Error) as error:
-        raise BadRowError(Place(file, reader.line_num), str(error)) from None
+        raise BadRowError(Place(file, reader.reader.line_num), str(error)) from None
     if not rows:
         raise UserError(f"{file} has no rows; put some there.")
     return rows
