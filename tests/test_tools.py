@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from dvc.repo import Repo
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
 
 from minimind.chat.calls import Call, calls_in
 from minimind.chat.template import Message, turns
 from minimind.chat.tokenizer import ChatTokenizer
+from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
 from minimind.evaluation.evaluate import evaluate
 from minimind.mini_world.tool_rows import BY_HAND, NO_TOOL, ToolWorldConfig, write_tool_world
 from minimind.mini_world.tools import CITIES, DAYS, SPECS, TOOLS, run_tool
@@ -267,7 +271,7 @@ def test_chats_call_tools_that_are_there_and_end_with_what_they_say(world: Path)
     for row in rows(world, "sft"):
         system, _, *others = row["conversations"]
         offered = [tool["function"]["name"] for tool in json.loads(system["tools"])]
-        assert len(offered) == len({*offered}) <= 3
+        assert len(offered) == len({*offered}) <= 4
         if len(others) == 1:
             assert others[0]["content"] in NO_TOOL
             continue
@@ -324,6 +328,34 @@ def test_a_right_model_scores_full_marks(world: Path) -> None:
         assert all(TASK.parts(expected, row["answer"]).values())
 
 
+def test_transformers_encodes_the_chats_with_the_added_tokens_as_we_do(
+    world: Path, tmp_path: Path
+) -> None:
+    """Each is a text inside of what the encoder takes in one piece, between tags."""
+    params = yaml.safe_load((ROOT / "tools/params.yaml").read_text(encoding="utf-8"))
+    made, added = train_tokenizer(["user assistant system"], 300), params["tokenizer"]["extend"]
+    made.add_tokens([AddedToken(token, normalized=False) for token in added])
+    save_tokenizer(made, tmp_path / "made")
+    ours, theirs = (
+        ChatTokenizer.load(tmp_path / "made"),
+        AutoTokenizer.from_pretrained(tmp_path / "made"),
+    )
+    seen = set()
+    for row in rows(world, "sft")[:50]:
+        chat = [
+            {
+                key: json.loads(value) if key.startswith("tool") else value
+                for key, value in turn.items()
+            }
+            for turn in row["conversations"]
+        ]
+        ids = ours.encode_chat(chat)[0]
+        tools = chat[0]["tools"]
+        assert theirs.apply_chat_template(chat, tools=tools, return_dict=True).input_ids == ids
+        seen |= {*ids}
+    assert seen >= {*theirs.convert_tokens_to_ids(added)}
+
+
 # ---- the graph ----
 
 
@@ -338,7 +370,7 @@ def test_the_graph_of_tools_is_left_alone_by_the_other(
         repo.index.check_graph()
         stages = {stage.addressing: stage for stage in repo.index.stages}
         tools = {name: stage for name, stage in stages.items() if name.startswith("tools/")}
-        assert len(tools) == 4
+        assert len(tools) == 5
         assert not {*tools} & {*load_graph(repo), *outdated(repo)}
         for stage in tools.values():
             assert not any(out.use_cache for out in stage.outs)  # or `dvc checkout` would fail

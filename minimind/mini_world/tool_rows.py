@@ -75,7 +75,7 @@ class ToolWorldConfig(Section):
     num_sft: PositiveInt = 6000
     num_eval: PositiveInt = 400
     missing_share: float = Field(0.1, ge=0, le=1)  # of chats without the tool that is called for
-    max_tools: int = Field(3, ge=1, le=len(SPECS))  # in a chat
+    max_tools: int = Field(len(SPECS), ge=1, le=len(SPECS))  # in a chat
 
 
 class Asked(NamedTuple):
