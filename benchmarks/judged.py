@@ -2,7 +2,7 @@
 
 python -m benchmarks.judged models/reason data/mini_world/eval.jsonl, after `make repro`
 
-In float32, in turns, by the time of one thread; a ratio is one of the same round: of what the models
+In float32, in turns, by the time of one thread; a ratio is one of the same round: of what models
 do, and of whole evaluations, with the harness's own work for each question. `hf` pads its batches:
 MiniMind's are of 8, and larger ones may be faster. The large model is preset small's, with random
 weights: how fast a model is does not depend on them.
