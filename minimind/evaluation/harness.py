@@ -29,7 +29,8 @@ from pydantic import Field, PositiveInt
 from transformers import AutoTokenizer
 
 from minimind.compute.precision import DType
-from minimind.datasets.formats import BadRowError, Place, read_rows, shown_keys
+from minimind.datasets.formats import BadRowError, read_rows, shown_keys
+from minimind.datasets.sources import Place
 from minimind.errors import UserError
 from minimind.evaluation.likelihood import Fork, Likelihood, branch_likelihoods
 from minimind.metrics import Number

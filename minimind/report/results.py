@@ -157,7 +157,7 @@ def read_encodings(paths: Sequence[Path]) -> dict[str, Record]:
     for path in paths:
         encode = _read_json(path).get("encode")
         for name, counts in encode.items() if isinstance(encode, dict) else ():
-            none = {"left_out": {}, "first_left_out": {}}
+            none: Record = {"left_out": {}, "first_left_out": {}}
             counts = none | counts if isinstance(counts, dict) else {}
             _require_types(counts, ENCODING_TYPES, f"{path}: {name}", "run its encode stage again")
             found[name] = counts
