@@ -48,6 +48,8 @@ PREDICTIONS = [
 ]
 FILES = {
     "dvc.yaml": GRAPH,
+    # A graph that is asked for by name: no stage of it is out of date because it has never run.
+    "aside/dvc.yaml": "stages: {never: {cmd: exit 1, deps: [../other.txt]}}\n",
     "params.yaml": "data: {sft: chats.jsonl, problems: problems.jsonl}\nsft: {lr: 1e-3, n: [1]}\n",
     "chats.jsonl": '{"n": 1}\n{"n": 2}\n{"n": 2}\n{"n": 3}\n',
     "elsewhere.jsonl": '{"n": 1}\n{"n": 2}\n{"n": 9}\n',
