@@ -236,7 +236,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "two answers": ({"n": 2}, "n: it should be 1"),
     "a format": ({"response_format": {"type": "json_object"}}, "response_format"),
     "a forced call": ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice: it should be"),
-    "what nobody knows": ({"extra_body": {"top_k": 5}}, "top_k: "),
+    "what nobody knows": ({"extra_body": {"top_k": 5}}, "top_k: it is not supported"),
     "too much": ({"messages": [{"role": "user", "content": "x" * 1000}]}, "256 positions"),
 }
 
@@ -290,7 +290,7 @@ def test_the_command_serves_until_it_is_stopped(folder: Path) -> None:
     assert second.returncode == 1
     assert second.stderr.count("\n") == 1
     serving.send_signal(signal.SIGINT)
-    assert serving.wait() == 130
+    assert serving.wait() in (0, 130)  # 0 where whoever runs the tests ignores Ctrl-C
 
 
 TEXTS = st.text(st.sampled_from("ab {}<>/\n你😀\"'"), max_size=12).map(str.strip)

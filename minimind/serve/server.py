@@ -98,7 +98,9 @@ class Server:
         except ValidationError as error:
             detail = error.errors()[0]
             where = ".".join(map(str, detail["loc"]))
-            return _error(400, f"{where}: {complaint(detail)}".removeprefix(": "), where)
+            unknown = "it is not supported; leave it out"
+            wrong = unknown if detail["type"] == "extra_forbidden" else complaint(detail)
+            return _error(400, f"{where}: {wrong}".removeprefix(": "), where)
         if asked.model not in (None, self.name):
             return _error(
                 404, f"there is no model {asked.model!r}; there is {self.name!r}.", "model"
