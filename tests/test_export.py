@@ -209,7 +209,7 @@ def test_verify_finds_what_is_not_as_the_receipt_says(
     code, said = verify(folder)
     assert code == 0, said
     assert "models/sft, by 2 stages from mine.jsonl" in said
-    for beside in ("Modelfile", ".gitattributes"):
+    for beside in ("it.Modelfile", ".gitattributes"):
         (folder / beside).write_text("")
     assert verify(folder)[0] == 0
     break_it, words = BREAKS[name]

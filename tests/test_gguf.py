@@ -33,7 +33,8 @@ def folder(tmp_path: Path) -> Path:
 def written(folder: Path, kind: str = "f16") -> Path:
     result = run(folder, kind)
     assert result.exit_code == 0, result.output
-    return folder / f"{folder.name}-{kind}.gguf"
+    assert list(folder.glob("*.gguf")) == []  # DVC knows what is in it
+    return folder.parent / f"{folder.name}-{kind}.gguf"
 
 
 def run(folder: Path, kind: str = "f16") -> Result:
@@ -51,7 +52,9 @@ def test_transformers_reads_the_same_model_from_it(
 ) -> None:
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     file = written(folder, kind)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=f"../{file.name}", dtype=torch.float32
+    )
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():
         difference = (theirs(ids).logits - stock(ids).logits).abs().max()
@@ -103,6 +106,8 @@ def test_a_file_is_known_by_the_receipt_of_its_folder(folder: Path) -> None:
     file.write_bytes(before[:1000])
     assert "cannot be read" in verified(folder, 1)
     file.write_bytes(before)
+    file.rename(folder / file.name)  # as it lies on a hub
+    assert "made from this folder" in verified(folder, 0)
     (folder / "lineage.json").write_text((folder / "lineage.json").read_text() + "\n")
     assert "another receipt" in verified(folder, 1)
 
@@ -116,7 +121,7 @@ def verified(folder: Path, expect: int) -> str:
 def test_what_llama_cpp_would_read_otherwise_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text("{}")
     assert "is not what its receipt says: files: config.json" in run(folder).stderr
-    assert not list(folder.glob("*.gguf*"))
+    assert not list(folder.parent.glob("*.gguf*"))
     base = folder.parent / "models/base"
     tokenizer = json.loads((base / "tokenizer.json").read_text())
     tokenizer["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = False
@@ -125,12 +130,12 @@ def test_what_llama_cpp_would_read_otherwise_is_refused(folder: Path) -> None:
     result = run(base)
     assert result.exit_code == 1
     assert "its pre_tokenizer is none of those" in result.stderr
-    assert not list(base.glob("*.gguf*"))
+    assert not list(base.parent.glob("*.gguf*"))
 
 
 def test_ollama_gets_our_control_tokens_and_tags(folder: Path) -> None:
     written(folder)
-    text = (folder / "Modelfile").read_text()
+    text = (folder.parent / "it-f16.Modelfile").read_text()
     assert text.startswith("FROM ./it-f16.gguf\n")
     assert f"PARAMETER num_ctx {load_model(folder).config.max_positions}" in text
     template = text.split('"""')[1]

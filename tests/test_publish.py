@@ -103,14 +103,15 @@ def test_nothing_is_sent_unless_it_is_asked_for(folder: Path, hub: str) -> None:
 
 
 def test_what_the_receipt_has_is_sent_as_it_is(folder: Path, hub: str) -> None:
-    (folder / "it-f16.gguf").write_bytes(b"GGUF")
-    (folder / "Modelfile").write_text("FROM x")
+    beside = {"it-f16.gguf": b"GGUF", "it-f16.Modelfile": b"FROM x"}
+    for name, content in beside.items():
+        (folder.parent / name).write_bytes(content)
     (folder / ".secret").write_text("not this")
     code, said, _ = publish(folder, hub, "--upload")
     assert code == 0
     assert f"{hub}/user/it/commit/1" in said
     expected = {f.name: f.read_bytes() for f in folder.iterdir() if f.name != ".secret"}
-    assert Hub.sent == expected
+    assert Hub.sent == expected | beside
 
 
 def test_a_folder_that_was_changed_and_one_without_a_receipt_stay_here(

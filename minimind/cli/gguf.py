@@ -1,19 +1,22 @@
 """`minimind gguf`: a checkpoint as one file for llama.cpp and Ollama."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from minimind.exports.receipt import GgufType
 
 
 def gguf(
     folder: Annotated[Path, typer.Argument(help="of an export or checkpoint: exports/reason")],
     kind: Annotated[
-        Literal["f32", "f16", "q8_0"],
-        typer.Option("--type", help="of matrices; q8_0: 8 bits, half the size of f16"),
+        GgufType, typer.Option("--type", help="of matrices; q8_0: 8 bits, half the size of f16")
     ] = "f16",
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="default: DIR/NAME-TYPE.gguf")
+        Path | None,
+        # Not in the folder, which is an output that DVC knows file by file.
+        typer.Option("-o", "--output", help="default: beside the folder, exports/reason-f16.gguf"),
     ] = None,
 ) -> None:
     """Write a GGUF file and, beside it, a Modelfile for Ollama."""
@@ -22,7 +25,8 @@ def gguf(
     from minimind.exports.modelfile import write_modelfile
     from minimind.model.checkpoint import load_config
 
-    output = output or folder / f"{folder.resolve().name}-{kind}.gguf"
+    output = output or folder.parent / f"{folder.resolve().name}-{kind}.gguf"
     write_gguf(folder, output, kind)
-    write_modelfile(output.with_name("Modelfile"), output, load_config(folder).max_positions)
-    typer.echo(f"{output}: {output.stat().st_size:,} bytes, and a Modelfile beside it")
+    modelfile = output.with_suffix(".Modelfile")
+    write_modelfile(modelfile, output, load_config(folder).max_positions)
+    typer.echo(f"{output}: {output.stat().st_size:,} bytes; for Ollama: {modelfile}")

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from minimind.errors import UserError
-from minimind.exports.receipt import RECEIPT, check_export
+from minimind.exports.receipt import RECEIPT, check_export, ggufs_of
 from minimind.lineage.verify import Finding, Project
 
 MARK = "# minimind verify --install-hook"
@@ -40,7 +40,7 @@ def verify(
         return
     if (root / RECEIPT).exists():
         findings = list(check_export(root))
-        if any(root.glob("*.gguf")):
+        if ggufs_of(root):
             from minimind.exports.gguf import check_ggufs  # needs an extra
 
             findings += check_ggufs(root)

@@ -10,14 +10,14 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file
 
 from minimind.chat.tokenizer import END, PAD, START, TEMPLATE_FILE
 from minimind.errors import UserError
-from minimind.exports.receipt import RECEIPT, require_whole, sha256_of
+from minimind.exports.receipt import RECEIPT, GgufType, ggufs_of, require_whole, sha256_of
 from minimind.files import replacing
 from minimind.lineage.verify import Finding
 from minimind.model.checkpoint import load_model
@@ -27,7 +27,6 @@ try:
 except ImportError:
     raise UserError("GGUF needs the package gguf: pip install 'minimind-dvc[gguf]'.") from None
 
-GgufType = Literal["f32", "f16", "q8_0"]
 # Keys in a file's metadata, and of what a SHA-256 stands there.
 OF_RECEIPT, OF_TENSORS = "minimind.receipt.sha256", "minimind.tensors.sha256"
 ARCHITECTURES = {
@@ -92,9 +91,9 @@ def write_gguf(folder: Path, output: Path, kind: GgufType) -> None:
 
 
 def check_ggufs(folder: Path) -> Iterator[Finding]:
-    """Whether GGUF files beside a receipt are of it, and hold the tensors that they held."""
+    """Whether the GGUF files of an exported folder are of its receipt, their tensors as made."""
     receipt = sha256_of(folder / RECEIPT)
-    for file in sorted(folder.glob("*.gguf")):
+    for file in ggufs_of(folder):
         try:
             reader = gguf.GGUFReader(file)
             said = {

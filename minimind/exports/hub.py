@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 
 from minimind.errors import UserError
-from minimind.exports.receipt import RECEIPT, read_receipt, require_whole
+from minimind.exports.receipt import RECEIPT, ggufs_of, read_receipt, require_whole
 
 
 def files_to_publish(folder: Path) -> list[Path]:
@@ -16,8 +16,8 @@ def files_to_publish(folder: Path) -> list[Path]:
     """
     require_whole(folder)
     names = [*read_receipt(folder).files, RECEIPT]
-    gguf = sorted(folder.glob("*.gguf"))
-    beside = [folder / "Modelfile"] if gguf else []
+    gguf = ggufs_of(folder)
+    beside = [file.with_suffix(".Modelfile") for file in gguf]
     return [*(folder / name for name in names), *gguf, *filter(Path.is_file, beside)]
 
 
@@ -31,10 +31,9 @@ def publish(folder: Path, repository: str, private: bool) -> str:
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            folder_path=folder,
-            repo_id=repository,
-            allow_patterns=[file.name for file in files],
+        commit = api.create_commit(
+            repository,
+            [CommitOperationAdd(file.name, file) for file in files],
             commit_message=f"Upload {folder.resolve().name}",
         )
     except Exception as error:  # the client raises whatever its parts raise

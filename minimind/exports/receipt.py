@@ -7,7 +7,7 @@ hashes: each entry by what another was run with, from the checkpoint itself back
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import safetensors
 from pydantic import BaseModel, Field, StringConstraints, ValidationError
@@ -20,8 +20,9 @@ from minimind.lineage.verify import Finding, Project
 from minimind.report.ancestry import CONSTANT
 
 RECEIPT = "lineage.json"
+GgufType = Literal["f32", "f16", "q8_0"]
 # Made from an export, or left by what brought it: no receipt has them.
-_BESIDE = (RECEIPT, "Modelfile", "*.gguf", ".*")
+_BESIDE = (RECEIPT, "*.Modelfile", "*.gguf", ".*")
 
 _Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]  # of a file in the folder itself
 
@@ -173,6 +174,15 @@ def check_export(folder: Path) -> Iterator[Finding]:
     text = f"{receipt.checkpoint}, by {len(receipt.ancestors)} stages from {sources}"
     yield _finding("lineage", text, wrong)
     yield Finding("receipt", f"SHA-256 {sha256_of(folder / RECEIPT)}", "whole")
+
+
+def ggufs_of(folder: Path) -> list[Path]:
+    """GGUF files in a folder, and those that `minimind gguf` puts beside it by its name."""
+    folder = folder.resolve()  # which may be a "."
+    beside = [f"{folder.name}-{kind}.gguf" for kind in get_args(GgufType)]
+    return sorted(
+        [*folder.glob("*.gguf"), *(f for f in folder.parent.iterdir() if f.name in beside)]
+    )
 
 
 def require_whole(folder: Path) -> None:
