@@ -45,7 +45,7 @@ def test_a_run_ends_with_what_has_changed_and_the_command_commits_it(project: Pa
 
     Path("params.yaml").write_text("seed: 2\n")
     Path("metrics/a.json").write_text(json.dumps({"a": {"loss": 0.123456, "steps": 3}}))
-    Path("metrics/b.json").write_text("{}")
+    Path("metrics/b.json").write_text(json.dumps({"of a stage that is new": 1}))
     Path("dvc.lock").write_text("schema: '2.0'\n")
     Path("my notes.txt").write_text("of mine\n")  # none of a run's business
     lines = list(farewell(tracked, WHAT))

@@ -61,7 +61,7 @@ def _metrics_changed(repo: Repo) -> Iterator[str]:
         (name, change["old"], change["new"])
         for _, metrics in sorted(files.items())
         for name, change in metrics.items()
-        if "old" in change and "new" in change
+        if change.get("old") is not None and change.get("new") is not None  # a stage's first run
     ]
     widest = max((len(name) for name, _, _ in rows[:MOST_METRICS]), default=0)
     for name, old, new in rows[:MOST_METRICS]:
