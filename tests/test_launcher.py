@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -272,6 +273,34 @@ def test_the_command_is_told_which_dvc_it_works_for(tmp_path: Path) -> None:
     )
     created = psutil.Process(dvc.pid).create_time()
     assert f"{dvc.pid} {created}" in dvc.communicate()[0].splitlines()
+
+
+SBATCH = """#!/bin/sh
+touch begun
+sleep 1
+echo 17
+until [ -s calls ]; do sleep 0.1; done
+exit 3
+"""
+
+
+def test_a_job_is_cancelled_that_had_no_number_yet_when_its_stage_was_stopped(
+    tmp_path: Path,
+) -> None:
+    for name, text in {"sbatch": SBATCH, "scancel": '#!/bin/sh\necho "$*" >> calls\n'}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    launcher = str(ROOT / "launchers/slurm")
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    launched = subprocess.Popen(
+        [launcher, "sft", "log", "--", "true"], cwd=tmp_path, env=environment
+    )
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)  # until the launcher listens
+    launched.send_signal(signal.SIGUSR1)
+    assert launched.wait(60) == 3
+    assert (tmp_path / "calls").read_text().splitlines()[0] == "--state=PENDING 17"
 
 
 def test_launchers_can_be_run() -> None:

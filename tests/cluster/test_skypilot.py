@@ -59,7 +59,7 @@ def test_the_command_arrives_word_by_word_and_what_it_made_is_fetched(tmp_path: 
 
 
 def test_a_stop_cancels_the_job_and_fetches_what_it_saved(tmp_path: Path) -> None:
-    launched = start(tmp_path, "sh", "-c", 'echo there; trap "exit 7" USR1; sleep 600 & wait')
+    launched = start(tmp_path, "sh", "-c", 'trap "exit 7" USR1; echo there; sleep 600 & wait')
     assert launched.stdout
     assert launched.stdout.readline() == "there\n"
     (tmp_path / "sky").write_text('#!/bin/sh\necho "sky $*" >> calls; pkill -USR1 -P $PPID sh\n')
