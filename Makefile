@@ -37,8 +37,9 @@ test: install
 
 # Needs more than Python packages, and skips what is not there: Slurm (apt-get install slurm-wlm munge), Chromium.
 test-more: install .venv/skypilot
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
-	OMP_NUM_THREADS=1 python -m pytest -rs tests/cluster tests/browser
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    -e '.[browser,tensorboard,swanlab,trackio,remote]'
+	OMP_NUM_THREADS=1 python -m pytest -rs tests/cluster tests/browser tests/test_trackers.py tests/test_remote.py
 
 .venv/skypilot: # in an environment of its own: it asks for other versions of much that we use
 	$(PYTHON) -m venv $@
