@@ -27,8 +27,8 @@ _SET_KEY = re.compile(r"-S '?(\+{0,2}[\w.]+)=")
 _FILE = re.compile(r".*\.(py|md|json|jsonl|yaml|toml|lock|txt|csv|npy|safetensors|pth)")
 _VARIABLE = re.compile(r"MINIMIND_[A-Z]+(?:_[A-Z]+)*")
 _NOT_OURS = ("torch",)  # of dotted names
-# A secret: read where it is used, so that it is in no settings and no record.
-_SECRETS = {"MINIMIND_API_KEY"}
+# Secrets: read where they are used, so that they are in no settings and no record.
+_SECRETS = {"MINIMIND_API_KEY", "MINIMIND_PASSWORD"}
 
 
 def documents() -> list[str]:

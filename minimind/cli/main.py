@@ -22,6 +22,7 @@ from minimind.cli.seeds import seeds
 from minimind.cli.serve import serve
 from minimind.cli.show import show
 from minimind.cli.verify import verify
+from minimind.cli.web import web
 from minimind.lineage.repository import running_stages
 from minimind.terminal.command import stage_app
 
@@ -75,6 +76,7 @@ app.command()(show)
 app.command()(serve)
 app.command()(upgrade)
 app.command()(verify)
+app.command()(web)
 
 
 def main() -> None:

@@ -1,0 +1,261 @@
+"""The chat in a browser: several checkpoints side by side, on the same questions."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from html import escape
+from typing import Any
+
+from minimind.errors import UserError
+from minimind.talk.conversation import Conversation, Reply, Settings, summary
+from minimind.talk.parts import Kind
+from minimind.talk.speaker import Speaker
+
+MOST_COLUMNS = 4
+REFRESH_SECONDS = 0.1
+TITLES: dict[Kind, str] = {  # of what can be folded
+    "thought": "Thought · 思考",
+    "call": "Call · 调用工具",
+    "result": "Result · 工具结果",
+}
+LABELS = {  # English, Chinese
+    "question": ("Question", "问题"),
+    "checkpoints": ("Checkpoints, side by side", "并排比较的检查点"),
+    "again": ("Another reply", "重新回答"),
+    "reset": ("New conversation", "新对话"),
+    "settings": ("Settings", "设置"),
+    "system": ("System prompt", "系统提示词"),
+    "temperature": ("Temperature; 0: the likeliest token", "温度；0 表示取概率最大的词元"),
+    "top_p": ("Top p", "Top p"),
+    "seed": ("Seed", "随机种子"),
+    "max_new_tokens": ("Tokens of a reply, at most", "回复最多的词元数"),
+    "think": ("Thinking", "思考"),
+    "tokens": ("Tokens: point at one for what was likely instead", "词元：指向一个可看其他可能"),
+    "about": ("Scores and ancestry", "得分与来历"),
+}
+UNKNOWN = "No stage of this project made it. · 不是本项目的任何阶段生成的。"
+CHATBOT = {"render_markdown": False, "height": 380, "buttons": ["copy"]}  # 3*4*5 stays as it is
+CSS = """
+footer, .chat .top-panel { display: none !important }
+div:has(.tokens) { overflow: visible !important }
+@media (max-width: 640px) { .chat { height: 250px !important } }
+.tokens { line-height: 1.9; white-space: pre-wrap; overflow-wrap: anywhere }
+.token { position: relative; border-radius: 3px; padding: 1px 0; cursor: help;
+  background: rgb(220 60 40 / calc(.75 - .75 * var(--p))) }
+.token > span { display: none; position: absolute; z-index: 9; left: 0; top: 1.7em;
+  padding: .4em .7em; border: 1px solid #888; border-radius: 6px; font-size: .85em;
+  color: #fff; background: #222; white-space: pre }
+.token:hover > span, .token:focus > span { display: block }
+"""
+
+
+@dataclass
+class Visit:
+    """What one window of a browser talks about; its settings hold for all its conversations."""
+
+    settings: Settings = field(default_factory=Settings)
+    conversations: dict[str, Conversation] = field(default_factory=dict)
+
+
+def page(
+    names: list[str],
+    shown: int,
+    open_speaker: Callable[[str], Speaker],
+    about: Callable[[str], str],
+) -> Any:
+    """The page as Gradio's Blocks.
+
+    names: of checkpoints that may be talked to, of which the first `shown` are at the start.
+    about: Markdown of one.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    import gradio as gr  # an extra, and takes seconds
+
+    open_once, known_of = cache(open_speaker), cache(about)
+    i18n = words()
+
+    def talking(visit: Visit | None, chosen: list[str]) -> tuple[Visit, list[Conversation]]:
+        visit = visit or Visit()
+        for name in chosen:
+            if name not in visit.conversations:
+                try:
+                    visit.conversations[name] = Conversation(open_once(name), visit.settings)
+                except UserError as error:
+                    raise gr.Error(escape(str(error)), print_exception=False) from None
+        return visit, [visit.conversations[name] for name in chosen]
+
+    def show(visit: Visit | None, chosen: list[str]) -> list[Any]:
+        """Other checkpoints in the columns."""
+        visit, chats = talking(visit, chosen[:MOST_COLUMNS])
+        columns: list[Any] = [visit]
+        for number in range(MOST_COLUMNS):
+            if number < len(chats):
+                chat, known = chats[number], known_of(chosen[number])
+                chatbot = gr.Chatbot(messages(chat), label=chosen[number])
+                columns += [gr.Column(visible=True), chatbot, gr.Column(visible=True)]
+                columns += [tokens_html(chat), f"**{chosen[number]}**\n\n{known or UNKNOWN}"]
+            else:
+                columns += [gr.Column(visible=False), [], gr.Column(visible=False), "", ""]
+        return columns
+
+    def respond(
+        visit: Visit | None, chosen: list[str], question: str | None, *said: Any
+    ) -> Iterator[list[Any]]:
+        """Replies as they grow, to a question or, where that is None, to the last one again."""
+        visit, chats = talking(visit, chosen[:MOST_COLUMNS])
+        if not chats or (question is not None and not question.strip()):
+            yield [visit, question or "", *columns(chats)]
+            return
+        settings = visit.settings
+        settings.system, settings.temperature, settings.top_p = said[:3]
+        settings.seed, settings.max_new_tokens, settings.think = int(said[3] or 0), *said[4:]
+        growing: dict[Conversation, Iterator[Reply]] = {
+            chat: chat.regenerate() if question is None else chat.ask(question.strip())
+            for chat in chats
+        }
+        replies = list(growing.values())
+        failed, last = 0, 0.0
+        try:
+            while growing:
+                for chat, reply in list(growing.items()):
+                    try:
+                        next(reply)
+                    except StopIteration:
+                        del growing[chat]
+                    except UserError as error:
+                        gr.Warning(escape(f"{chat.speaker.name}: {error}"))
+                        del growing[chat]
+                        failed += 1
+                if growing and time.monotonic() - last > REFRESH_SECONDS:
+                    yield [visit, "", *columns(chats)]
+                    last = time.monotonic()
+            # A question that nobody could be asked is not lost.
+            yield [visit, (question or "") if failed == len(chats) else "", *columns(chats)]
+        finally:
+            for reply in replies:
+                reply.close()  # type: ignore[attr-defined]
+
+    def columns(chats: list[Conversation]) -> list[Any]:
+        values = [part for chat in chats for part in (messages(chat), tokens_html(chat))]
+        return values + [gr.skip()] * (2 * MOST_COLUMNS - len(values))
+
+    def again(visit: Visit | None, chosen: list[str], _: str, *said: Any) -> Iterator[list[Any]]:
+        yield from respond(visit, chosen, None, *said)
+
+    def reset(visit: Visit | None, chosen: list[str]) -> list[Any]:
+        visit, chats = talking(visit, chosen[:MOST_COLUMNS])
+        for chat in visit.conversations.values():
+            chat.reset()
+        return [visit, *columns(chats)]
+
+    with gr.Blocks(title="minimind", analytics_enabled=False, fill_width=True) as blocks:
+        visit = gr.State(time_to_live=3600)
+        chosen = gr.CheckboxGroup(names, value=names[:shown], label=i18n("checkpoints"))
+        slots: list[list[Any]] = []
+        with gr.Row():
+            for number in range(MOST_COLUMNS):
+                with gr.Column(visible=number < shown, min_width=300) as column:
+                    slots.append([column, gr.Chatbot(**CHATBOT, elem_classes="chat")])
+        box = gr.Textbox(label=i18n("question"), submit_btn=True, stop_btn=True, max_lines=8)
+        with gr.Row():
+            regenerate = gr.Button(i18n("again"), size="sm", min_width=120)
+            anew = gr.Button(i18n("reset"), size="sm", min_width=120)
+        with gr.Row():
+            for number, slot in enumerate(slots):
+                with gr.Column(visible=number < shown, min_width=300) as column:
+                    with gr.Accordion(i18n("tokens"), open=False):
+                        tokens = gr.HTML()
+                    with gr.Accordion(i18n("about"), open=False):
+                        slot += [column, tokens, gr.Markdown()]
+        with gr.Accordion(i18n("settings"), open=False):
+            inputs = [
+                gr.Textbox(label=i18n("system")),
+                gr.Slider(0, 2, 0, step=0.05, label=i18n("temperature")),
+                gr.Slider(0.05, 1, 1, step=0.05, label=i18n("top_p")),
+                gr.Number(1, minimum=0, precision=0, label=i18n("seed")),
+                gr.Slider(1, 2048, 512, step=1, label=i18n("max_new_tokens")),
+                gr.Checkbox(True, label=i18n("think")),
+            ]
+        both = [part for slot in slots for part in (slot[1], slot[3])]
+        asked = [visit, chosen, box, *inputs]
+        answering = [
+            box.submit(respond, asked, [visit, box, *both]),
+            regenerate.click(again, asked, [visit, box, *both]),
+        ]
+        box.stop(lambda: None, cancels=answering)
+        anew.click(reset, [visit, chosen], [visit, *both], cancels=answering)
+        every = [visit, *[part for slot in slots for part in slot]]
+        chosen.change(show, [visit, chosen], every)
+        blocks.load(show, [visit, chosen], every)
+    return blocks
+
+
+def words() -> Any:
+    """Labels in the language of the browser."""
+    import gradio as gr
+
+    english, chinese = ({key: of[n] for key, of in LABELS.items()} for n in (0, 1))
+    return gr.I18n(**{"en": english, "zh-CN": chinese, "zh": chinese, "zh-TW": chinese})
+
+
+def messages(chat: Conversation) -> list[dict[str, Any]]:
+    """A conversation as Gradio's Chatbot shows it, thoughts and calls of tools foldable."""
+    shown: list[dict[str, Any]] = []
+    for said in chat.history:
+        if said["role"] == "user":
+            shown.append({"role": "user", "content": said["content"]})
+            continue
+        reply = Reply(messages=[said])
+        for part in reply.parts:
+            message: dict[str, Any] = {"role": "assistant", "content": part.text}
+            if title := TITLES.get(part.kind):
+                message["metadata"] = {"title": title}
+            shown.append(message)
+    return shown
+
+
+def tokens_html(chat: Conversation) -> str:
+    """The last reply's tokens, the less likely the redder; each with what was likely instead."""
+    if not chat.reply:
+        return ""
+
+    def text(id_: int) -> str:
+        return escape(chat.speaker.token_text(id_))
+
+    spans = []
+    for token in chat.reply.tokens:
+        likely = {**dict(token.alternatives), token.id: token.logprob}
+        lines = [f"{100 * math.exp(value):5.1f} %  {text(id_)!r}" for id_, value in likely.items()]
+        style = f"--p:{math.exp(token.logprob):.2f}"
+        spans.append(
+            f'<span class="token" tabindex="0" style="{style}">{text(token.id)}'
+            f"<span>{chr(10).join(lines)}</span></span>"
+        )
+    note = escape(" ".join(filter(None, (chat.reply.note, summary(chat.reply)))))
+    name = escape(chat.speaker.name)
+    return f'<b>{name}</b><div class="tokens">{"".join(spans)}</div><p>{note}</p>'
+
+
+def serve(blocks: Any, host: str, port: int | None, password: str | None, **options: Any) -> None:
+    """Serve the page until Ctrl-C.
+
+    port: None for any that is free.
+    options: of Gradio's `launch`.
+    """
+    import gradio as gr
+
+    blocks.launch(
+        server_name=host,
+        server_port=port,
+        auth=("minimind", password) if password else None,
+        i18n=words(),
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        css=CSS,
+        share=False,
+        quiet=True,
+        **options,
+        footer_links=[],
+    )

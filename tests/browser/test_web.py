@@ -1,0 +1,88 @@
+"""`minimind web` in a real browser, narrow and wide, light and dark, in both languages."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minimind.talk.speaker import open_speaker
+from minimind.talk.web import page, serve
+from tests.test_chat import checkpoint  # noqa: F401
+
+pytest.importorskip("gradio", reason="no gradio")
+playwright = pytest.importorskip("playwright.sync_api", reason="no playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+
+
+@pytest.fixture(scope="module")
+def blocks(checkpoint: Path) -> Iterator[Any]:  # noqa: F811
+    names = {"one": checkpoint, "two": checkpoint, "three": checkpoint}
+    blocks = page([*names], 2, lambda name: open_speaker(str(names[name])), lambda name: "")
+    serve(blocks, "127.0.0.1", None, None, prevent_thread_lock=True)
+    yield blocks
+    blocks.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def ask(window: Any, question: str) -> None:
+    box = window.locator("textarea").first
+    box.fill(question)
+    box.press("Enter")
+
+
+@pytest.mark.parametrize(
+    ("size", "scheme", "language", "anew"),
+    [
+        ((1280, 900), "light", "en-US", "New conversation"),
+        ((390, 844), "dark", "zh-CN", "新对话"),
+    ],
+)
+def test_talking(
+    blocks: Any, browser: Any, size: tuple[int, int], scheme: str, language: str, anew: str
+) -> None:
+    width, height = size
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, color_scheme=scheme, locale=language
+    )
+    window = context.new_page()
+    hosts, faults = set(), []
+    window.on("request", lambda request: hosts.add(request.url.split("/")[2]))
+    window.on("pageerror", lambda error: faults.append(f"{error}"))
+    window.goto(blocks.local_url)
+    ask(window, "1+1?")
+    chats = window.locator(".chat")
+    answers = chats.get_by_text("2", exact=True)
+    answers.nth(1).wait_for()
+    assert chats.get_by_text("1+1=2").count() == answers.count() == 2  # thought and answer apart
+    fold = chats.first.get_by_text("Thought")
+    fold.click()
+    chats.first.get_by_text("1+1=2").wait_for(state="hidden")
+    # Each token has what was likely instead.
+    window.locator("button.label-wrap").first.click()
+    window.locator(".token").first.hover()
+    window.locator(".token > span").first.wait_for(state="visible")
+    # What leaves no room is said, and not lost.
+    ask(window, "x" * 10_000)
+    window.get_by_text("the model 256 positions").first.wait_for()
+    window.wait_for_function("document.querySelector('textarea').value.length === 10000")
+    assert answers.count() == 2
+    # A third beside them, and everything anew.
+    window.get_by_label("three").check()
+    window.get_by_role("button", name=anew).click()
+    answers.first.wait_for(state="hidden")
+    ask(window, "你好")
+    chats.get_by_text("好😀！").nth(2).wait_for()
+    assert window.evaluate("document.documentElement.scrollWidth") <= width
+    context.close()
+    assert not faults
+    assert {host.split(":")[0] for host in hosts if host} == {"127.0.0.1"}
