@@ -188,6 +188,7 @@ def test_each_kind_of_finding_has_its_line(
         {"prompt": "a", "answer": "D", "scoring": "letter", "language": "en"},
         chat(user("a"), assistant("<think>2+3</think><answer>5</answer>")) | {"level": 2},
         chat(user("a"), assistant("Nobody knows.")),
+        chat(user("a"), assistant("5")) | {"prompt": ["not looked at"]},
     ],
 )
 def test_lint_reads_problems_as_the_stages_do(tmp_path: Path, row: Any) -> None:

@@ -97,7 +97,8 @@ class Format(Generic[T]):
         names = [key for key in record if key not in read]
         for key in read.intersection(_LISTS):
             for turn in record[key] if isinstance(record.get(key), list) else ():
-                names += [f"{key}.{name}" for name in turn.keys() - _TURN_KEYS]
+                keys = turn.keys() - _TURN_KEYS if isinstance(turn, dict) else ()
+                names += [f"{key}.{name}" for name in keys]
         return sorted(set(names))
 
 
