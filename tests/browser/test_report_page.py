@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.test_report import prediction, run, write
 from tests.test_report_page import built, workspace_page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright")
@@ -64,6 +65,17 @@ def test_everybody_can_read_it(
 def test_nothing_but_tables_is_wider_than_a_phone(browser: Any, address: str) -> None:
     page = browser.new_page(viewport={"width": 360, "height": 740})
     page.goto(address)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.close()
+
+
+def test_words_without_an_end_are_broken(browser: Any, tmp_path: Path) -> None:
+    long = "x_" * 300
+    row = prediction(prompt=long, output=f"<think>{long}</think>{long}", answer=long)
+    write(tmp_path, long[:60], [row])
+    assert run(tmp_path, long[:60])[0] == 0
+    page = browser.new_page(viewport={"width": 360, "height": 740})
+    page.goto((tmp_path / "index.html").as_uri())
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.close()
 
