@@ -20,20 +20,22 @@ from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 from typer.testing import CliRunner
 
+from minimind.chat.template import THOUGHT_BEGUN
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
 from minimind.cli.chat import typed_lines
 from minimind.cli.main import app
 from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import UserError
+from minimind.mini_world.tools import SPECS
 from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.model.reply import reply
 from minimind.model.transformer import Transformer
 from minimind.objectives.next_token import NextToken
 from minimind.talk.conversation import Conversation, Settings
-from minimind.talk.parts import Part, answer_call, parts_of
+from minimind.talk.parts import Part, parts_of
 from minimind.talk.session import Session
-from minimind.talk.speaker import NO_THOUGHT, Speaker, open_speaker
+from minimind.talk.speaker import Speaker, open_speaker
 from minimind.talk.stream import Stream, Token
 from minimind.training.fit import FitConfig, fit
 from tests.graph import ROOT
@@ -41,7 +43,8 @@ from tests.project import dvc, git
 from tests.test_generate import lively_model, logits_of, random_prompts
 from tests.tiny import tiny_model
 
-CALL = '<tool_call>\n{"name": "times", "arguments": {"a": 7, "b": 8}}\n</tool_call>'
+CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "7*8"}}\n</tool_call>'
+NO_THOUGHT = THOUGHT_BEGUN[False]
 CHATS: list[list[dict[str, str]]] = [
     [
         {"role": "user", "content": "1+1?"},
@@ -78,7 +81,7 @@ def speaker(checkpoint: Path) -> Speaker:
 
 @pytest.fixture
 def conversation(speaker: Speaker) -> Conversation:
-    return Conversation(speaker, Settings(tools={"times": lambda a, b: a * b}))
+    return Conversation(speaker, Settings())
 
 
 def ask(conversation: Conversation, question: str) -> list[Part]:
@@ -174,22 +177,6 @@ def test_thought_answer_and_calls_are_told_apart(output: str, parts: list[Part])
     assert parts_of(output) == parts
 
 
-@pytest.mark.parametrize(
-    ("call", "result"),
-    [
-        ('{"name": "times", "arguments": {"a": 7, "b": 8}}', "56"),
-        ('{"name": "times", "arguments": "{\\"a\\": 7, \\"b\\": 8}"}', "56"),
-        ('{"name": "plus", "arguments": {}}', "no tool 'plus': times"),
-        ('{"name": "times", "arguments": {"a": 7}}', "TypeError"),
-        ('{"name": ["times"]}', "TypeError"),
-        ("times(7, 8)", "JSONDecodeError"),
-        ("[]", "TypeError"),
-    ],
-)
-def test_a_call_is_answered_be_it_wrong(call: str, result: str) -> None:
-    assert result in answer_call(call, {"times": lambda a, b: a * b})
-
-
 def test_a_conversation_is_what_reply_says(conversation: Conversation, checkpoint: Path) -> None:
     model, tokenizer = load_model(checkpoint), ChatTokenizer.load(checkpoint)
     for chat in CHATS[:2]:
@@ -207,7 +194,7 @@ def test_text_grows_by_whole_characters(conversation: Conversation) -> None:
 
 
 def test_calls_are_answered_and_told_to_the_model(conversation: Conversation) -> None:
-    call = Part("call", '{"name": "times", "arguments": {"a": 7, "b": 8}}')
+    call = Part("call", CALL.split("\n")[1])
     assert ask(conversation, "7*8?") == [call, Part("result", "56"), Part("answer", "It is 56.")]
     assert conversation.history == CHATS[2]
 
@@ -253,12 +240,16 @@ def test_an_answer_without_a_thought_begins_with_an_empty_one(conversation: Conv
     assert "<think>" not in said.removeprefix(NO_THOUGHT)
 
 
-def test_tools_are_described_in_the_system_prompt(speaker: Speaker) -> None:
-    question, tool = {"role": "user", "content": "7*8?"}, {"name": "times"}
+def test_tools_are_described_in_the_system_prompt(conversation: Conversation) -> None:
+    question, speaker = {"role": "user", "content": "7*8?"}, conversation.speaker
     for system in ([], [{"role": "system", "content": "Be brief."}]):
-        told = [{"role": "system", "content": "".join(s["content"] for s in system)}, question]
-        expected = speaker.tokenizer.encode_prompt([{**told[0], "tools": [tool]}, question])
-        assert speaker.prompt([*system, question], [tool], True)[0] == expected
+        content = "".join(message["content"] for message in system)
+        told = {"role": "system", "content": content, "tools": [*SPECS.values()]}
+        expected = speaker.tokenizer.encode_prompt([told, question])
+        assert speaker.prompt([*system, question], [*SPECS.values()], True)[0] == expected
+    conversation.settings.tools = True
+    with pytest.raises(UserError, match="positions"):  # their descriptions alone fill this model
+        ask(conversation, "7*8?")
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def test_without_gradio_one_line_says_what_to_install(monkeypatch: pytest.Monkey
 
 
 def test_thoughts_and_calls_are_folded_apart(speaker: Speaker) -> None:
-    chat = Conversation(speaker, Settings(tools={"times": lambda a, b: a * b}))
+    chat = Conversation(speaker, Settings())
     for question in ("1+1?", "7*8?"):
         list(chat.ask(question))
     shown = [(m["content"], m.get("metadata", {}).get("title", "")[:4]) for m in messages(chat)]

@@ -36,6 +36,9 @@ def chat(
     think: Annotated[
         bool, typer.Option("--think/--no-think", help="--no-think: begin with an empty thought")
     ] = True,
+    tools: Annotated[
+        bool, typer.Option("--tools", help="tell the model of calculator, clock, convert, weather")
+    ] = False,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.001, max=1, help="draw from the likeliest")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 1,
@@ -57,7 +60,7 @@ def chat(
         raise UserError("models/ has no checkpoint; name one, or `minimind repro` makes some.")
     device = prepare_device(load_settings())
     console = Console(highlight=False, markup=False)
-    settings = Settings(system, 0.0, top_p, seed, max_new_tokens, think)
+    settings = Settings(system, 0.0, top_p, seed, max_new_tokens, think, tools)
     speakers = [open_speaker(said, device) for said in checkpoints]
     session = Session(console, speakers, settings, lambda said: open_speaker(said, device))
     session.handle(f"/temperature {temperature}")

@@ -1,12 +1,14 @@
 """A conversation with a checkpoint: what was said, and how it is asked."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from minimind.chat.calls import calls_in
 from minimind.errors import UserError
-from minimind.talk.parts import Part, answer_call, parts_of
+from minimind.mini_world.tools import SPECS, run_tool
+from minimind.talk.parts import Part, parts_of
 from minimind.talk.speaker import Speaker
 from minimind.talk.stream import Stream, Token
 
@@ -23,8 +25,7 @@ class Settings:
     seed: int = 1
     max_new_tokens: int = 512  # of each of a reply's turns
     think: bool = True  # False: an answer begins with an empty thought
-    tools: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    descriptions: Sequence[Mapping[str, Any]] = ()  # of tools, as the model reads them
+    tools: bool = False  # whether it is told of the built-in tools; calls are answered anyway
 
 
 @dataclass
@@ -97,9 +98,8 @@ class Conversation:
         try:
             for _ in range(MOST_ROUNDS):
                 ids: list[int] = []
-                prompt, opening = self.speaker.prompt(
-                    self.messages, settings.descriptions, settings.think
-                )
+                tools = [*SPECS.values()] if settings.tools else []
+                prompt, opening = self.speaker.prompt(self.messages, tools, settings.think)
                 stream = self._stream.tokens(
                     prompt,
                     max_new_tokens=settings.max_new_tokens,
@@ -130,11 +130,10 @@ class Conversation:
                         else f"cut off after {len(ids)} tokens; --max-new-tokens allows more."
                     )
                     return
-                calls = [p.text for p in parts_of(said["content"]) if p.kind == "call"]
-                if not calls:
+                if not (calls := calls_in(said["content"])):
                     return
                 for call in calls:
-                    result = {"role": "tool", "content": answer_call(call, settings.tools)}
+                    result = {"role": "tool", "content": run_tool(*call)}
                     history.append(result)
                     reply.messages.append(result)
                     yield reply

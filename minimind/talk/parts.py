@@ -1,9 +1,7 @@
 """What a model's output consists of: thoughts, answers, calls of tools and their results."""
 
-import json
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 Kind = Literal["thought", "answer", "call", "result"]
 _TAG = re.compile("(</?(?:think|answer|tool_call)>)")
@@ -34,20 +32,3 @@ def parts_of(output: str) -> list[Part]:
 def text_of(parts: list[Part], kind: Kind) -> str:
     """All parts of a kind, a line or more each."""
     return "\n".join(part.text for part in parts if part.kind == kind)
-
-
-def answer_call(call: str, tools: Mapping[str, Callable[..., Any]]) -> str:
-    """What a tool says to a call, ``{"name": ..., "arguments": {...}}``; or what is wrong with it.
-
-    It is told to the model, which may then call otherwise: nothing is raised.
-    """
-    try:
-        said = json.loads(call)
-        name, arguments = said["name"], said.get("arguments") or {}
-        if isinstance(arguments, str):
-            arguments = json.loads(arguments)
-        tool = tools.get(name)
-        result = tool(**arguments) if tool else {"error": f"no tool {name!r}: {', '.join(tools)}"}
-    except Exception as error:  # of the call or the tool
-        result = {"error": f"{type(error).__name__}: {error}"}
-    return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 
 from minimind.chat.agreement import is_asked_by_our_template
-from minimind.chat.template import Message
+from minimind.chat.template import THOUGHT_BEGUN, Message
 from minimind.chat.tokenizer import END, ChatTokenizer
 from minimind.errors import UserError
 from minimind.lineage.verify import CHECKPOINT_FOLDERS
 from minimind.model.checkpoint import load_model
 from minimind.model.transformer import Transformer
 
-NO_THOUGHT = "<think>\n\n</think>\n\n"  # how an answer begins that is to have none
 _SAMPLE = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "1+1?"},
@@ -62,11 +61,8 @@ class Speaker:
             if tools:
                 first = messages[0] if messages[0]["role"] == "system" else {"role": "system"}
                 messages = [{**first, "tools": list(tools)}, *messages[first is messages[0] :]]
-            if think:
-                return self.tokenizer.encode_prompt(messages), ""
-            begun = [*messages, {"role": "assistant", "content": NO_THOUGHT}]
-            ids, _ = self.tokenizer.encode_chat(begun)
-            return ids[: -1 - ids[::-1].index(self.tokenizer.end_id)], NO_THOUGHT
+            begun = None if think else False
+            return self.tokenizer.encode_prompt(messages, begun), THOUGHT_BEGUN[begun]
         try:
             asked = self.template.apply_chat_template(
                 list(messages),

@@ -33,6 +33,7 @@ LABELS = {  # English, Chinese
     "seed": ("Seed", "随机种子"),
     "max_new_tokens": ("Tokens of a reply, at most", "回复最多的词元数"),
     "think": ("Thinking", "思考"),
+    "tools": ("Tools", "工具"),
     "tokens": ("Tokens: point at one for what was likely instead", "词元：指向一个可看其他可能"),
     "about": ("Scores and ancestry", "得分与来历"),
 }
@@ -111,7 +112,8 @@ def page(
             return
         settings = visit.settings
         settings.system, settings.temperature, settings.top_p = said[:3]
-        settings.seed, settings.max_new_tokens, settings.think = int(said[3] or 0), *said[4:]
+        settings.seed, settings.max_new_tokens = int(said[3] or 0), said[4]
+        settings.think, settings.tools = said[5:]
         growing: dict[Conversation, Iterator[Reply]] = {
             chat: chat.regenerate() if question is None else chat.ask(question.strip())
             for chat in chats
@@ -178,6 +180,7 @@ def page(
                 gr.Number(1, minimum=0, precision=0, label=i18n("seed")),
                 gr.Slider(1, 2048, 512, step=1, label=i18n("max_new_tokens")),
                 gr.Checkbox(True, label=i18n("think")),
+                gr.Checkbox(False, label=i18n("tools")),
             ]
         both = [part for slot in slots for part in (slot[1], slot[3])]
         asked = [visit, chosen, box, *inputs]
