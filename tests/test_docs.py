@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tomllib
 from importlib import import_module
 from itertools import zip_longest
 from typing import Any
@@ -21,6 +22,7 @@ TRAINED = [
 
 _CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
+_PICTURE = re.compile(r"!\[.*\]\((.*)\)")
 _INLINE_CODE = re.compile(r"`([^`\n]+)`")
 _KEY = re.compile(r"(\+\+)?(<stage>|[a-z][a-z0-9_]*)((?:\.[a-z][a-z0-9_]*)+)(?::? .*)?")
 _SET_KEY = re.compile(r"-S '?(\+{0,2}[\w.]+)=")
@@ -160,7 +162,11 @@ def test_both_readmes_have_the_same_parts() -> None:
     assert "](README.md)" in chinese
 
 
-def test_both_readmes_have_the_same_code() -> None:
+PAGES = ("plan", "orchestrator", "project", "explain", "compare")
+
+
+@pytest.mark.parametrize("page", ["README", *(f"docs/{page}" for page in PAGES)])
+def test_both_languages_have_the_same_code_and_pictures(page: str) -> None:
     def code(name: str) -> list[list[str]]:
         return [
             [without_comment(line, language) for line in block.splitlines()]
@@ -171,5 +177,15 @@ def test_both_readmes_have_the_same_code() -> None:
         """A picture's comments have no sign: they stand three spaces or more behind what it is."""
         return re.sub(r"(^|\s)#.*" if language else r"(?<=\S) {3,}.*", "", line).rstrip()
 
-    for english, chinese in zip_longest(code("README.md"), code("README.zh.md")):
+    for english, chinese in zip_longest(code(f"{page}.md"), code(f"{page}.zh.md")):
         assert english == chinese
+    english, chinese = (_PICTURE.findall(read(f"{page}{end}")) for end in (".md", ".zh.md"))
+    assert english == chinese
+
+
+def test_every_package_that_is_asked_for_has_an_exact_version() -> None:
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    asked = sum(project["optional-dependencies"].values(), project["dependencies"])
+    exact = {line.partition("==")[0].lower() for line in read("constraints.txt").splitlines()}
+    names = {re.match(r"[\w.-]+", package)[0].lower() for package in asked}
+    assert names - exact == {"minimind-dvc"}
