@@ -389,7 +389,7 @@ def test_for_scripts_the_answer_alone_is_printed(checkpoint: Path) -> None:
 
 
 def test_without_a_terminal_lines_are_read(checkpoint: Path) -> None:
-    code, printed, complaint = run(str(checkpoint), given="你好\n/nix\n1+1?\n/exit\n你好\n")
+    code, printed, complaint = run(str(checkpoint), given="你好\n/nix\n/reset\n1+1?\n/exit\n你好\n")
     assert (code, complaint) == (0, "")
     assert printed.count("好😀！") == 1
     assert "/nix is no command" in printed

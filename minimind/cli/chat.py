@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from io import TextIOWrapper
@@ -121,6 +122,7 @@ def converse(session: "Session", lines: Iterable[str]) -> None:
         if console.is_terminal:
             console.print("")  # fails where Ctrl-D was a terminal's end
     except (OSError, SystemExit) as error:
+        warnings.simplefilter("ignore")  # of a prompt that had begun and never ran
         with suppress(OSError):
             if kept := session.keep():
                 typer.echo(f"chat: closed; `--load {kept}` goes on with it.", err=True)

@@ -94,13 +94,19 @@ def page(
         columns: list[Any] = [visit]
         for number in range(MOST_COLUMNS):
             if number < len(chats):
-                chat, known = chats[number], known_of(chosen[number])
+                chat = chats[number]
                 chatbot = gr.Chatbot(messages(chat), label=chosen[number])
                 columns += [gr.Column(visible=True), chatbot, gr.Column(visible=True)]
-                columns += [tokens_html(chat), f"**{chosen[number]}**\n\n{known or UNKNOWN}"]
+                columns.append(tokens_html(chat))
             else:
-                columns += [gr.Column(visible=False), [], gr.Column(visible=False), "", ""]
+                columns += [gr.Column(visible=False), [], gr.Column(visible=False), ""]
         return columns
+
+    def describe(chosen: list[str]) -> list[str]:
+        """Apart from `show`: DVC takes seconds, in which somebody may ask and be answered."""
+        names = chosen[:MOST_COLUMNS]
+        known = [f"**{name}**\n\n{known_of(name) or UNKNOWN}" for name in names]
+        return known + [""] * (MOST_COLUMNS - len(known))
 
     def respond(
         visit: Visit | None, chosen: list[str], question: str | None, *said: Any
@@ -160,7 +166,9 @@ def page(
         with gr.Row():
             for number in range(MOST_COLUMNS):
                 with gr.Column(visible=number < shown, min_width=300) as column:
-                    slots.append([column, gr.Chatbot(**CHATBOT, elem_classes="chat")])
+                    label = names[number] if number < shown else ""
+                    chatbot = gr.Chatbot(**CHATBOT, label=label, elem_classes="chat")
+                    slots.append([column, chatbot])
         box = gr.Textbox(label=i18n("question"), submit_btn=True, stop_btn=True, max_lines=8)
         with gr.Row():
             regenerate = gr.Button(i18n("again"), size="sm", min_width=120)
@@ -190,9 +198,10 @@ def page(
         ]
         box.stop(lambda: None, cancels=answering)
         anew.click(reset, [visit, chosen], [visit, *both], cancels=answering)
-        every = [visit, *[part for slot in slots for part in slot]]
-        chosen.change(show, [visit, chosen], every)
-        blocks.load(show, [visit, chosen], every)
+        every = [visit, *[part for slot in slots for part in slot[:4]]]
+        chosen.change(show, [visit, chosen], every, cancels=answering)
+        for event in (blocks.load, chosen.change):
+            event(describe, chosen, [slot[4] for slot in slots])
     return blocks
 
 
