@@ -363,6 +363,17 @@ def test_of_a_stage_that_runs_nothing_is_counted_twice_or_in_part(project: Path)
     assert found["notes"] == ["stages that run: encode; what they write is left out"]
 
 
+def test_metrics_are_shown_where_what_reads_them_has_not_run_yet(project: Path) -> None:
+    edit("dvc.yaml", "deps: [shards, other.txt]", "deps: [shards, metrics/evaluate.json]")
+    run("more")
+    edit("params.yaml", "1e-3", "5e-4")
+    with Repo() as repo:
+        repo.reproduce(["evaluate"])
+    found = explained()
+    assert [*found["out_of_date"]] == ["other"]
+    assert [metric["name"] for metric in found["metrics"]] == ["sft.exact"]
+
+
 @pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize(
     "command", ["explain", "plan", "repro", "seeds 1", "compare a main", "push"]

@@ -223,7 +223,7 @@ def explain(before: Revision, now: Revision) -> Explanation:
         code=_sorted(differences.code),
         files=files,
         stages=stages,
-        metrics=list(_metrics(before, now, edited)),
+        metrics=list(_metrics(before, now, out_of_date)),
         out_of_date=out_of_date,
         notes=[*before.notes, *now.notes],
     )
@@ -423,11 +423,14 @@ def _not_here(revision: Revision, path: str | None) -> str:
     )
 
 
-def _metrics(before: Revision, now: Revision, edited: set[str]) -> Iterator[MetricChange]:
-    """edited: files in the workspace that are not those of dvc.lock, as of a stage that runs."""
+def _metrics(
+    before: Revision, now: Revision, out_of_date: Mapping[str, Sequence[str]]
+) -> Iterator[MetricChange]:
+    """Without files that are not what their own stage's entry of dvc.lock says, as if it runs."""
     for file, changes in sorted(diff(*map(format_dict, (before.metrics, now.metrics))).items()):
         is_recorded = now.name != WORKSPACE or file in now.metrics or file not in now.maker
-        if file in edited or not is_recorded:  # or not here: its stage is running, or was stopped
+        own = out_of_date.get(now.maker.get(file, ""), ())
+        if file in own or not is_recorded:  # or not here: its stage is running, or was stopped
             continue
         for name, change in sorted(changes.items()):
             half_width = None
