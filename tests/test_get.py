@@ -193,7 +193,7 @@ def test_outside_of_a_project_nothing_is_brought(
     elsewhere = tmp_path.parent / f"{tmp_path.name} elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    assert "NotDvcRepo" in complains("somebody/chats")
+    assert "this is no DVC project" in complains("somebody/chats")
     assert not list(elsewhere.iterdir())
 
 

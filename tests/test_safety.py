@@ -183,12 +183,15 @@ GRAPH: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text(
 def test_no_parameter_stands_in_a_command(name: str) -> None:
     """DVC hands commands to a shell. What varies in them are words of dvc.yaml itself."""
     command = GRAPH[name].get("do", GRAPH[name])["cmd"]
-    assert "${" not in re.sub(r"\$\{(key|item|item\.format)\}", "", command)
+    assert "${" not in re.sub(r"\$\{(key|item(\.\w+)?)\}", "", command)
     variants = GRAPH[name].get("foreach", {})
     words = variants.items() if isinstance(variants, dict) else zip(variants, variants, strict=True)
     for key, item in words:
-        word = item.get("format") if isinstance(item, dict) else item
-        assert re.fullmatch(r"[\w/]+", f"{key}{word}")
+        in_command = [item[word] for word in re.findall(r"\$\{item\.(\w+)\}", command)]
+        if "${item}" in command:
+            in_command.append(item)
+        for word in (key, *in_command):
+            assert re.fullmatch(r"[\w/]+", word)
 
 
 @pytest.mark.parametrize("name", GRAPH)

@@ -695,4 +695,4 @@ def test_stage_names_a_row_without_text(tmp_path: Path) -> None:
     (tmp_path / "source.jsonl").write_text('{"text": "a"}\n{"prompt": "b"}\n')
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
-    assert "source.jsonl:2: it has neither text nor conversations, one of" in result.stderr
+    assert "source.jsonl:2: text or conversations or" in result.stderr
