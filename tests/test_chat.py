@@ -400,8 +400,9 @@ def test_without_a_terminal_lines_are_read(checkpoint: Path) -> None:
     [
         (["nix"], "there is no checkpoint nix; here are: none"),
         ([], "models/ has no checkpoint"),
-        (["file"], "is not a checkpoint"),
-        (["adapter"], "merge it into its base"),
+        (["file"], "file is a file; a checkpoint is a folder"),
+        (["adapter"], "adapter is an adapter; talk to what it is merged in"),
+        (["reward"], "reward is a reward model"),
         (["a@nix"], "name a run of the graph"),
         (["CHECKPOINT", "--temperature", "nan"], "the temperature is nan"),
         (["CHECKPOINT", "--load", "nix"], "nix is missing"),
@@ -420,6 +421,8 @@ def test_bad_input_is_one_line(
     Path("file").write_text("{}\n")
     Path("adapter").mkdir()
     Path("adapter/adapter_config.json").write_text("{}")
+    Path("reward").mkdir()
+    Path("reward/config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
     code, _, printed = run(*[str(checkpoint) if a == "CHECKPOINT" else a for a in arguments])
     assert code == 1
     assert complaint in printed

@@ -185,7 +185,10 @@ def another_parent(folder: Path) -> None:
 
 BREAKS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a weight": (flip_a_weight, ["files: BROKEN: model.safetensors", "tensors: BROKEN"]),
-    "a file": (lambda f: (f / "config.json").write_text("{}"), ["files: BROKEN: config.json is ("]),
+    "a file": (
+        lambda f: (f / "config.json").write_text("{}"),
+        ["files: BROKEN: config.json has"],
+    ),
     "a file less": (lambda f: (f / "tokenizer.json").unlink(), ["tokenizer.json is missing"]),
     "a file more": (lambda f: (f / "run.py").write_text(""), ["run.py is not in the receipt"]),
     "no weights": (lambda f: (f / "model.safetensors").write_bytes(b"x"), ["cannot be read"]),
@@ -194,8 +197,10 @@ BREAKS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         change_receipt(checkpoint_md5="0" * 32),
         ["lineage: BROKEN: it was made from another models/sft"],
     ),
-    "no receipt": (lambda f: (f / "lineage.json").write_text("{"), ["lineage.json"]),
-    "a path": (change_receipt(files={"../x": "0"}), ["lineage.json: files.../x"]),
+    "no receipt": (lambda f: (f / "lineage.json").unlink(), ["lineage.json is missing"]),
+    "half a receipt": (lambda f: (f / "lineage.json").write_text("{"), ["lineage.json: "]),
+    "a list": (lambda f: (f / "lineage.json").write_text("[]"), ["lineage.json: it should be"]),
+    "a path": (change_receipt(files={"../x": "0"}), ["lineage.json: files: ../x: "]),
 }
 
 

@@ -38,12 +38,16 @@ def verify(
     if install_hook:
         typer.echo(f"{_install_hook(root)}: git checks what is staged before each commit.")
         return
+    if not root.is_dir():
+        raise UserError(f"{root} is no folder; name a project's or an exported one.")
     if (root / RECEIPT).exists():
         findings = list(check_export(root))
         if ggufs_of(root):
             from minimind.exports.gguf import check_ggufs  # needs an extra
 
             findings += check_ggufs(root)
+    elif (root / "config.json").exists() and not (root / "dvc.lock").exists():
+        raise UserError(f"{root / RECEIPT} is missing: take the folder from its source again.")
     else:
         findings = _findings_of_staged(root) if staged else list(Project(root).findings())
     for finding in findings:

@@ -132,9 +132,9 @@ def read_receipt(folder: Path) -> Receipt:
         raise UserError(f"{file} is missing; take a folder that a stage `export` made.") from None
     except ValidationError as error:
         detail = error.errors()[0]
-        where = ".".join(map(str, detail["loc"]))
+        where = "".join(f" {key}:" for key in detail["loc"])
         raise UserError(
-            f"{file}: {where}: {complaint(detail)}; take the folder from its source again."
+            f"{file}:{where} {complaint(detail)}; take the folder from its source again."
         ) from None
 
 
@@ -153,7 +153,7 @@ def check_export(folder: Path) -> Iterator[Finding]:
     wrong = [f"{name} is missing" for name in receipt.files if not (folder / name).is_file()]
     wrong += [f"{name} is not in the receipt" for name in sorted(here - {*receipt.files})]
     wrong += [
-        f"{name} is ({found[:8]}), but the receipt says ({digest[:8]})"
+        f"{name} has the SHA-256 {found[:8]}..., but the receipt says {digest[:8]}..."
         for name, digest in receipt.files.items()
         if name in here and (found := sha256_of(folder / name)) != digest
     ]

@@ -30,6 +30,7 @@ from minimind.project.share import dvc_project
 
 HubName = Literal["huggingface", "modelscope"]
 Kind = Literal["dataset", "model"]
+_TOKENS = {"huggingface": " and HF_TOKEN", "modelscope": ""}  # who reads one
 # What we read of a model's repository, and what a person wants to know of it.
 PARTS_OF_A_MODEL = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "*.md", "LICENSE*")
 TIMEOUT_SECONDS = 60.0
@@ -92,7 +93,7 @@ def find(hub: HubName, name: str, revision: str | None, kind: Kind | None) -> Re
     """
     ask = _ask_huggingface if hub == "huggingface" else _ask_modelscope
     kinds: list[Kind] = [kind] if kind else ["dataset", "model"]
-    with _one_line(f"{hub} {name}", "its name, --rev, the network and HF_TOKEN may be why"):
+    with _one_line(f"{hub} {name}", f"its name, --rev, the network{_TOKENS[hub]} may be why"):
         found = [there for each in kinds if (there := ask(name, revision, each))]
     if len(found) != 1:
         several = "both a data set and a model: say --kind" if found else "no data set or model"

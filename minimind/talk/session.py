@@ -235,7 +235,7 @@ class Session:
             self._write(Path(said))
         except OSError as error:
             raise UserError(f"{said} cannot be written: {error.strerror}.") from None
-        self.console.print(f"{said}: {len(self.rows())} rows added.", style="dim")
+        self.console.print(f"{said}: rows added: {len(self.rows())}.", style="dim")
 
     def _write(self, file: Path) -> None:
         with file.open("a", encoding="utf-8") as lines:
@@ -265,7 +265,7 @@ def _number(said: str, kind: Callable[[str], Any]) -> Any:
     try:
         return kind(said)
     except ValueError:
-        raise UserError(f"{said!r} is no number that fits here.") from None
+        raise UserError(f"{said!r} is no number that fits here; say one, as /seed 7.") from None
 
 
 def _printable(text: str) -> str:

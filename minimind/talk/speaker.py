@@ -114,6 +114,13 @@ def known_checkpoints() -> list[str]:
 
 
 def _load(name: str, place: Path, device: torch.device | str) -> Speaker:
+    if not place.is_dir():
+        raise UserError(f"{place} is a file; a checkpoint is a folder, as models/dpo.")
+    config = place / "config.json"
+    if config.is_file() and "SequenceClassification" in config.read_text("utf-8", "replace"):
+        raise UserError(f"{place} is a reward model: it scores answers and gives none.")
+    if (place / "adapter_config.json").is_file() and not config.is_file():
+        raise UserError(f"{place} is an adapter; talk to what it is merged in, as exports/lora.")
     model = load_model(place).to(device)
     tokenizer = ChatTokenizer.load(place)
     return Speaker(name, model, tokenizer, _foreign_template(place, tokenizer))
