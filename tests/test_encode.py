@@ -18,7 +18,7 @@ from minimind.chat.tokenizer_training import save_tokenizer, train_tokenizer
 from minimind.datasets import encode
 from minimind.datasets.augment import Augmentation, AugmentConfig
 from minimind.datasets.batches import split_samples
-from minimind.datasets.encode import encode_dataset, split_document
+from minimind.datasets.encode import Tally, encode_dataset, split_document
 from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import UserError
 from minimind.mini_world.rows import MiniWorldConfig, write_mini_world
@@ -610,3 +610,11 @@ def test_encoding_starts_without_torch_and_transformers() -> None:
     heavy = "{'torch', 'transformers', 'numpy'} & set(sys.modules)"
     code = f"import sys, stages.encode, stages.tokenizer; sys.exit(str({heavy}) if {heavy} else 0)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_reasons_that_are_not_shown_are_counted() -> None:
+    tally = Tally()
+    for kind, number in {"a": 4, "b": 3, "c": 2, "d": 1, "e": 1}.items():
+        for _ in range(number):
+            tally.add(kind, f"{kind}:1")
+    assert str(tally) == "4 a (first a:1), 3 b (first b:1), 2 c (first c:1), 2 for other reasons"

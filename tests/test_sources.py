@@ -174,6 +174,14 @@ def test_a_mixture_without_shares_takes_all_in_its_order(folder: Path) -> None:
     asked = mixed(folder, {"parts": parts})
     assert [text[0] for text in asked] == ["c"] * 10 + ["a"] * 5
     assert unread_files(folder) == [f"{folder / 'b.jsonl'} (no part of mix.yaml)"]
+    outer = folder.rename(folder.parent / "moved")
+    (folder / "inside").parent.mkdir()
+    outer.rename(folder / "inside")
+    (said,) = unread_files(folder)
+    assert said.startswith(f"{folder / 'inside/mix.yaml'} (the mix.yaml of a folder inside")
+    (folder / "inside").rename(outer)
+    folder.rmdir()
+    outer.rename(folder)
     parts[0]["format"] = "openai"
     with pytest.raises(UserError, match=r"more/c.jsonl:1: messages is missing"):
         mixed(folder, {"parts": parts})

@@ -78,9 +78,12 @@ class Tally:
         self.first.setdefault(kind, example)
 
     def __str__(self) -> str:
-        return ", ".join(
-            f"{n} {kind} (first {self.first[kind]})" for kind, n in self.rows.most_common(3)
-        )
+        """The three kinds that most rows have, and how many rows have others."""
+        shown = self.rows.most_common(3)
+        parts = [f"{number} {kind} (first {self.first[kind]})" for kind, number in shown]
+        if others := self.rows.total() - sum(number for _, number in shown):
+            parts.append(f"{others} for other reasons")
+        return ", ".join(parts)
 
 
 class EncodingCounts(NamedTuple):

@@ -226,6 +226,8 @@ def _files_of(folder: Path) -> list[tuple[Path, str]]:
         if file.is_dir():
             if file.is_symlink():
                 files.append((file, "a linked folder; link its files, or copy it"))
+        elif file.name == MIX and file.parent != folder:
+            files.append((file, f"the {MIX} of a folder inside; only the data's own counts"))
         elif file.name != MIX:
             why = "" if _container(file) and file.name not in NOTES else "no file of rows"
             if file not in mixed and not any(place in file.parents for place in mixed):
