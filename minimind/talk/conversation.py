@@ -147,6 +147,22 @@ class Conversation:
                 self.history = before
 
 
+def advance(growing: dict[Conversation, Iterator[Reply]]) -> dict[Conversation, UserError]:
+    """A token more of each reply. Those that have ended leave `growing`; what stopped some of them
+    is returned.
+    """
+    stopped: dict[Conversation, UserError] = {}
+    for chat, reply in list(growing.items()):
+        try:
+            next(reply)
+        except StopIteration:
+            del growing[chat]
+        except UserError as error:
+            stopped[chat] = error
+            del growing[chat]
+    return stopped
+
+
 def summary(reply: Reply) -> str:
     """How long a reply is, and how long it took."""
     if not reply.tokens:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minimind.errors import UserError
-from minimind.talk.conversation import Conversation, Reply, Settings, summary
+from minimind.talk.conversation import Conversation, Reply, Settings, advance, summary
 from minimind.talk.parts import Kind, Part
 from minimind.talk.speaker import Speaker
 
@@ -123,14 +123,7 @@ class Session:
             live.start()
         try:
             while growing:
-                for chat, reply in list(growing.items()):
-                    try:
-                        next(reply)
-                    except StopIteration:
-                        del growing[chat]
-                    except UserError as error:
-                        failures[chat] = error
-                        del growing[chat]
+                failures |= advance(growing)
                 if live.is_started and time.monotonic() - shown > REFRESH_SECONDS:
                     live.update(self._columns(failures, self.console.height - 3), refresh=True)
                     shown = time.monotonic()

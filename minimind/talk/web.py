@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from minimind.errors import UserError
-from minimind.talk.conversation import Conversation, Reply, Settings, summary
+from minimind.talk.conversation import Conversation, Reply, Settings, advance, summary
 from minimind.talk.parts import Kind
 from minimind.talk.speaker import Speaker
 
@@ -128,15 +128,9 @@ def page(
         failed, last = 0, 0.0
         try:
             while growing:
-                for chat, reply in list(growing.items()):
-                    try:
-                        next(reply)
-                    except StopIteration:
-                        del growing[chat]
-                    except UserError as error:
-                        gr.Warning(escape(f"{chat.speaker.name}: {error}"))
-                        del growing[chat]
-                        failed += 1
+                for chat, error in advance(growing).items():
+                    gr.Warning(escape(f"{chat.speaker.name}: {error}"))
+                    failed += 1
                 if growing and time.monotonic() - last > REFRESH_SECONDS:
                     yield [visit, "", *columns(chats)]
                     last = time.monotonic()
