@@ -223,7 +223,23 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a role": ({"messages": [{"role": "judge", "content": "x"}]}, "messages.0.role: it should be"),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-        "messages.0.content",
+        "messages.0.content: it should be text, or parts",
+    ),
+    "an image's address": (
+        {"messages": [{"role": "user", "content": {"type": "image_url"}}]},
+        "messages.0.content: it should be text, or parts",
+    ),
+    "nothing said": (
+        {"messages": [{"role": "user"}]},
+        "messages.0: a message of the role user needs content",
+    ),
+    "a result of no call": (
+        {"messages": [{"role": "tool", "content": "4"}, {"role": "user", "content": "x"}]},
+        "messages.0 is the result of a tool",
+    ),
+    "a stop that is no text": (
+        {"extra_body": {"stop": 5}},
+        "stop: it should be a text, or a list",
     ),
     "the assistant asks": (
         {"messages": [{"role": "assistant", "content": "x"}]},
@@ -249,6 +265,7 @@ def test_a_bad_request_is_refused_by_name(client: OpenAI, name: str, stream: boo
         ask(client, stream=stream, **options)
     assert caught.value.status_code == 400
     assert words in caught.value.body["message"]  # type: ignore[index]
+    assert caught.value.param != ""
 
 
 def test_another_model_is_not_found(client: OpenAI, server: Server) -> None:

@@ -10,12 +10,21 @@ from minimind.chat.tokenizer import ChatTokenizer
 
 
 def _joined(content: Any) -> Any:
-    """Text that comes in parts; a part that is no text is left for the type to refuse."""
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
-    ):
-        return "".join(part["text"] for part in content)
-    return content
+    """Text, also where it comes in parts."""
+    if content is None or isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        raise ValueError('it should be text, or parts {"type": "text", "text": ...}; no images')
+    return "".join(part["text"] for part in parts)
+
+
+def _listed(stop: Any) -> Any:
+    if isinstance(stop, str):
+        return [stop]
+    if stop is not None and not isinstance(stop, list):
+        raise ValueError("it should be a text, or a list of texts")
+    return stop or []
 
 
 Text = Annotated[str, BeforeValidator(_joined)]
@@ -41,6 +50,12 @@ class _Message(BaseModel):
     content: Text | None = None
     reasoning_content: str | None = None
     tool_calls: list[_Call] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "_Message":
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of the role {self.role} needs content")
+        return self
 
     def as_ours(self) -> dict[str, Any]:
         said = self.model_dump(exclude_none=True)
@@ -75,7 +90,7 @@ class ChatRequest(_Strict):
     seed: int | None = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1)]],
-        BeforeValidator(lambda said: [said] if isinstance(said, str) else said or []),
+        BeforeValidator(_listed),
     ] = []
     tools: list[_Tool] | None = None
     tool_choice: Literal["auto", "none"] | None = None
@@ -96,6 +111,18 @@ class ChatRequest(_Strict):
     def _ends_with_a_question(self) -> "ChatRequest":
         if self.messages[-1].role == "assistant":
             raise ValueError("the last message is the assistant's; it must be another's")
+        return self
+
+    @model_validator(mode="after")
+    def _results_are_of_calls(self) -> "ChatRequest":
+        called = False
+        for place, message in enumerate(self.messages):
+            if message.role == "tool" and not called:
+                raise ValueError(
+                    f"messages.{place} is the result of a tool; before it should stand the "
+                    "assistant's message with its tool_calls"
+                )
+            called = message.role == "tool" or bool(message.tool_calls)
         return self
 
     def begun(self) -> str:

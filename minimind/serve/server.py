@@ -100,7 +100,7 @@ class Server:
             where = ".".join(map(str, detail["loc"]))
             unknown = "it is not supported; leave it out"
             wrong = unknown if detail["type"] == "extra_forbidden" else complaint(detail)
-            return _error(400, f"{where}: {wrong}".removeprefix(": "), where)
+            return _error(400, f"{where}: {wrong}".removeprefix(": "), where or None)
         if asked.model not in (None, self.name):
             return _error(
                 404, f"there is no model {asked.model!r}; there is {self.name!r}.", "model"
