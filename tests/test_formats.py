@@ -245,6 +245,11 @@ BAD_RECORDS: list[tuple[Parse, Any, str]] = [
         chat(user("a"), {"role": "bot", "content": "b"}),
         "turn 2: role is 'bot'; allowed are system, user, assistant, tool",
     ),
+    (
+        parse_chat,
+        chat({"from": "user", "value": "a"}, {"from": "bot", "value": "b"}),
+        "turn 2: from is 'bot'; allowed are system, human, gpt, function_call, observation",
+    ),
     (parse_chat, chat({"role": ["user"], "content": "b"}), "turn 1: role is ['user']; allowed"),
     (parse_chat, chat(user(""), assistant("b")), "turn 1: content is empty"),
     (parse_chat, chat(user("a"), {"role": "assistant", "content": True}), "is the boolean true"),

@@ -82,6 +82,15 @@ def test_every_container_holds_the_same_rows(tmp_path: Path, name: str) -> None:
         assert count_rows(tmp_path / name) == len(rows)
 
 
+def test_a_row_may_be_all_of_a_json_file(tmp_path: Path) -> None:
+    file = tmp_path / "one.json"
+    file.write_text(json.dumps(CHATS[0], indent=2))
+    assert [row.value for row in read_rows(file, parse_chat)] == [parse_chat(CHATS[0])]
+    file.write_text(file.read_text() + "{}")
+    with pytest.raises(UserError, match=r"one\.json: broken JSON at line \d+, column"):
+        list(read_rows(file, parse_chat))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

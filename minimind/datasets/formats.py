@@ -38,6 +38,7 @@ _ROLE_OF = {
     "function": "tool",
     "developer": "system",
 }
+_SHAREGPT_ROLES = ("system", "human", "gpt", "function_call", "observation")
 PLACEHOLDER = "空"  # where MiniMind's prompts for reinforcement have a last turn
 _TURN_KEYS = {
     *("role", "content", "from", "value", "reasoning_content", "tools", "tool_calls"),
@@ -249,9 +250,8 @@ def _message(turn: Any, where: str, may_be_empty: bool = False) -> Message:
     said = _get(turn, role_key, where)
     role = _ROLE_OF.get(said, said) if isinstance(said, str) else said
     if role not in ROLES:
-        raise FaultError(
-            f"{where}{role_key} is {shown(said)}; allowed are {', '.join(ROLES)}", "role"
-        )
+        allowed = ", ".join(ROLES if role_key == "role" else _SHAREGPT_ROLES)
+        raise FaultError(f"{where}{role_key} is {shown(said)}; allowed are {allowed}", "role")
     message: Record = {"role": role, "content": ""}
     if len(turn) > 2:
         message |= _beside_content(turn, role, where)

@@ -1,7 +1,7 @@
 """Where rows come from: a file of one of several containers, a folder of them, or a mixture.
 
 .jsonl    a JSON object a line; also what a file of any other name is read as
-.json     a list of objects, or as .jsonl
+.json     a list of objects, one object over several lines, or as .jsonl
 .csv      the first line has the keys; all values are text
 .parquet  and .arrow (either form of Arrow's IPC): with pyarrow, the extra [data]; nulls count as
           missing, since a column has a cell for each row
@@ -311,13 +311,14 @@ def _json_lines(path: Path) -> _Rows:
 
 def _json_list(path: Path) -> _Rows:
     with _opened(path) as file:
-        is_list = file.read(64).lstrip(codecs.BOM_UTF8 + b" \t\r\n")[:1] == b"["
-    if not is_list:
+        begun = file.read(1024).lstrip(codecs.BOM_UTF8 + b" \t\r\n")
+    is_list, is_spread = begun[:1] == b"[", begun.splitlines()[:1] == [b"{"]
+    if not is_list and not is_spread:
         yield from _json_lines(path)
         return
     with _opened(path) as file:
         text = file.read().removeprefix(codecs.BOM_UTF8)
-    rows = parse_json(text)
+    rows = parse_json(text) if is_list else [parse_json(text)]
     for number, row in enumerate(rows, 1):
         yield number, row, len(text) // len(rows)
 
