@@ -200,6 +200,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no receipt": (lambda f: (f / "lineage.json").unlink(), ["lineage.json is missing"]),
     "half a receipt": (lambda f: (f / "lineage.json").write_text("{"), ["lineage.json: "]),
     "a list": (lambda f: (f / "lineage.json").write_text("[]"), ["lineage.json: it should be"]),
+    "a key more": (change_receipt(audited="yes"), ["lineage.json: audited: Extra inputs are not"]),
     "a path": (change_receipt(files={"../x": "0"}), ["lineage.json: files: ../x: "]),
 }
 

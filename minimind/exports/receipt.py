@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import safetensors
-from pydantic import BaseModel, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from safetensors import SafetensorError
 
 from minimind.errors import UserError, complaint
@@ -27,7 +27,11 @@ _BESIDE = (RECEIPT, "*.Modelfile", "*.gguf", ".*")
 _Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]  # of a file in the folder itself
 
 
-class Ancestor(BaseModel):
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # what nobody checks would look as if it were
+
+
+class Ancestor(_Strict):
     """A stage's entry of dvc.lock; hashes are DVC's, by path."""
 
     stage: str
@@ -37,7 +41,7 @@ class Ancestor(BaseModel):
     outs: dict[str, str | None]
 
 
-class Receipt(BaseModel):
+class Receipt(_Strict):
     """What lineage.json holds."""
 
     checkpoint: str
