@@ -278,7 +278,9 @@ def test_commands(session: Session, tmp_path: Path, checkpoint: Path) -> None:
     session.handle("你好")
     assert first.messages[0] == {"role": "system", "content": "Be brief."}
     before = first.history[-1]["content"]
-    printed(session, "/temperature 5", "/seed 3", "/regenerate")
+    assert printed(session, "/temperature 5", "/temperature").endswith("\n5\n")
+    assert printed(session, "/seed 3", "/seed").endswith("\n3\n")
+    printed(session, "/regenerate")
     assert first.history[-1]["content"] != before
     assert first.history[:-1] == second.history[:-1]
     session.handle(f"/save {tmp_path / 'chats.jsonl'}")

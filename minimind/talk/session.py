@@ -198,12 +198,18 @@ class Session:
             self._listen({added: added.regenerate()})
 
     def _temperature(self, said: str) -> None:
+        if not said:
+            self.console.print(f"{self.settings.temperature:g}", style="dim")
+            return
         temperature = _number(said, float)
         if not (temperature == 0 or 0.01 <= temperature <= 10):
             raise UserError(f"the temperature is {said}; it must be 0, or from 0.01 to 10.")
         self.settings.temperature = temperature
 
     def _seed(self, said: str) -> None:
+        if not said:
+            self.console.print(f"{self.settings.seed}", style="dim")
+            return
         seed = _number(said, int)
         if not 0 <= seed < 2**63:
             raise UserError(f"the seed is {said}; it must be a whole number from 0 to 2**63 - 1.")
