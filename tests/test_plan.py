@@ -19,7 +19,7 @@ from minimind.cli.main import app
 from minimind.cli.plan import edited_params
 from minimind.orchestrate.graph import load_graph
 from minimind.orchestrate.plan import EditedFiles, Planned, plan
-from tests.project import copy_project, dvc, stages_run
+from tests.project import copy_project, dvc, minimind, stages_run
 
 STEP = """
 import pathlib, sys, yaml
@@ -312,6 +312,21 @@ def test_what_cannot_be_planned_is_said_in_a_line(
     assert result.exit_code == 1
     assert said in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_wrong_value_is_said_before_anything_is_planned_or_run(tmp_path: Path) -> None:
+    project = copy_project(tmp_path)
+    wrong = ("-S", "reason.lr=abc", "-S", "++sft.nonsense=1")
+    said = minimind(project, "plan", *wrong, expect=1)
+    assert said.count("\n") == 1
+    assert said.startswith("minimind: params.yaml: sft.nonsense is not a known key; allowed are ")
+    assert said.endswith("; reason.lr is 'abc'; it should be a number\n")
+    minimind(project, "plan", "dpo", "-S", "reason.lr=abc")  # what needs no reason
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["reason"]["lr"] = "abc"
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    assert "reason.lr is 'abc'" in minimind(project, "repro", expect=1)
+    assert not (project / "runs").exists()
 
 
 CODE_GRAPH = """

@@ -13,39 +13,13 @@ from typer.testing import CliRunner
 
 from minimind.chat.tokenizer_training import TokenizerConfig
 from minimind.cli.main import app
-from minimind.datasets.encode import ChatEncodeConfig, EncodeConfig
 from minimind.errors import UserError
 from minimind.model.transformer import ModelConfig, ModelShape, Transformer
-from minimind.params import Section, load_section
-from stages.distill import DistillConfig, DistillLossConfig
-from stages.dpo import DpoConfig
-from stages.grpo import GrpoConfig
-from stages.lora import LoraStageConfig
-from stages.pretrain import PretrainConfig
-from stages.reason import ReasonConfig
+from minimind.params import load_section
+from stages._sections import SECTIONS
 from stages.sft import SftConfig
-from stages.spo import SpoConfig
 from tests.graph import ROOT
 
-SECTIONS: dict[str, type[Section]] = {
-    "tokenizer": TokenizerConfig,
-    "encode.pretrain": EncodeConfig,
-    "encode.sft": ChatEncodeConfig,
-    "encode.dpo": EncodeConfig,
-    "encode.reason": ChatEncodeConfig,
-    "encode.distill": ChatEncodeConfig,
-    "encode.lora": ChatEncodeConfig,
-    "model": ModelShape,
-    "pretrain": PretrainConfig,
-    "sft": SftConfig,
-    "dpo": DpoConfig,
-    "reason": ReasonConfig,
-    "distill": DistillConfig,
-    "distill_loss": DistillLossConfig,
-    "lora": LoraStageConfig,
-    "grpo": GrpoConfig,
-    "spo": SpoConfig,
-}
 PARAMETERS = {
     "small": 25_829_888,
     "base": 104_030_976,

@@ -64,6 +64,7 @@ def plan(
     from minimind.orchestrate.graph import load_graph
     from minimind.orchestrate.plan import EditedFiles, some
     from minimind.orchestrate.plan import plan as plan_stages
+    from minimind.orchestrate.values import refuse_values
 
     if device not in {"cpu", *DEVICES}:
         raise UserError(f"--device is {device!r}; allowed are cpu, {', '.join(DEVICES)}.")
@@ -73,14 +74,16 @@ def plan(
         with edited_params(preset, overrides or []) as edited:
             texts = {path: copy.read_text(encoding="utf-8") for path, copy in edited.items()}
             params = read_params(edited[PARAMS])
-        repo = Repo(".", fs=EditedFiles(texts))
-        with kept_from_dvc(Path(repo.root_dir)):
-            graph = load_graph(repo, targets or [])
+            repo = Repo(".", fs=EditedFiles(texts))
+            with kept_from_dvc(Path(repo.root_dir)):
+                graph = load_graph(repo, targets or [])
+            planned = {p.stage: p for p in plan_stages(repo, graph)}
+            active = [name for name, p in planned.items() if p.verdict.startswith("runs")]
+            stages = [graph.nodes[name]["stage"] for name in active]
+            refuse_values(Path(), stages, edited[PARAMS])
         recorded = merge(params, recorded_params(graph))
-        planned = {p.stage: p for p in plan_stages(repo, graph)}
     except DvcException as error:
         raise said_by_dvc(error) from None
-    active = [name for name, p in planned.items() if p.verdict.startswith("runs")]
     taken = costs(graph, active, Path(repo.root_dir), params, recorded, device, flops)
     summary = _summary(graph, planned, taken, jobs, limit)
     if as_json:

@@ -28,6 +28,7 @@ from minimind.orchestrate.graph import load_graph, past_runs
 from minimind.orchestrate.machine import gpus, machine
 from minimind.orchestrate.process import StageProcess
 from minimind.orchestrate.scheduler import Schedule
+from minimind.orchestrate.values import refuse_values
 from minimind.terminal.signals import StopRequest
 
 POLL_SECONDS = 0.1
@@ -136,6 +137,8 @@ class _Reproduction:
         while True:
             if not stop.requested:
                 self._skip_unchanged()
+                if not self.running and not self.report.outcomes and self.schedule.ready():
+                    refuse_values(self.root, self.stages.values())
                 for name, threads in self.schedule.start().items():
                     self._start(name, threads)
                     display.started(self.running[name])
