@@ -33,6 +33,8 @@ def main(
     inputs += [predictions / f"{name}.jsonl" for name in checkpoints]
     inputs += [training / f"{name}.json" for name in checkpoints]
     inputs += [histories / f"{name}.csv" for name in checkpoints]
+    watched = [histories / f"{name}.jsonl" for name in checkpoints]
+    inputs += [file for file in watched if file.is_file()]
     # Of data sets, those that a checkpoint has its name from.
     data = [encoded / f"{name}.json" for name in checkpoints] if encoded else []
     data = [file for file in data if file.is_file()]

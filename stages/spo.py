@@ -7,15 +7,18 @@ from minimind.params import load_path, load_section
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.loop import reinforce, summary
 from minimind.reinforcement.single_stream import SingleStream, SpoConfig
+from minimind.reinforcement.watched import Watched
 from minimind.terminal.command import stage_app
 from minimind.training.run import start_training
-from stages._shared import PARAMS, File
+from stages._shared import PARAMS, File, write_rows
 
 app = stage_app("spo")
 
 
 @app.command()
-def main(output: File, metrics: File, history: File, params: File = PARAMS) -> None:
+def main(
+    output: File, metrics: File, history: File, predictions: File, params: File = PARAMS
+) -> None:
     """Train on sampled completions, each compared with its prompt's tracked value."""
     config = load_section(params, "spo", SpoConfig)
     prompts = load_path(params, "data.prompts")
@@ -24,10 +27,12 @@ def main(output: File, metrics: File, history: File, params: File = PARAMS) -> N
         model, tokenizer = load_model(config.init), ChatTokenizer.load(config.init)
         environment = Environment.open(config, model, tokenizer, prompts, run)
         algorithm = SingleStream(config, len(environment.prompts))
-        trained = reinforce(model, environment, algorithm, config, run)
+        watched = Watched(environment)
+        trained = reinforce(model, environment, algorithm, config, run, watched)
         with run.saving(metrics):
             save_checkpoint(output, model, config.init)
             write_history(history, trained.rows)
+            write_rows(predictions, watched.rows)
             write_metrics(metrics, "spo", summary(trained))
 
 

@@ -123,8 +123,8 @@ COMMANDS: dict[str, tuple[StageApp, str]] = {
     "dpo": (dpo.app, f"--preferences encoded/dpo --reference reference.npy {TRAINED}"),
     "reason": (reason.app, f"--conversations encoded/reason {TRAINED}"),
     "reward": (reward.app, f"--preferences encoded/dpo {TRAINED}"),
-    "grpo": (grpo.app, TRAINED),
-    "spo": (spo.app, TRAINED),
+    "grpo": (grpo.app, f"{TRAINED} --predictions out/said.jsonl"),
+    "spo": (spo.app, f"{TRAINED} --predictions out/said.jsonl"),
     "rejection_sampling": (
         rejection_sampling.app,
         "--output out/t.jsonl --rejected out/r.jsonl --metrics out/metrics.json",

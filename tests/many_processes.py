@@ -29,6 +29,7 @@ from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.group_relative import GroupRelative
 from minimind.reinforcement.loop import reinforce
 from minimind.reinforcement.single_stream import SingleStream
+from minimind.reinforcement.watched import Watched
 from minimind.terminal.command import stage_app
 from minimind.training import run as run_module
 from minimind.training.fit import FitConfig, fit
@@ -108,7 +109,7 @@ def _reinforce(config: GrpoConfig | SpoConfig, run: Run) -> tuple[History, nn.Mo
     environment = Environment.open(config, model, ChatTokenizer.load(start), prompts, run)
     kind: Any = GroupRelative if isinstance(config, GrpoConfig) else SingleStream
     algorithm = kind(config, len(environment.prompts))
-    return reinforce(model, environment, algorithm, config, run), model
+    return reinforce(model, environment, algorithm, config, run, Watched(environment)), model
 
 
 @app.command()

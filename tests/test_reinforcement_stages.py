@@ -1,6 +1,7 @@
 """Reinforcement end to end: the stages' commands, learning, resuming, reward models."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from minimind.reinforcement.group_relative import GroupRelative
 from minimind.reinforcement.loop import reinforce
 from minimind.reinforcement.rollout import completion_logprobs
 from minimind.reinforcement.single_stream import SingleStream
+from minimind.reinforcement.watched import Watched
 from minimind.rewards.reward import Given, Sample
 from minimind.rewards.reward_model import RewardScorer, load_reward_model
 from minimind.rewards.weighted import Rewards
@@ -139,11 +141,13 @@ def write_params(**changes: Any) -> None:
 
 def run_stage(stage: str, output: str = "out") -> Result:
     arguments = [f"--output=models/{output}", f"--metrics={output}.json", f"--history={output}.csv"]
+    arguments.append(f"--predictions={output}.jsonl")
     return CliRunner().invoke({"grpo": grpo, "spo": spo}[stage].app, arguments)
 
 
 def outputs(output: str = "out") -> dict[str, bytes]:
-    files = [Path(f"{output}.json"), Path(f"{output}.csv"), *Path(f"models/{output}").iterdir()]
+    files = [Path(f"{output}{kind}") for kind in (".json", ".csv", ".jsonl")]
+    files += Path(f"models/{output}").iterdir()
     return {file.name.removeprefix(output): file.read_bytes() for file in files}
 
 
@@ -191,8 +195,10 @@ def ascii_share(prompt: str, completion: str, answer: str | None) -> float:
     return sum(c.isascii() for c in completion) / max(1, len(completion))
 
 
-def train(stage: str, stop_after: int | None) -> tuple[dict[str, torch.Tensor], list[Any]]:
-    """Weights and method state, and the history; stopped and started again if so asked."""
+def train(
+    stage: str, stop_after: int | None = None, is_watched: bool = True
+) -> tuple[dict[str, torch.Tensor], list[Any], list[Any]]:
+    """Weights and method state, the history, and what was said; stopped if so asked."""
     section = {"grpo": grpo.GrpoConfig, "spo": spo.SpoConfig}[stage]
     config = load_section(Path("params.yaml"), stage, section)
     model = load_model(Path("models/start"))
@@ -208,25 +214,38 @@ def train(stage: str, stop_after: int | None) -> tuple[dict[str, torch.Tensor], 
             return draw(step)
 
         algorithm.draw = draw_or_be_stopped
-        history = reinforce(model, environment, algorithm, config, run)
+        watched = Watched(environment) if is_watched else None
+        history = reinforce(model, environment, algorithm, config, run, watched)
     state = dict(model.state_dict()) | algorithm.state_tensors()
-    return {name: tensor.clone() for name, tensor in state.items()}, history.rows
+    said = watched.rows if watched else []
+    return {name: tensor.clone() for name, tensor in state.items()}, history.rows, said
 
 
 @pytest.mark.parametrize("stage", ["grpo", "spo"])
 def test_a_run_that_was_stopped_twice_ends_as_if_it_had_not_been(project: Path, stage: str) -> None:
     # A window of three steps is open at both stops.
     write_params(**{stage: {"max_steps": 7, "log_interval": 3, "schedule": "linear"}})
-    state, rows = train(stage, None)
+    state, rows, said = train(stage)
     for stop_after in (2, 5):
         with pytest.raises(Stopped, match=f"at step {stop_after} of 7"):
             train(stage, stop_after)
-    resumed_state, resumed_rows = train(stage, None)
+    resumed_state, resumed_rows, resumed_said = train(stage)
+    assert resumed_said == said
     # The order of the columns too: it decides the file's bytes.
     assert [list(row.items()) for row in resumed_rows] == [list(row.items()) for row in rows]
     assert set(resumed_state) == set(state)
     for name, tensor in state.items():
         assert torch.equal(resumed_state[name], tensor), name
+
+
+def test_who_is_watched_learns_the_same(project: Path) -> None:
+    write_params(grpo={"max_steps": 3})
+    state, rows, said = train("grpo")
+    assert [row["step"] for row in said[::4]] == [0, 1, 2, 3]
+    shutil.rmtree(".resume")
+    unwatched, unwatched_rows, _ = train("grpo", is_watched=False)
+    assert unwatched_rows == rows
+    assert all(torch.equal(unwatched[name], tensor) for name, tensor in state.items())
 
 
 def test_spo_compares_a_reward_with_the_value_before_it(project: Path) -> None:

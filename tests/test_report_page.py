@@ -93,6 +93,27 @@ def test_the_same_prompts_are_shown_of_every_checkpoint(tmp_path: Path) -> None:
     assert page.texts.count("<b>8") == 24 and not page.all("b", "8")
 
 
+def test_what_reinforcement_did_to_a_prompt_is_shown_step_by_step(tmp_path: Path) -> None:
+    write(tmp_path, "grpo", [prediction()])
+    said = ["x", THOUGHT, THOUGHT]
+    rows = [
+        {"step": 5 * n, "prompt": "小明?", "completion": text, "reward": 0.5 * n}
+        for n, text in enumerate(said)
+    ]
+    (tmp_path / "history").mkdir(exist_ok=True)
+    file = tmp_path / "history/grpo.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, errors = run(tmp_path, "grpo")
+    assert code == 0, errors
+    texts = [t.strip() for t in Read((tmp_path / "index.html").read_text("utf-8")).texts]
+    shown = [t for t in texts[texts.index("小明?") :] if t]
+    assert shown[:11] == ["小明?", "0", "0.00", "x", "5", "0.50", "3+4", "7", "10", "1.00", "as before"]
+    file.write_text('{"step": 1}\n')
+    assert (
+        "history/grpo.jsonl:1: prompt is missing; run its stage again" in run(tmp_path, "grpo")[2]
+    )
+
+
 def test_both_languages_say_as_much(tmp_path: Path) -> None:
     page = Read(built(tmp_path))
     assert len(page.all("span", "en")) == len(page.all("span", "zh")) > 40

@@ -81,6 +81,7 @@ def _settled(marks: tuple[Any, ...], live: tuple[str, ...]) -> dict[str, Any]:
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
+    from minimind.orchestrate.costs import recorded_params, shares_of_limit
     from minimind.orchestrate.graph import load_graph
     from minimind.orchestrate.plan import plan, some
     from minimind.report.ancestry import ancestries
@@ -91,12 +92,14 @@ def _settled(marks: tuple[Any, ...], live: tuple[str, ...]) -> dict[str, Any]:
     try:
         with Repo(".") as repo:
             graph = load_graph(repo)
+            params = recorded_params(graph)
             verdicts = {p.stage: (p.verdict, some(p.reasons)) for p in plan(repo, graph)}
     except DvcException as error:
         raise UserError(f"{error}; correct it.") from None
     stages = stages_with_runs(root, verdicts, live)
     return {
         "stages": stages,
+        "limits": {} if live else shares_of_limit(graph, root, params),
         "graph": drawn_graph(stages, graph.edges),
         "cards": data_cards(root),
         "ancestries": ancestries(root),

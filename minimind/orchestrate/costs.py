@@ -1,6 +1,8 @@
 """How long planned stages take, and what memory and disk: by past runs, or by estimates."""
 
 import heapq
+import json
+import platform
 import time
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -12,6 +14,7 @@ from typing import Any
 import networkx as nx
 import torch
 
+from minimind.lineage.records import record_name
 from minimind.orchestrate.estimate import MIB, TRAINED, Estimate, Estimates
 from minimind.orchestrate.graph import longest_paths, past_runs
 
@@ -94,6 +97,24 @@ def costs(
     return {stage: cost(stage) for stage in stages}
 
 
+def shares_of_limit(graph: nx.DiGraph, root: Path, params: Mapping[str, Any]) -> dict[str, float]:
+    """Of each stage that was trained on this machine's CPU: what it reached of the limit.
+
+    Estimated operations in the time of its steps, over those of the fastest product of two large
+    matrices, measured now with as many threads. Validation takes time, and no operations.
+    """
+    shares, limits = {}, dict[int, float]()
+    for stage, estimate in _estimates(Estimates(root, params, params), graph).items():
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            record = json.loads((root / "runs" / record_name(stage)).read_text(encoding="utf-8"))
+            here = {"device": "cpu", "host": platform.node(), "processes": 1}
+            if record.items() >= here.items():
+                threads = record["threads"]
+                limits[threads] = limits.get(threads) or _fastest_product(threads)
+                shares[stage] = estimate.flops / record["training_seconds"] / limits[threads]
+    return shares
+
+
 def makespan(graph: nx.DiGraph, seconds: Mapping[str, float], jobs: int) -> float:
     """Seconds until all stages are done, `jobs` at a time, the longest remaining path first."""
     remaining = longest_paths(graph, dict(seconds))
@@ -136,11 +157,18 @@ def _estimates(estimates: Estimates, stages: Iterable[str]) -> dict[str, Estimat
 
 def _cpu_flops() -> float:
     """FLOP/s that training is assumed to reach here, by a short measurement."""
-    speeds = []
+    return REACHED * _fastest_product(torch.get_num_threads())
+
+
+def _fastest_product(threads: int) -> float:
+    """FLOP/s of a product of two large matrices, in whichever number format is faster."""
+    before, speeds = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(1024, 1024, dtype=dtype)
-        for _ in range(2):  # the first time it prepares
+        for _ in range(4):  # the first time it prepares
             start = time.perf_counter()
             matrix @ matrix
             speeds.append(2 * 1024**3 / (time.perf_counter() - start))
-    return REACHED * max(speeds)
+    torch.set_num_threads(before)
+    return max(speeds)

@@ -71,17 +71,25 @@ class Environment:
         return cls(problems, encoded, tokenizer, config, rewards, run.processes)
 
     def rollout(
-        self, model: Transformer, indices: Indices, num_samples: int, first_key: int
+        self,
+        model: Transformer,
+        indices: Indices,
+        num_samples: int,
+        first_key: int | None = None,
     ) -> Rollout:
         """`num_samples` completions of each of these prompts; row i draws with `first_key + i`.
 
         Those keys are all there is to the noise: no state is carried from step to step, so there
-        is none to lose, and the number of processes changes nothing.
+        is none to lose, and the number of processes changes nothing. Without them the likeliest
+        token is taken each time.
         """
         own = self.processes.share(range(len(indices)))
-        keys = [first_key + i * num_samples + k for i in own for k in range(num_samples)]
         prompts = [self.prompts[indices[i]] for i in own]
         config = self.config
+        sampling = None
+        if first_key is not None:
+            keys = [first_key + i * num_samples + k for i in own for k in range(num_samples)]
+            sampling = Sampling(config.temperature, config.top_p, config.seed, keys)
         model.eval()
         completions = generate(
             model,
@@ -89,7 +97,7 @@ class Environment:
             max_new_tokens=config.max_new_tokens,
             end_id=self.tokenizer.end_id,
             dtype=config.dtype,
-            sampling=Sampling(config.temperature, config.top_p, config.seed, keys),
+            sampling=sampling,
             num_samples_per_prompt=num_samples,
             with_logprobs=True,
         )

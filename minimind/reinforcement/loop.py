@@ -14,6 +14,7 @@ from minimind.reinforcement.config import ReinforcementConfig
 from minimind.reinforcement.draws import Draws, Indices
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.rollout import Rollout, pack_step, sampling_difference, statistics
+from minimind.reinforcement.watched import Watched
 from minimind.rewards.reward import Values
 from minimind.training.optimizer import Optimizer
 from minimind.training.run import Run
@@ -57,6 +58,7 @@ def reinforce(
     algorithm: Algorithm,
     config: ReinforcementConfig,
     run: Run,
+    watched: Watched | None = None,
 ) -> History:
     """Train `model` in place against its own initial weights as the reference.
 
@@ -65,6 +67,8 @@ def reinforce(
 
     Goes on from the newest checkpoint of the same run, if there is one, as if it had never
     stopped.
+
+    watched: is shown the policy from time to time.
 
     Raises:
         Stopped: a signal came; a checkpoint to resume from is saved.
@@ -77,6 +81,7 @@ def reinforce(
     trained, forward = shard(model, Layer, run.device, run.processes, run.settings)
     optimizer = Optimizer(trained, config, run.device, run.processes.world)
     parts: dict[str, Part] = {"model": Weights(trained), "algorithm": algorithm}
+    parts |= {"watched": watched} if watched else {}
     session = Session(run, num_steps, config.log_interval, optimizer, parts)
     gather(trained, model)
     if session.history.step == 0:
@@ -86,6 +91,8 @@ def reinforce(
         run.say(warning)
     rows_at_a_time = config.batch_size * algorithm.num_samples
     for step in session.steps():
+        if watched:
+            watched.look(model, step, num_steps)
         indices = algorithm.draw(step)
         rows_per_step = algorithm.draws.prompts_per_step * algorithm.num_samples
         rollout = environment.rollout(
@@ -117,6 +124,8 @@ def reinforce(
             **own_values,
         }
         session.record(values, rollout.num_tokens)
+    if watched:
+        watched.look(model, num_steps, num_steps)
     session.finish()
     return session.history
 

@@ -15,7 +15,7 @@ const isDark = () => (root.style.colorScheme || (matchMedia("(prefers-color-sche
 root.style.colorScheme = kept("theme") ?? "";
 byId("theme").onclick = () => { root.style.colorScheme = isDark() ? "light" : "dark"; kept("theme", root.style.colorScheme); };
 
-const prompts = [...document.querySelectorAll(".prompt")];
+const prompts = [...document.querySelectorAll("article.prompt")];
 const filter = () => {
   const [kind, language, verdict] = ["kind", "prompt-language", "verdict"].map((id) => byId(id).value);
   for (const prompt of prompts) {

@@ -61,6 +61,15 @@ class Answer(NamedTuple):
     said: str
 
 
+class Said(NamedTuple):
+    """What a policy said to a prompt at a step of its training, and what that would earn."""
+
+    step: int
+    reward: float
+    thought: str | None
+    said: str
+
+
 class Prompt(NamedTuple):
     """A held-out prompt, and what every checkpoint said."""
 
@@ -92,6 +101,7 @@ def render(
         live=live,
         table=_table(results),
         charts=_charts(results.histories),
+        watched=_watched(results.watched),
         prompts=prompts,
         kinds=list(dict.fromkeys(prompt.kind for prompt in prompts)),
         seeds=record_rows(results.runs, [e.name for e in results.evaluations])
@@ -173,6 +183,16 @@ def _charts(histories: Mapping[str, History]) -> dict[str, Any]:
     }
 
 
+def _watched(stages: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, list[Said]]]:
+    """By stage and prompt, step after step."""
+    found: dict[str, dict[str, list[Said]]] = {}
+    for stage, rows in stages.items():
+        for row in rows:
+            said = Said(row["step"], row["reward"], *_parted(row["completion"]))
+            found.setdefault(stage, {}).setdefault(row["prompt"], []).append(said)
+    return found
+
+
 def _points(rows: History, column: str) -> list[tuple[float, float]]:
     return [(row["step"], row[column]) for row in rows if column in row]
 
@@ -208,12 +228,16 @@ def _prompts(evaluations: Sequence[Evaluation]) -> list[Prompt]:
 
 
 def _answer(name: str, row: Record) -> Answer:
-    output = row["output"]
+    return Answer(name, row["correct"], *_parted(row["output"]))
+
+
+def _parted(output: str) -> tuple[str | None, str]:
+    """Thought and answer, without their tags."""
     thought = first_thought(output)
     said = output if thought is None else output.partition("</think>")[2]
     if said.count("<answer>") == said.count("</answer>") == 1:
         said = said.replace("<answer>", "").replace("</answer>", "")
-    return Answer(name, row["correct"], None if thought is None else _cut(thought), _cut(said))
+    return None if thought is None else _cut(thought), _cut(said)
 
 
 def _cut(text: str) -> str:

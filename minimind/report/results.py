@@ -4,7 +4,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -32,6 +32,12 @@ ENCODING_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(["duplicate_rows", "eval_overlap_rows"], (int,)),
     "trained_share": (int, float),
     **dict.fromkeys(["formats", "left_out", "first_left_out"], (dict,)),
+}
+WATCHED_TYPES: dict[str, tuple[type, ...]] = {
+    "step": (int,),
+    "prompt": (str,),
+    "completion": (str,),
+    "reward": (int, float),
 }
 RUN_TYPES = {"seed": (int,), "dtype": (str,), "isa": (str,), "metrics": (dict,)}
 
@@ -65,6 +71,7 @@ class Results:
     histories: dict[str, History]
     starts: dict[str, str]  # of a checkpoint, the name of the one that it was trained from
     runs: list[RecordedRun]  # of other seeds
+    watched: dict[str, list[Record]] = field(default_factory=dict)  # what reinforcement wrote
 
     @classmethod
     def read(
@@ -90,6 +97,7 @@ class Results:
             {name: read_history(histories / f"{name}.csv") for name in names},
             {name: Path(start).name for name, start in starts.items() if isinstance(start, str)},
             read_record(record) if record else [],
+            read_watched(histories, names),
         )
 
 
@@ -123,11 +131,17 @@ def parse_predictions(text: str, where: Path | str) -> list[Record]:
     Raises:
         UserError: a line is none; `where` and its number say which.
     """
+    todo = "it must be a prediction: run the evaluate stage"
+    return _rows(text, where, PREDICTION_TYPES, todo)
+
+
+def _rows(
+    text: str, where: Path | str, types: Mapping[str, tuple[type, ...]], todo: str
+) -> list[Record]:
     rows = []
     for number, line in enumerate(text.rstrip("\n").split("\n"), 1):
         row = _parse(line, f"{where}:{number}")
-        todo = "it must be a prediction: run the evaluate stage"
-        _require_types(row, PREDICTION_TYPES, f"{where}:{number}", todo)
+        _require_types(row, types, f"{where}:{number}", todo)
         rows.append(row)
     return rows
 
@@ -181,6 +195,19 @@ def read_history(path: Path) -> History:
         where = f"{path}:{reader.line_num}"
         raise UserError(f"{where}: no row of a history; run the stage that wrote it.") from None
     return rows
+
+
+def read_watched(folder: Path, names: Sequence[str]) -> dict[str, list[Record]]:
+    """What stages said to the same prompts as they trained, of those that have written it.
+
+    Raises:
+        UserError: a line of a file is none of a stage's.
+    """
+    found = {}
+    for name in names:
+        if (file := folder / f"{name}.jsonl").is_file():
+            found[name] = _rows(_read(file), file, WATCHED_TYPES, "run its stage again")
+    return found
 
 
 def read_record(path: Path) -> list[RecordedRun]:

@@ -30,6 +30,7 @@ from minimind.report.results import (
     read_history,
     read_metrics,
     read_record,
+    read_watched,
 )
 
 ENCODED = Path("data/encoded")
@@ -87,6 +88,7 @@ def read_workspace(root: Path, live: dict[str, History]) -> Results:
         {n: read_history(p) for n, p in histories.items() if p.is_file()} | live,
         {name: Path(start).name for name, start in starts.items() if isinstance(start, str)},
         read_record(root / "benchmarks/results/claims.json"),
+        read_watched(root / "history", list(stages)),
     )
 
 
