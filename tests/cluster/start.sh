@@ -1,7 +1,7 @@
 #!/bin/sh
 # A Slurm of this machine and user alone, until standard input ends:
 #   tests/cluster/start.sh FOLDER PORT PORT
-# Prints "ready" when it takes jobs; SLURM_CONF=FOLDER/slurm.conf is how to speak to it.
+# Prints "ready" when it takes jobs, "broken" where it does not within a minute; SLURM_CONF=FOLDER/slurm.conf is how to speak to it.
 set -eu
 folder=$(realpath "$1")
 host=$(hostname -s)
@@ -48,11 +48,12 @@ slurmctld -D -c &
 pids="$pids $!"
 slurmd -D -N "$host" &
 pids="$pids $!"
-for _ in $(seq 100); do
-    if srun --immediate=5 true 2>/dev/null; then break; fi
-    sleep 0.2
+said=broken
+for _ in $(seq 60); do
+    if srun --immediate=5 true 2>/dev/null; then said=ready; break; fi
+    sleep 1
 done
-echo ready
+echo $said
 cat > /dev/null
 scancel --signal=KILL --full --user="$(id -un)" # jobs that a failed test has left would run on
 scancel --user="$(id -un)"

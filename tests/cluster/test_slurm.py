@@ -45,7 +45,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     )
     assert started.stdin
     assert started.stdout
-    assert started.stdout.readline() == "ready\n", (folder / "errors").read_text()
+    if started.stdout.readline() != "ready\n":  # no cgroups, another host name, no ports
+        started.stdin.close()
+        logs = [file.read_text()[-300:] for file in (folder / "errors", *folder.glob("*.log"))]
+        pytest.skip(f"Slurm is installed and does not take jobs on this machine: {logs}")
     plain = {n: v for n, v in os.environ.items() if not n.startswith(("DVC_", "MINIMIND_"))}
     yield (
         plain
