@@ -191,9 +191,11 @@ def page(
             regenerate.click(again, asked, [visit, box, *both]),
         ]
         box.stop(lambda: None, cancels=answering)
-        anew.click(reset, [visit, chosen], [visit, *both], cancels=answering)
         every = [visit, *[part for slot in slots for part in slot[:4]]]
-        chosen.change(show, [visit, chosen], every, cancels=answering)
+        # One after the other, or what one of them has read before the other ended would be shown.
+        ends: dict[str, Any] = {"cancels": answering, "concurrency_id": "columns"}
+        anew.click(reset, [visit, chosen], [visit, *both], **ends)
+        chosen.change(show, [visit, chosen], every, **ends)
         for event in (blocks.load, chosen.change):
             event(describe, chosen, [slot[4] for slot in slots])
     return blocks
