@@ -7,7 +7,21 @@ const kept = (name, value) => {
   } catch { return null; } // of a file, some browsers keep nothing
 };
 
-const speak = (language) => { root.lang = language; };
+const scrolled = [...document.querySelectorAll(".wide, nav")];
+const edges = () => {
+  for (const box of scrolled) {
+    const rest = box.scrollWidth - box.clientWidth - box.scrollLeft;
+    box.classList.toggle("more-left", box.scrollLeft > 1);
+    box.classList.toggle("more-right", rest > 1);
+  }
+};
+const resized = new ResizeObserver(edges); // also when details open
+for (const box of scrolled) {
+  box.addEventListener("scroll", edges, { passive: true });
+  resized.observe(box);
+}
+
+const speak = (language) => { root.lang = language; edges(); };
 speak(kept("language") ?? (navigator.language.startsWith("zh") ? "zh-CN" : "en"));
 byId("language").onclick = () => { speak(root.lang === "en" ? "zh-CN" : "en"); kept("language", root.lang); };
 
@@ -31,4 +45,5 @@ const reveal = () => { byId(decodeURIComponent(location.hash.slice(1)))?.closest
 addEventListener("hashchange", reveal);
 reveal();
 for (const graph of document.querySelectorAll(".graph")) graph.parentElement.scrollLeft = (graph.clientWidth - graph.parentElement.clientWidth) / 2;
+edges();
 addEventListener("beforeprint", () => { for (const details of document.querySelectorAll("details")) details.open = true; });

@@ -69,6 +69,18 @@ def test_nothing_but_tables_is_wider_than_a_phone(browser: Any, address: str) ->
     page.close()
 
 
+def test_what_goes_on_beyond_an_edge_fades_there(browser: Any, address: str) -> None:
+    page = browser.new_page(viewport={"width": 240, "height": 740})
+    page.goto(address)
+    table = page.locator("#checkpoints .wide").first
+    table.and_(page.locator(".more-right:not(.more-left)")).wait_for()
+    table.evaluate("element => { element.scrollLeft = element.scrollWidth; }")
+    table.and_(page.locator(".more-left:not(.more-right)")).wait_for()
+    page.set_viewport_size({"width": 1280, "height": 740})
+    table.and_(page.locator(":not(.more-left, .more-right)")).wait_for()
+    page.close()
+
+
 def test_words_without_an_end_are_broken(browser: Any, tmp_path: Path) -> None:
     long = "x_" * 300
     row = prediction(prompt=long, output=f"<think>{long}</think>{long}", answer=long)
