@@ -95,19 +95,24 @@ def test_the_same_prompts_are_shown_of_every_checkpoint(tmp_path: Path) -> None:
 
 def test_what_reinforcement_did_to_a_prompt_is_shown_step_by_step(tmp_path: Path) -> None:
     write(tmp_path, "grpo", [prediction()])
-    said = ["x", THOUGHT, THOUGHT]
+    said = [("x", 0.0), (THOUGHT, 0.5), (THOUGHT, 0.5), (THOUGHT, 1.0)]
     rows = [
-        {"step": 5 * n, "prompt": "小明?", "completion": text, "reward": 0.5 * n}
-        for n, text in enumerate(said)
+        {"step": 5 * n, "prompt": "小明?", "completion": text, "reward": reward}
+        for n, (text, reward) in enumerate(said)
     ]
+    rows += [row | {"prompt": "小红?", "completion": "x", "reward": 0.0} for row in rows]
     (tmp_path / "history").mkdir(exist_ok=True)
     file = tmp_path / "history/grpo.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, _, errors = run(tmp_path, "grpo")
     assert code == 0, errors
-    texts = [t.strip() for t in Read((tmp_path / "index.html").read_text("utf-8")).texts]
-    shown = [t for t in texts[texts.index("小明?") :] if t]
-    assert shown[:11] == ["小明?", "0", "0.00", "x", "5", "0.50", "3+4", "7", "10", "1.00", "as before"]
+    page = (tmp_path / "index.html").read_text("utf-8")
+    shown = re.sub(r'<span class="zh".*?</span>|<.*?>', " ", page.partition("小明?")[2])
+    assert " ".join(shown.split()).startswith(
+        "reward 0.00 → 1.00 step 0 · reward 0.00 x steps 5–10 · reward 0.50 3+4 7 "
+        "step 15 · reward 1.00 as before "
+        "小红? the same answer throughout steps 0–15 · reward 0.00 x"
+    )
     file.write_text('{"step": 1}\n')
     assert (
         "history/grpo.jsonl:1: prompt is missing; run its stage again" in run(tmp_path, "grpo")[2]

@@ -62,9 +62,10 @@ class Answer(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What a policy said to a prompt at a step of its training, and what that would earn."""
+    """What a policy said to a prompt at steps of its training, and what that would earn."""
 
-    step: int
+    first: int  # step
+    last: int
     reward: float
     thought: str | None
     said: str
@@ -184,12 +185,15 @@ def _charts(histories: Mapping[str, History]) -> dict[str, Any]:
 
 
 def _watched(stages: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, list[Said]]]:
-    """By stage and prompt, step after step."""
+    """By stage and prompt, step after step; while neither answer nor reward change, once."""
     found: dict[str, dict[str, list[Said]]] = {}
     for stage, rows in stages.items():
         for row in rows:
-            said = Said(row["step"], row["reward"], *_parted(row["completion"]))
-            found.setdefault(stage, {}).setdefault(row["prompt"], []).append(said)
+            said = Said(row["step"], row["step"], row["reward"], *_parted(row["completion"]))
+            before = found.setdefault(stage, {}).setdefault(row["prompt"], [])
+            if before and before[-1][2:] == said[2:]:
+                said = said._replace(first=before.pop().first)
+            before.append(said)
     return found
 
 
