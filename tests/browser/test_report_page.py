@@ -113,9 +113,11 @@ def test_the_switches_and_filters_do_what_they_say(browser: Any, tmp_path: Path)
 
 def test_all_of_it_is_printed(browser: Any, tmp_path: Path) -> None:
     built(tmp_path)
-    page = browser.new_page()
+    page = browser.new_page(color_scheme="light")
     page.goto((tmp_path / "index.html").as_uri())
+    page.click("#theme")
     page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert not page.locator("header").is_visible()
     assert page.locator("details:not([open])").count() == 0
