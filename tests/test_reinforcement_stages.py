@@ -241,7 +241,7 @@ def test_a_run_that_was_stopped_twice_ends_as_if_it_had_not_been(project: Path, 
 def test_who_is_watched_learns_the_same(project: Path) -> None:
     write_params(grpo={"max_steps": 3})
     state, rows, said = train("grpo")
-    assert [row["step"] for row in said[::4]] == [0, 1, 2, 3]
+    assert [*dict.fromkeys(row["step"] for row in said)] == [0, 1, 2, 3]
     shutil.rmtree(".resume")
     unwatched, unwatched_rows, _ = train("grpo", is_watched=False)
     assert unwatched_rows == rows

@@ -161,14 +161,17 @@ def _cpu_flops() -> float:
 
 
 def _fastest_product(threads: int) -> float:
-    """FLOP/s of a product of two large matrices, in whichever number format is faster."""
+    """FLOP/s of a product of two large matrices, in whichever number format is faster.
+
+    By the time of the threads: others on the machine change it little.
+    """
     before, speeds = torch.get_num_threads(), []
     torch.set_num_threads(threads)
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(1024, 1024, dtype=dtype)
         for _ in range(4):  # the first time it prepares
-            start = time.perf_counter()
+            start = time.process_time()
             matrix @ matrix
-            speeds.append(2 * 1024**3 / (time.perf_counter() - start))
+            speeds.append(2 * 1024**3 * threads / (time.process_time() - start))
     torch.set_num_threads(before)
     return max(speeds)

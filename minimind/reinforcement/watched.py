@@ -1,6 +1,7 @@
 """What a policy says to the same few prompts while it trains."""
 
 import json
+import random
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 from minimind.model.transformer import Transformer
 from minimind.reinforcement.environment import Environment
 
-NUM_PROMPTS = 4
+NUM_PROMPTS = 6
 NUM_TIMES = 8  # evenly over the steps, beside the first look, which is before any
 
 
@@ -25,8 +26,8 @@ class Watched:
         self.environment = environment
         total = len(environment.prompts)
         count = min(NUM_PROMPTS, total)
-        # In the middle of equal parts of the file; no result decides which.
-        self.indices = np.array([(2 * i + 1) * total // (2 * count) for i in range(count)])
+        # Drawn: equal steps would miss what stands in turns, as languages may.
+        self.indices = np.array(sorted(random.Random(0).sample(range(total), count)))
         self.rows: list[dict[str, Any]] = []
 
     def look(self, model: Transformer, step: int, num_steps: int) -> None:
