@@ -366,3 +366,23 @@ def test_seeds_are_queued_once_and_from_a_commit(
         (project / "params.yaml").write_text(params, encoding="utf-8")
     assert code == 1
     assert "params.yaml is not committed" in complaint
+
+
+def test_data_that_an_experiment_would_not_have_is_named(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(project, copy, symlinks=True)
+    graph = GRAPH.replace("deps: [step.py]", "deps: [step.py, mine/my data.txt]")
+    (copy / "dvc.yaml").write_text(graph, encoding="utf-8")
+    git(copy, "commit", "-qam", "Data of mine")
+    (copy / "mine").mkdir()
+    (copy / "mine/my data.txt").write_text("x")
+    code, _, complaint = run(copy, monkeypatch, "seeds", "1")
+    assert code == 1
+    assert "neither git nor DVC tracks 'mine/my data.txt'" in complaint
+    assert "`dvc add 'mine/my data.txt'`, and commit" in complaint
+    dvc(copy, "add", "-q", "mine")
+    git(copy, "add", "-A")
+    git(copy, "commit", "-qm", "It is tracked")
+    assert run(copy, monkeypatch, "seeds", "1")[0] == 0

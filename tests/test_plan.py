@@ -202,6 +202,12 @@ CHANGES: dict[str, tuple[Change, dict[str, str]]] = {
         # What is there is not in the cache, and so is made again; metrics are in no cache.
         dict.fromkeys(ALL, RUNS) | {"measure": MAYBE},
     ),
+    "a fresh clone": (
+        several(
+            *map(remove, ("data/world", "data/fixed.txt", "models", "report.txt", ".dvc/cache"))
+        ),
+        dict.fromkeys(ALL, RUNS) | {"measure": MAYBE},
+    ),
     "an output edited": (edit("models/b/one.txt", "one", "uno"), {"train@b": CACHED}),
     "a metric edited": (edit("metrics/length.json", "8", "7"), {"measure": CACHED}),
     "a metric removed": (remove("metrics/length.json"), {"measure": CACHED}),
@@ -294,6 +300,19 @@ def test_overrides_are_planned_as_what_they_set(project: Path) -> None:
     assert list(plans) == ["fixed", "world", "train@b", "measure", "report"]
     assert plans["train@b"].reasons == ["b.k: null -> 1"]
     assert plans["measure"].reasons == ["its command changed"]
+
+
+def test_costs_are_of_what_ran_and_of_what_is_planned(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "minimind.orchestrate.costs.costs",
+        lambda graph, stages, root, now, then, *rest: asked.append((now, then)) or {},
+    )
+    assert CliRunner().invoke(app, ["plan", "-S", "a.lr=2e-3"]).exit_code == 0
+    ((now, then),) = asked
+    assert (now["a"]["lr"], then["a"]["lr"]) == (2e-3, 1e-3)
 
 
 @pytest.mark.parametrize(

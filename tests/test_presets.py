@@ -50,16 +50,17 @@ def test_a_preset_is_valid_and_has_the_documents_size(tmp_path: Path, name: str)
     assert model.num_parameters == PARAMETERS[name]
 
 
-def test_a_preset_takes_back_what_another_has_set(tmp_path: Path) -> None:
-    """What minimind3 adds to params.yaml, QK-norm for example, small must not leave there."""
+def test_after_any_preset_small_is_as_if_alone(tmp_path: Path) -> None:
+    """Its own six steps, say, tiny must not leave there. What tiny leaves alone, it may keep."""
     (tmp_path / "alone").mkdir()
     alone, _ = applied(tmp_path / "alone", "small")
-    params, _ = applied(tmp_path, "minimind3-moe")
-    where = ["--presets", str(ROOT / "presets"), "--params", str(params)]
-    assert CliRunner().invoke(app, ["preset", "small", *where]).exit_code == 0
-    for section in ("model", "distill", "grpo"):
-        shapes = [load_section(path, section, SECTIONS[section]) for path in (alone, params)]
-        assert shapes[0] == shapes[1]
+    for before in PARAMETERS.keys() | {"tiny"}:
+        params, _ = applied(tmp_path, before)
+        where = ["--presets", str(ROOT / "presets"), "--params", str(params)]
+        assert CliRunner().invoke(app, ["preset", "small", *where]).exit_code == 0
+        for section, config in SECTIONS.items():
+            shapes = [load_section(path, section, config) for path in (alone, params)]
+            assert shapes[0] == shapes[1], (before, section)
 
 
 def test_comments_and_other_values_stay(tmp_path: Path) -> None:

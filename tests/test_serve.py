@@ -305,6 +305,7 @@ def test_the_command_serves_until_it_is_stopped(folder: Path) -> None:
     port = place.rpartition(":")[2].split("/")[0]
     second = subprocess.run([*command, port], capture_output=True, text=True, cwd=ROOT, check=False)
     assert second.returncode == 1
+    assert f"127.0.0.1:{port} cannot be served on: " in second.stderr
     assert second.stderr.count("\n") == 1
     serving.send_signal(signal.SIGINT)
     assert serving.wait() in (0, 130)  # 0 where whoever runs the tests ignores Ctrl-C

@@ -77,11 +77,11 @@ def plan(
             repo = Repo(".", fs=EditedFiles(texts))
             with kept_from_dvc(Path(repo.root_dir)):
                 graph = load_graph(repo, targets or [])
+            recorded = merge(params, recorded_params(graph))
             planned = {p.stage: p for p in plan_stages(repo, graph)}
             active = [name for name, p in planned.items() if p.verdict.startswith("runs")]
             stages = [graph.nodes[name]["stage"] for name in active]
             refuse_values(Path(), stages, edited[PARAMS])
-        recorded = merge(params, recorded_params(graph))
     except DvcException as error:
         raise said_by_dvc(error) from None
     taken = costs(graph, active, Path(repo.root_dir), params, recorded, device, flops)

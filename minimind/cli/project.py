@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from minimind.errors import UserError
+from minimind.lineage.paths import quoted
 from minimind.report.tables import table
 
 
@@ -19,7 +20,9 @@ def init(folder: Annotated[Path, typer.Argument(help="where; it may be there alr
 
     create_project(folder)
     typer.echo(f"{folder}: a project with the whole graph; README.md says what is where.\n\nNext:")
-    typer.echo(f'  cd {folder}\n  git add -A && git commit -m "Start"\n  minimind repro')
+    typer.echo(
+        f'  cd {quoted(str(folder))}\n  git add -A && git commit -m "Start"\n  minimind repro'
+    )
 
 
 def upgrade(

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from minimind.errors import UserError
+from minimind.lineage.paths import quoted
 from minimind.lineage.repository import lack_of_commits
 from minimind.params import read_params
 
@@ -43,6 +44,12 @@ def seeds(
             f"{changed[0][3:]} {f'and {len(changed) - 1} more are' if changed[1:] else 'is'} not "
             "committed, and an experiment takes that along; commit or `git stash` first."
         )
+    if untracked := _untracked():
+        what = " and ".join(map(quoted, untracked))
+        raise UserError(
+            f"neither git nor DVC tracks {what}, and an experiment would not have that; run "
+            f"`dvc add {' '.join(map(quoted, untracked))}`, and commit."
+        )
     if fixed := [key for key, values in params.items() if _own_seed(values) is not None]:
         typer.echo(f"{', '.join(fixed)}: its own seed stays; remove it to vary it, too.")
     there, seed = _names(), first
@@ -62,6 +69,24 @@ def seeds(
         typer.echo("Started; `dvc queue status` says how far it is. Then: minimind compare A B")
     else:
         typer.echo(f"Start them: dvc queue start -j {jobs}")
+
+
+def _untracked() -> list[str]:
+    """What stages read in the project that no stage makes and nobody tracks."""
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        stages, root = list(repo.index.stages), Path(repo.root_dir)
+        made = [Path(out.fs_path) for stage in stages for out in stage.outs]
+        read = {Path(dep.fs_path) for stage in stages for dep in stage.deps}
+        own = [
+            path.relative_to(root).as_posix()
+            for path in sorted(read)
+            if path.is_relative_to(root)
+            and path.exists()
+            and not any(path.is_relative_to(out) or out.is_relative_to(path) for out in made)
+        ]
+    return [path for path in own if not _git("ls-files", "--", path)]
 
 
 def _own_seed(section: object) -> object:

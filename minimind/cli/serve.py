@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from minimind.errors import UserError
+
 
 def serve(
     folder: Annotated[Path, typer.Argument(help="of a checkpoint or export: models/grpo")],
@@ -26,7 +28,13 @@ def serve(
     from minimind.compute.settings import load_settings
     from minimind.serve.server import Server, run
 
-    with socket.create_server((host, port)) as listening:
+    try:
+        listening = socket.create_server((host, port))
+    except OSError as error:
+        raise UserError(
+            f"{host}:{port} cannot be served on: {error.strerror}; choose another --port or --host."
+        ) from None
+    with listening:
         server = Server(folder, prepare_device(load_settings()), max_tokens, temperature)
         place = f"{host}:{listening.getsockname()[1]}"
         typer.echo(f"{server.name}: http://{place}/v1, until Ctrl-C")

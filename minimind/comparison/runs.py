@@ -180,10 +180,10 @@ class Project:
         try:
             files = DVCFileSystem(".")
             self._repo = files.repo
+            with kept_from_dvc(Path()):
+                self.workspace = Run.of(WORKSPACE, files)
         except DvcException as error:
             raise said_by_dvc(error) from None
-        with kept_from_dvc(Path()):
-            self.workspace = Run.of(WORKSPACE, files)
         self._runs: dict[str, Run] = {}  # by commit
 
     def __enter__(self) -> "Project":

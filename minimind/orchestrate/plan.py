@@ -122,7 +122,7 @@ class _Future:
         # Without changed inputs DVC restores the outputs of dvc.lock itself.
         entry = None if inputs else to_single_stage_lockfile(stage)
         is_constant = stage.meta == CONSTANT and not changed and not makers
-        outs = {out.def_path: out.get_obj() for out in stage.outs} if is_constant else {}
+        outs = {out.def_path: _as_locked(out) for out in stage.outs} if is_constant else {}
         try:
             for dep in stage.params:
                 dep.hash_info = dep.get_hash()
@@ -133,6 +133,10 @@ class _Future:
         if makers:
             if any(self._outs_of(stage, run) for run in self._may_restore(stage, makers, entry)):
                 return "runs if its inputs change", inputs + outputs, {}
+        elif not all(dep.exists for dep in found):  # DVC would read what is still to be made
+            past = (self._outs_of(stage, run) for run in self._may_restore(stage, (), entry))
+            if not stage.always_changed and (restored := next(filter(None, past), {})):
+                return "from cache", inputs + outputs, restored
         elif _can_hash(stage):
             entry = entry or self.cache._load(stage)
             if restored := self._outs_of(stage, entry) if entry else {}:
@@ -221,6 +225,13 @@ def _changed_params(dep: ParamsDependency) -> Iterator[str]:
         if old != new:
             leaves = [*differences(key, old, new)] or [(key, old, new)]  # a new key without a value
             yield from (f"{name}: {_shown(old)} -> {_shown(new)}" for name, old, new in leaves)
+
+
+def _as_locked(out: Output) -> HashFile | None:
+    """What dvc.lock says that an output holds, be it here or not; None if that is not known."""
+    if out.hash_info and not out.hash_info.isdir:
+        return HashFile("", out.fs, out.hash_info)
+    return out.get_obj() if out.exists else None
 
 
 def _lost(out: Output) -> Iterator[str]:

@@ -56,7 +56,12 @@ def create_project(folder: Path) -> None:
             f"{folder} has {', '.join(there)} already; name another folder, or if it is "
             "a project of `minimind init`, run `minimind upgrade` there."
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file is in the way
+        raise UserError(
+            f"{folder} cannot be made: {error.strerror}; name another folder."
+        ) from None
     below = _run(["git", "rev-parse", "--show-prefix"], folder, 0, 128)
     if below.returncode:
         _run(["git", "init", "-q"], folder)
