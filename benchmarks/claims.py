@@ -27,6 +27,7 @@ import typer
 import yaml
 
 from benchmarks.claims_list import CLAIMS, Results, merged_equals_adapter, untouched
+from minimind.report.results import problems_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "claims.json"
@@ -115,6 +116,7 @@ def run_and_record(plan: Plan, version: str, side_by_side: int) -> None:
         "commit": git("rev-parse", "HEAD", folder=project),
         "version": version,
         "processor": processor(),
+        "problems": problems_digest(results.predictions["pretrain"]),
         "claims": held,
         "distances": {name: round(margin.distance, 4) for name, margin in claims.items()},
         "sigmas": {

@@ -224,7 +224,7 @@ def build(directory: Path) -> Path:
     (directory / "trained").mkdir()
     (directory / "trained/sft.json").write_text('{"sft": {"loss": 1.5, "steps": 2}}')
     (directory / "trained/sft.csv").write_text("step,val_loss,loss\n0,3,\n2,1.5,2\n")
-    recorded = {"seed": 1, "dtype": "float32", "isa": "AVX2"}
+    recorded = {"seed": 1, "dtype": "float32", "isa": "AVX2", "problems": "0"}
     recorded |= {"metrics": {"training": {}, "evaluation": {"sft": {"exact": 0.5}}}}
     (directory / "record.json").write_text(json.dumps({"runs": [recorded]}))
 

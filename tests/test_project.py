@@ -197,8 +197,8 @@ def test_pages_that_a_project_names_are_there(project: Path) -> None:
 
 def test_your_edits_stay(project: Path, newer: Any) -> None:
     _replace(project / "params.yaml", "seed: 1", "seed: 7 # mine")
-    line = "      reason: {from: models/reason, as: reason}\n"
-    _replace(project / "dvc.yaml", line, line + line.replace("reason", "sft"))
+    line = "      merged: {from: exports/lora, as: lora}, adapter: {from: models/lora, as: lora}\n"
+    _replace(project / "dvc.yaml", line, "      mine: {from: models/sft, as: sft},\n" + line)
     newer("params.yaml", "vocab_size: 768", "vocab_size: 1024 # larger")
     plan = plan_upgrade(project)
     assert plan.values == ["params.yaml: tokenizer.vocab_size: 768 -> 1024"]
@@ -206,7 +206,7 @@ def test_your_edits_stay(project: Path, newer: Any) -> None:
     apply_upgrade(project, plan)
     text = (project / "params.yaml").read_text()
     assert "seed: 7 # mine" in text and "vocab_size: 1024 # larger" in text
-    assert "sft: {from: models/sft, as: sft}" in (project / "dvc.yaml").read_text()
+    assert "mine: {from: models/sft, as: sft}" in (project / "dvc.yaml").read_text()
     assert not plan_upgrade(project).files
 
 

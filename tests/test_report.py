@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from minimind.cli.table import app as table_app
 from minimind.errors import UserError
 from minimind.report.report import alike, record_section, record_table
-from minimind.report.results import RecordedRun, read_record
+from minimind.report.results import RecordedRun, problems_digest, read_record
 from minimind.report.tables import table
 from stages.report import app
 
@@ -175,6 +175,7 @@ def recorded(seed: int, shift: float = 0.0, **changes: Any) -> dict[str, Any]:
         "seed": seed,
         "dtype": "bfloat16",
         "isa": "AVX512",
+        "problems": problems_digest([prediction()]),
         "metrics": metrics,
     } | changes
 
@@ -229,6 +230,9 @@ def test_the_report_has_the_recorded_runs_if_there_are_any(tmp_path: Path) -> No
     assert code == 0 and section in report and "## Over seeds" not in printed
     assert "over 3 seeds in % (bfloat16, AVX512), and the same problems in all" in section
     assert "`python -m benchmarks.claims`" in section
+    write(tmp_path, "reason", [prediction(answer="8")])  # of other problems it says nothing
+    assert run(tmp_path, "reason", record=tmp_path / "benchmarks/results/claims.json")[0] == 0
+    assert "## Over seeds" not in (tmp_path / "r.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(

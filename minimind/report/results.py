@@ -1,6 +1,7 @@
 """What the stages have written, as the report reads it. Starts fast: no torch."""
 
 import csv
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,7 @@ WATCHED_TYPES: dict[str, tuple[type, ...]] = {
     "completion": (str,),
     "reward": (int, float),
 }
-RUN_TYPES = {"seed": (int,), "dtype": (str,), "isa": (str,), "metrics": (dict,)}
+RUN_TYPES = {"seed": (int,), "problems": (str,), "dtype": (str,), "isa": (str,), "metrics": (dict,)}
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class RecordedRun:
     seed: int
     dtype: str
     isa: str  # instruction set, which decides the last bits
+    problems: str  # a digest of what was asked
     training: dict[str, dict[str, Number]]  # metrics by stage
     evaluation: dict[str, dict[str, Number]]  # metrics by checkpoint
 
@@ -91,12 +93,14 @@ class Results:
         """
         values = read_params(params)
         starts = {name: value_at(values, f"{name}.init") for name in names}
+        files = [evaluations / f"{name}.json" for name in names]
+        evaluated = read_evaluations(files, predictions)
         return cls(
-            read_evaluations([evaluations / f"{name}.json" for name in names], predictions),
+            evaluated,
             read_metrics([training / f"{name}.json" for name in names]),
             {name: read_history(histories / f"{name}.csv") for name in names},
             {name: Path(start).name for name, start in starts.items() if isinstance(start, str)},
-            read_record(record) if record else [],
+            of_same_problems(read_record(record), evaluated) if record else [],
             read_watched(histories, names),
         )
 
@@ -210,6 +214,20 @@ def read_watched(folder: Path, names: Sequence[str]) -> dict[str, list[Record]]:
     return found
 
 
+def problems_digest(predictions: Sequence[Record]) -> str:
+    """Of the problems that a checkpoint was asked, in whichever words."""
+    asked = [(row["id"], row["answer"]) for row in predictions]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
+def of_same_problems(
+    runs: Sequence[RecordedRun], evaluations: Sequence[Evaluation]
+) -> list[RecordedRun]:
+    """Recorded runs that were asked what these were: of other numbers they say nothing."""
+    asked = {problems_digest(evaluation.predictions) for evaluation in evaluations}
+    return [run for run in runs if run.problems in asked]
+
+
 def read_record(path: Path) -> list[RecordedRun]:
     """The runs that benchmarks/claims.py has recorded; none if there is no record.
 
@@ -235,7 +253,7 @@ def _recorded_run(run: Any, where: str) -> RecordedRun:
         parts[part] = {name: flat(values) for name, values in metrics.items()}
         for name, values in parts[part].items():
             _require_numbers(f"{where}: {name}", values)
-    return RecordedRun(run["seed"], run["dtype"], run["isa"], **parts)
+    return RecordedRun(run["seed"], run["dtype"], run["isa"], run["problems"], **parts)
 
 
 def _require_types(

@@ -26,6 +26,7 @@ from minimind.report.results import (
     History,
     Results,
     flat,
+    of_same_problems,
     read_evaluations,
     read_history,
     read_metrics,
@@ -82,12 +83,13 @@ def read_workspace(root: Path, live: dict[str, History]) -> Results:
     histories = {name: root / f"history/{name}.csv" for name in stages}
     params = read_params(root / "params.yaml")
     starts = {name: value_at(params, f"{name}.init") for name in stages}
+    evaluated = read_evaluations(there, root / "predictions")
     return Results(
-        read_evaluations(there, root / "predictions"),
+        evaluated,
         read_metrics([p for n in stages if (p := root / f"metrics/{n}.json").is_file()]),
         {n: read_history(p) for n, p in histories.items() if p.is_file()} | live,
         {name: Path(start).name for name, start in starts.items() if isinstance(start, str)},
-        read_record(root / "benchmarks/results/claims.json"),
+        of_same_problems(read_record(root / "benchmarks/results/claims.json"), evaluated),
         read_watched(root / "history", list(stages)),
     )
 
