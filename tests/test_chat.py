@@ -537,3 +537,32 @@ def test_what_was_said_outlives_a_closed_terminal(
     (kept,) = (tmp_path / "runs/chats").iterdir()
     assert f"--load runs/chats/{kept.name}" in complaint
     assert json.loads(kept.read_text("utf-8"))["conversations"] == CHATS[1]
+
+
+def test_a_signal_while_the_prompt_is_being_made_is_one_line(tmp_path: Path) -> None:
+    """An event loop that is freed before it is whole complains with a traceback."""
+    script = """
+import asyncio, signal
+from types import SimpleNamespace
+from rich.console import Console
+from minimind.cli.chat import converse
+
+def lines():
+    loop = asyncio.SelectorEventLoop.__new__(asyncio.SelectorEventLoop)
+    signal.raise_signal(signal.SIGHUP)
+    yield ""
+
+try:
+    converse(SimpleNamespace(console=Console(), conversations=[], keep=lambda: "a.jsonl"), lines())
+except Exception as error:
+    raise SystemExit(error.exit_code)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 128 + signal.SIGHUP
+    assert done.stderr == "chat: closed; `--load a.jsonl` goes on with it.\n"

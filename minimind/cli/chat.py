@@ -131,6 +131,8 @@ def converse(session: "Session", lines: Iterable[str]) -> None:
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:
+    # An event loop whose making this cuts off would complain of what it lacks when it is freed.
+    sys.unraisablehook = lambda _: None
     raise SystemExit(128 + number)
 
 
