@@ -12,7 +12,7 @@ from dvc.utils.serialize import dumps_yaml, loads_yaml
 
 from minimind.errors import UserError
 from minimind.lineage.dvc_files import read_as_written
-from minimind.lineage.records import MadeFrom, Records
+from minimind.lineage.records import MOST_EARLIER, MadeFrom, Records, record_of
 from minimind.lineage.verify import Project
 from tests.project import copy_project, dvc, git, stages_run
 from tests.test_report import prediction, write
@@ -124,6 +124,34 @@ def test_a_lock_that_git_has_brought_back_is_no_false_one(project: Path) -> None
     texts = [finding.text for finding in Project(project).findings()]  # of stages not run, too
     assert [text for text in texts if "says that stage mini_world" in text] == []
     assert stages_run(dvc(project, "repro", "--force", "encode@sft")) != []
+
+
+def test_an_experiment_leaves_what_the_runs_before_it_recorded(project: Path) -> None:
+    """Git and DVC bring a workspace's models back, and with them goes the record of their run."""
+    before = json.loads((project / "runs/pretrain.json").read_text(encoding="utf-8"))
+    assert "pretrain" in stages_run(
+        dvc(project, "exp", "run", "-S", "pretrain.lr=0.0011", "pretrain")
+    )
+    git(project, "checkout", "-q", ".")
+    dvc(project, "checkout", "-q", "pretrain")
+    entry = read_as_written(project / "dvc.lock")["stages"]["pretrain"]
+    found = record_of(project, "pretrain", entry)
+    assert found is not None
+    assert found[1] == before
+    assert found[0].first_difference(entry, project) is None
+
+
+def test_records_that_are_put_aside_do_not_grow_without_end(tmp_path: Path) -> None:
+    records = Records(tmp_path, "")
+    numbers = range(MOST_EARLIER + 3)
+    for number in numbers:
+        for stage in ("encode", "encode@dpo"):
+            made = {"metrics_md5": f"{number:032x}", "files": {}, "params": {}, "outs": {}}
+            records.write(stage, made)
+    for stage in ("encode", "encode@dpo"):
+        entries = [{"outs": [{"path": "m.json", "md5": f"{number:032x}"}]} for number in numbers]
+        kept = [number for number in numbers if record_of(tmp_path, stage, entries[number])]
+        assert kept == [*numbers][-MOST_EARLIER - 1 :]  # and the last one
 
 
 @pytest.mark.parametrize("recorded", [False, True])

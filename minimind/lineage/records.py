@@ -34,7 +34,7 @@ from minimind.lineage.dvc_process import our_dvc
 # A process's creation is told by a clock that may be set meanwhile.
 CLOCK_TOLERANCE_SECONDS = 60.0
 MADE_FROM = ("files", "params", "outs")  # keys of a record that a run is known by
-MOST_EARLIER = 10  # runs of the same metrics that a record remembers
+MOST_EARLIER = 10  # runs of a stage that are remembered beside its last one
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,8 @@ class Records:
     def write(self, stage: str, contents: Mapping[str, Any]) -> Path:
         """The file that a record was written to.
 
-        It remembers from what else earlier runs made the same metrics, the last one first.
+        It remembers from what else earlier runs made the same metrics, the last one first. One that
+        made others is put aside: after an experiment git and DVC bring back what it was a run of.
         """
         file = self.folder / record_name(stage)
         before, now = Record.read(file), {name: contents[name] for name in MADE_FROM}
@@ -173,6 +174,11 @@ class Records:
         if before and before.metrics_md5 == contents["metrics_md5"]:
             runs = (before, *before.earlier)
             earlier = [{name: getattr(run, name) for name in MADE_FROM} for run in runs]
+        elif before and before.metrics_md5:
+            _write(_aside(file, before.metrics_md5), self.last(stage))
+            aside = sorted(_aside(file, "?" * 32).parent.glob(_aside(file, "?" * 32).name))
+            for old in sorted(aside, key=lambda file: file.stat().st_mtime)[:-MOST_EARLIER]:
+                old.unlink()
         record = {
             "stage": file.stem,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -192,6 +198,25 @@ class Records:
                 hashes = {path: md5_of(Path(path)) for path in output_paths(written, variant)}
                 return {path: md5 for path, md5 in hashes.items() if md5}
         return {}
+
+
+def record_of(
+    root: Path, stage: str, entry: Mapping[str, Any]
+) -> tuple[Record, dict[str, Any]] | None:
+    """The record of the run that an entry of dvc.lock is of, and all that it says.
+
+    None if that run was not here, or is forgotten.
+    """
+    last = root / "runs" / record_name(stage)
+    for file in (last, *(_aside(last, out.get("md5", "")) for out in entry.get("outs", []))):
+        if (record := Record.read(file)) and record.is_of(entry):
+            return record, json.loads(file.read_text(encoding="utf-8"))
+    return None
+
+
+def _aside(file: Path, metrics_md5: str) -> Path:
+    """Where a record is kept when a run with other metrics writes its own."""
+    return file.parent / "earlier" / f"{file.stem}-{metrics_md5}.json"
 
 
 def refuse_false_entry(root: Path, stage: str) -> None:

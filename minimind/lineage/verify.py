@@ -27,7 +27,7 @@ from minimind.lineage.dvc_files import (
     variants,
 )
 from minimind.lineage.paths import quoted
-from minimind.lineage.records import MadeFrom, Record, record_name
+from minimind.lineage.records import MadeFrom, record_name, record_of
 from minimind.lineage.repository import has_remote, running_stages
 
 CHECKPOINT_FOLDERS = ("models", "exports")
@@ -246,9 +246,9 @@ class Project:
 
     def _record(self, stage: str) -> MadeFrom | None:
         """Of the run that dvc.lock is of, if it is here: not every machine has it."""
-        record = Record.read(self.root / "runs" / record_name(stage))
         entry = self.lock.get(stage, {})
-        return record.run_of(entry, self.root) if record and record.is_of(entry) else None
+        found = record_of(self.root, stage, entry)
+        return found[0].run_of(entry, self.root) if found else None
 
     def _recorded(self, path: str, stage: str) -> str | None:
         """The hash of an output in its stage's entry; of a file in an output, in that output."""

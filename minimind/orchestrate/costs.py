@@ -1,7 +1,6 @@
 """How long planned stages take, and what memory and disk: by past runs, or by estimates."""
 
 import heapq
-import json
 import platform
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -14,7 +13,8 @@ from typing import Any
 import networkx as nx
 import torch
 
-from minimind.lineage.records import record_name
+from minimind.lineage.dvc_files import stages_as_written
+from minimind.lineage.records import record_of
 from minimind.orchestrate.estimate import MIB, TRAINED, Estimate, Estimates
 from minimind.orchestrate.graph import longest_paths, past_runs
 
@@ -104,9 +104,10 @@ def shares_of_limit(graph: nx.DiGraph, root: Path, params: Mapping[str, Any]) ->
     matrices, measured now with as many threads. Validation takes time, and no operations.
     """
     shares, limits = {}, dict[int, float]()
+    lock = stages_as_written(root / "dvc.lock")
     for stage, estimate in _estimates(Estimates(root, params, params), graph).items():
         with suppress(OSError, ValueError, LookupError, TypeError):
-            record = json.loads((root / "runs" / record_name(stage)).read_text(encoding="utf-8"))
+            _, record = record_of(root, stage, lock[stage]) or (None, {})
             here = {"device": "cpu", "host": platform.node(), "processes": 1}
             if record.items() >= here.items():
                 threads = record["threads"]

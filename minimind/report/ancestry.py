@@ -19,7 +19,7 @@ from minimind.lineage.dvc_files import (
     variants,
 )
 from minimind.lineage.provenance import CODE
-from minimind.lineage.records import Record, record_name
+from minimind.lineage.records import record_of
 from minimind.lineage.verify import CHECKPOINT_FOLDERS, Finding, Project
 from minimind.params import read_params
 from minimind.report.results import flat
@@ -178,12 +178,10 @@ class _Tree:
 
     def _run(self, stage: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         """Of the run that an entry is of, if it was here."""
-        file = self.root / "runs" / record_name(stage)
-        record = Record.read(file)
-        if not record or not record.is_of(entry) or record.first_difference(entry, self.root):
+        found = record_of(self.root, stage, entry)
+        if found is None or found[0].first_difference(entry, self.root):
             return {}
-        contents = _json(file)
-        return {key: contents[key] for key in OF_RUN if key in contents}
+        return {key: found[1][key] for key in OF_RUN if key in found[1]}
 
 
 def _once(names: Iterable[str]) -> list[str]:

@@ -17,7 +17,7 @@ from minimind.datasets.encoded import EncodedDataset
 from minimind.errors import UserError
 from minimind.lineage.dvc_files import stages_as_written, value_at, variants
 from minimind.lineage.lease import LEASE_SECONDS
-from minimind.lineage.records import Record, record_name
+from minimind.lineage.records import record_name, record_of
 from minimind.params import read_params
 from minimind.report.ancestry import git
 from minimind.report.drawings import bars, graph_drawing
@@ -125,11 +125,7 @@ def stages_with_runs(
         verdict, why = verdicts.get(name, ("unchanged", ""))
         is_live = record_name(name).removesuffix(".json") in live
         state = "running" if is_live else "done" if verdict == "unchanged" else "stale"
-        file = root / "runs" / record_name(name)
-        record = Record.read(file)
-        contents = {}
-        if record and record.is_of(lock.get(name, {})):
-            contents = json.loads(file.read_text(encoding="utf-8"))
+        _, contents = record_of(root, name, lock.get(name, {})) or (None, {})
         found.append(Stage(name, stage.get("desc", ""), state, why, contents))
     return found
 
