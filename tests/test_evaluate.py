@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from minimind.evaluation.wilson import effective_trials, wilson_interval
 from minimind.metrics import Number
 from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.model.transformer import ModelConfig, PackedTokens, Transformer
-from minimind.tasks.problem import read_problems
+from minimind.tasks.problem import Problem, read_problems
 from stages.evaluate import app
 from tests.tiny import VOCAB_SIZE, tiny_model
 
@@ -515,6 +516,21 @@ def test_a_text_model_goes_on_and_its_first_line_counts(learnt: Path, tmp_path: 
     assert metrics["unfinished"] == 0
     assert metrics["thinking_tokens"] == 0
     assert 0 <= metrics["text_bits_per_byte"] < 0.2
+
+
+@pytest.mark.parametrize("question", [0, 1])  # answered by a number, by a sentence
+def test_an_answer_that_is_cut_off_is_in_no_form(learnt: Path, question: int) -> None:
+    model, tokenizer = load_model(learnt / "checkpoint"), ChatTokenizer.load(learnt / "checkpoint")
+    asked, reply, _ = CHATS[question]
+    problem = replace(Problem.of(asked, "7"), full=reply if question else None)
+    length = len(tokenizer.encode_text(reply))
+    for is_cut in (True, False):
+        config = EvaluateConfig(max_new_tokens=length + (not is_cut))  # its end is a token, too
+        metrics, (prediction,) = evaluate(model, tokenizer, [problem], config=config)
+        assert prediction.output == reply
+        assert metrics["unfinished"] == is_cut
+        assert metrics["in_form"] == (not is_cut)
+        assert metrics["full_sentence"] == (not is_cut and question)
 
 
 @pytest.mark.parametrize("name", ["chatty", "raw"])

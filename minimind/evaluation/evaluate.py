@@ -48,8 +48,8 @@ class Prediction:
     answer: str  # the expected one
     correct: bool
     finished: bool  # whether the output came to its end
-    full_sentence: bool
-    in_form: bool  # whether the output is an answer and nothing else
+    full_sentence: bool  # never of one that was cut off
+    in_form: bool  # whether the output is an answer and nothing else; as above
     complete_think: bool
     thinking_tokens: int | None  # None without a complete thought
     choice: str | None = None  # the likeliest of the problem's choices
@@ -74,9 +74,10 @@ def evaluate(
         text_bits_per_byte: of the texts, as raw text
 
     and of the outputs to problems without a task, if there are any:
-        in_form: those that are an answer and nothing else: a number, or a whole sentence
+        in_form: those that came to their end, and are an answer and nothing else: a number, or a
+            whole sentence
         complete_think: those that are one <think>..</think> and one <answer>..</answer>
-        full_sentence: those that answer in a whole sentence, be it right or wrong
+        full_sentence: those that answer in a whole sentence to its end, be it right or wrong
         unfinished: those cut off before they came to an end
         thinking_tokens: mean length of the complete thoughts, 0 if there are none
 
@@ -208,7 +209,8 @@ def _prediction(
     if problem.as_text and "\n" in output:
         output, finished = output.split("\n", 1)[0], True
     score = problem.score(before_tags(output) if problem.as_text else output)
-    thought, is_sentence = thought_of(output), is_full_sentence(output, problem.full)
+    thought = thought_of(output)
+    is_sentence = finished and is_full_sentence(output, problem.full)
     return Prediction(
         id=problem.id,
         problem=problem.problem,
@@ -221,7 +223,7 @@ def _prediction(
         correct=score.correct,
         finished=finished,
         full_sentence=is_sentence,
-        in_form=is_sentence or is_number(output.strip()),
+        in_form=is_sentence or (finished and is_number(output.strip())),
         complete_think=thought is not None,
         thinking_tokens=None if thought is None else len(tokenizer.encode_text(thought)),
     )
