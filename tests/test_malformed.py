@@ -390,6 +390,18 @@ CAUSES["a path leads nowhere"] = [
 ]
 
 
+def in_a_folder_that_dvc_tracks(directory: Path) -> None:
+    (directory / "mine").mkdir()
+    (directory / "mine/chats.jsonl").write_bytes((directory / "chats.jsonl").read_bytes())
+    (directory / "mine.dvc").write_text("outs:\n- path: mine\n", encoding="utf-8")
+    with_params(data__sft="mine/chat.jsonl")(directory)
+
+
+CAUSES["a path leads nowhere"].append(
+    Case("check", in_a_folder_that_dvc_tracks, ("did you mean mine/chats.jsonl?",))
+)
+
+
 def as_pipe(file: str) -> Callable[[Path], None]:
     """DVC would wait for it for ever."""
 

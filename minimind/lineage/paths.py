@@ -93,11 +93,14 @@ def _places(path: Path) -> list[Path]:
 
 
 def _is_brought(path: str, made: list[str]) -> bool:
-    """Whether a stage or `dvc pull` makes it, be it here or not."""
+    """Whether a stage or `dvc pull` makes it, be it here or not.
+
+    A file in a folder that was pulled is there, or is nowhere.
+    """
     place = PurePosixPath(os.path.normpath(path))
-    return (
-        any(Path(f"{p}.dvc").is_file() for p in (place, *place.parents))  # for `dvc pull`
-        or any(place.is_relative_to(o) or PurePosixPath(o).is_relative_to(place) for o in made)
+    tracked = [p for p in (place, *place.parents) if Path(f"{p}.dvc").is_file()]
+    return any(p == place or Path(path).exists() or not Path(p).exists() for p in tracked) or any(
+        place.is_relative_to(o) or PurePosixPath(o).is_relative_to(place) for o in made
     )
 
 
