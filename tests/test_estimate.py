@@ -1,5 +1,7 @@
 """What `minimind plan` says of memory and FLOPs, held against models that are really trained."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -181,3 +183,25 @@ def test_estimates_follow_a_preset_before_its_first_run(tmp_path: Path) -> None:
     world, epochs = params["mini_world"], params["pretrain"]["epochs"]
     assert pretrain.tokens == pytest.approx(512 * world["num_pretrain"] * epochs, rel=0.02)
     assert estimates.of("distill").shape == estimates.of("baseline").shape
+
+
+@pytest.mark.parametrize(("name", "rows_per_sample"), [("reason", 1), ("dpo", 2)])
+def test_a_fresh_clone_counts_by_the_metrics_that_git_has(
+    tmp_path: Path, name: str, rows_per_sample: int
+) -> None:
+    shutil.copytree(ROOT / "metrics/encode", tmp_path / "metrics/encode")
+    (counts,) = json.loads((tmp_path / f"metrics/encode/{name}.json").read_bytes())[
+        "encode"
+    ].values()
+    params = shipped_params()
+    data, _ = Estimates(tmp_path, params, params).data(name)
+    assert data.samples == counts["samples"]
+    assert data.samples * rows_per_sample * data.tokens == pytest.approx(counts["tokens"])
+    assert data.trained / data.tokens == counts["trained_share"]
+    params["mini_world"][f"num_{name}"] //= 2
+    assert Estimates(tmp_path, params, shipped_params()).data(name)[0].samples * 2 == data.samples
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("{}\n" * 3)
+    params["data"][name] = str(mine)
+    others = Estimates(tmp_path, params, shipped_params()).data(name)[0]
+    assert (others.samples, others.tokens) == (3, params["encode"][name]["max_length"])
