@@ -49,6 +49,15 @@ def test_thoughts_and_calls_are_folded_apart(speaker: Speaker) -> None:
     assert ("2", "") in shown
 
 
+def test_what_is_said_is_text_and_loads_nothing(speaker: Speaker) -> None:
+    """Gradio's Chatbot takes its messages for HTML, even where it is told not to format them."""
+    chat = Conversation(speaker, Settings())
+    said = '<img src="http://elsewhere/x.png"> & 1 < 2'
+    chat.history = [{"role": role, "content": said} for role in ("user", "assistant")]
+    escaped = '&lt;img src="http://elsewhere/x.png"&gt; &amp; 1 &lt; 2'
+    assert [message["content"] for message in messages(chat)] == [escaped] * 2
+
+
 def test_tokens_are_text_whatever_they_say(speaker: Speaker) -> None:
     chat = Conversation(speaker, Settings())
     assert tokens_html(chat) == ""

@@ -1,12 +1,11 @@
 """`minimind serve`: a checkpoint behind OpenAI's API."""
 
-import socket
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from minimind.errors import UserError
+from minimind.cli.ports import listen
 
 
 def serve(
@@ -28,13 +27,7 @@ def serve(
     from minimind.compute.settings import load_settings
     from minimind.serve.server import Server, run
 
-    try:
-        listening = socket.create_server((host, port))
-    except OSError as error:
-        raise UserError(
-            f"{host}:{port} cannot be served on: {error.strerror}; choose another --port or --host."
-        ) from None
-    with listening:
+    with listen(host, port) as listening:
         server = Server(folder, prepare_device(load_settings()), max_tokens, temperature)
         place = f"{host}:{listening.getsockname()[1]}"
         typer.echo(f"{server.name}: http://{place}/v1, until Ctrl-C")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from minimind.cli.ports import listen
 from minimind.errors import UserError
 
 
@@ -39,11 +40,14 @@ def web(
     from minimind.compute.settings import load_settings
     from minimind.talk.about import about
     from minimind.talk.speaker import Speaker, known_checkpoints, open_speaker
-    from minimind.talk.web import page, serve
+    from minimind.talk.web import MOST_COLUMNS, page, serve
 
+    if len(checkpoints or ()) > MOST_COLUMNS:
+        raise UserError(f"{len(checkpoints or ())} checkpoints; at most {MOST_COLUMNS} fit.")
     names = checkpoints or known_checkpoints()
     if not names:
         raise UserError("models/ has no checkpoint; name one, or `minimind repro` makes some.")
+    listen(host, port).close()  # Gradio would say it in words of its own, after it began
     device = prepare_device(load_settings())
     speakers = {name: open_speaker(name, device) for name in checkpoints or ()}
 

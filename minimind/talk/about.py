@@ -24,7 +24,7 @@ def about(said: str) -> str:
         places = [name, *(f"{folder}/{name}" for folder in CHECKPOINT_FOLDERS)]
         if path := next((place for place in places if place in made), None):
             rows = [row for row in _ancestors(run, path) if row[1]]
-            return f"{_scores(run, path)}\n\n{table(['made by', 'with'], rows, 2)}"
+            return f"{_scores(run, path)}\n\n{table(['made by · 来自', 'with · 参数'], rows, 2)}"
     return ""
 
 
@@ -38,8 +38,8 @@ def _scores(run: Run, path: str) -> str:
                 shares = {key.rpartition(".")[2]: value for key, value in values.items()}
                 right = [key for key in shares if key.startswith(("exact", "choice"))]
                 rows = [[key, f"{100 * shares[key]:.1f}"] for key in right]
-                return table(["right answers to held-out problems", "%"], rows)
-    return "Not evaluated."
+                return table(["right answers to held-out problems · 留出题正确率", "%"], rows)
+    return "Not evaluated. · 未评测。"
 
 
 def _ancestors(run: Run, path: str) -> Iterator[list[str]]:

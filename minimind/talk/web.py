@@ -11,7 +11,7 @@ from typing import Any
 
 from minimind.errors import UserError
 from minimind.talk.conversation import Conversation, Reply, Settings, advance, summary
-from minimind.talk.parts import Kind
+from minimind.talk.parts import Kind, Part
 from minimind.talk.speaker import Speaker
 
 MOST_COLUMNS = 4
@@ -38,11 +38,16 @@ LABELS = {  # English, Chinese
     "about": ("Scores and ancestry", "得分与来历"),
 }
 UNKNOWN = "No stage of this project made it. · 不是本项目的任何阶段生成的。"
-CHATBOT = {"render_markdown": False, "height": 380, "buttons": ["copy"]}  # 3*4*5 stays as it is
+NONE_CHOSEN = "Choose a checkpoint first. · 请先勾选检查点。"
+TOO_MANY = f"At most {MOST_COLUMNS} side by side. · 最多并排 {MOST_COLUMNS} 个。"
+NO_SEED = "The seed is 0 or more. · 随机种子不能小于 0。"
+# 3*4*5 stays as it is. No button copies: it would copy `&lt;` where < is shown.
+CHATBOT = {"render_markdown": False, "height": 380, "buttons": []}
 CSS = """
 footer, .chat .top-panel { display: none !important }
 div:has(.tokens) { overflow: visible !important }
 @media (max-width: 640px) { .chat { height: 250px !important } }
+.chat .md { white-space: pre-wrap }
 .tokens { line-height: 1.9; white-space: pre-wrap; overflow-wrap: anywhere }
 .token { position: relative; border-radius: 3px; padding: 1px 0; cursor: help;
   background: rgb(220 60 40 / calc(.75 - .75 * var(--p))) }
@@ -90,8 +95,13 @@ def page(
 
     def show(visit: Visit | None, chosen: list[str]) -> list[Any]:
         """Other checkpoints in the columns."""
-        visit, chats = talking(visit, chosen[:MOST_COLUMNS])
-        columns: list[Any] = [visit]
+        is_more = len(chosen) > MOST_COLUMNS
+        if is_more:
+            gr.Warning(TOO_MANY)
+            chosen = chosen[:MOST_COLUMNS]
+        visit, chats = talking(visit, chosen)
+        # What is set is a change, too, and would be shown again without end.
+        columns: list[Any] = [visit, chosen if is_more else gr.skip()]
         for number in range(MOST_COLUMNS):
             if number < len(chats):
                 chat = chats[number]
@@ -113,12 +123,16 @@ def page(
     ) -> Iterator[list[Any]]:
         """Replies as they grow, to a question or, where that is None, to the last one again."""
         visit, chats = talking(visit, chosen[:MOST_COLUMNS])
-        if not chats or (question is not None and not question.strip()):
+        is_empty = question is not None and not question.strip()
+        seed = int(said[3] or 0)
+        if not chats or is_empty or seed < 0:
+            if not is_empty:
+                gr.Warning(NO_SEED if chats else NONE_CHOSEN)
             yield [visit, question or "", *columns(chats)]
             return
         settings = visit.settings
         settings.system, settings.temperature, settings.top_p = said[:3]
-        settings.seed, settings.max_new_tokens = int(said[3] or 0), said[4]
+        settings.seed, settings.max_new_tokens = seed, said[4]
         settings.think, settings.tools = said[5:]
         growing: dict[Conversation, Iterator[Reply]] = {
             chat: chat.regenerate() if question is None else chat.ask(question.strip())
@@ -154,7 +168,7 @@ def page(
         return [visit, *columns(chats)]
 
     with gr.Blocks(title="minimind", analytics_enabled=False, fill_width=True) as blocks:
-        visit = gr.State(time_to_live=3600)
+        visit = gr.State(Visit(), time_to_live=3600)  # a copy for each window
         chosen = gr.CheckboxGroup(names, value=names[:shown], label=i18n("checkpoints"))
         slots: list[list[Any]] = []
         with gr.Row():
@@ -179,7 +193,7 @@ def page(
                 gr.Textbox(label=i18n("system")),
                 gr.Slider(0, 2, 0, step=0.05, label=i18n("temperature")),
                 gr.Slider(0.05, 1, 1, step=0.05, label=i18n("top_p")),
-                gr.Number(1, minimum=0, precision=0, label=i18n("seed")),
+                gr.Number(1, precision=0, label=i18n("seed")),
                 gr.Slider(1, 2048, 512, step=1, label=i18n("max_new_tokens")),
                 gr.Checkbox(True, label=i18n("think")),
                 gr.Checkbox(False, label=i18n("tools")),
@@ -191,11 +205,12 @@ def page(
             regenerate.click(again, asked, [visit, box, *both]),
         ]
         box.stop(lambda: None, cancels=answering)
-        every = [visit, *[part for slot in slots for part in slot[:4]]]
+        every = [visit, chosen, *[part for slot in slots for part in slot[:4]]]
         # One after the other, or what one of them has read before the other ended would be shown.
         ends: dict[str, Any] = {"cancels": answering, "concurrency_id": "columns"}
         anew.click(reset, [visit, chosen], [visit, *both], **ends)
-        chosen.change(show, [visit, chosen], every, **ends)
+        chatbots = [slot[1] for slot in slots]
+        chosen.change(show, [visit, chosen], every, show_progress_on=chatbots, **ends)
         for event in (blocks.load, chosen.change):
             event(describe, chosen, [slot[4] for slot in slots])
     return blocks
@@ -210,15 +225,19 @@ def words() -> Any:
 
 
 def messages(chat: Conversation) -> list[dict[str, Any]]:
-    """A conversation as Gradio's Chatbot shows it, thoughts and calls of tools foldable."""
+    """A conversation as Gradio's Chatbot shows it, thoughts and calls of tools foldable.
+
+    As HTML, which it takes text for without Markdown, too: a model's <img> would load a picture.
+    """
     shown: list[dict[str, Any]] = []
     for said in chat.history:
         if said["role"] == "user":
-            shown.append({"role": "user", "content": said["content"]})
+            shown.append({"role": "user", "content": escape(said["content"], quote=False)})
             continue
         reply = Reply(messages=[said])
-        for part in reply.parts:
-            message: dict[str, Any] = {"role": "assistant", "content": part.text}
+        for part in reply.parts or [Part("answer", "—")]:
+            text = escape(part.text, quote=False)
+            message: dict[str, Any] = {"role": "assistant", "content": text}
             if title := TITLES.get(part.kind):
                 message["metadata"] = {"title": title}
             shown.append(message)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 
 @pytest.fixture(scope="module")
 def blocks(checkpoint: Path) -> Iterator[Any]:  # noqa: F811
-    names = {"one": checkpoint, "two": checkpoint, "three": checkpoint}
+    names = dict.fromkeys(("one", "two", "three", "four", "five"), checkpoint)
     blocks = page([*names], 2, lambda name: open_speaker(str(names[name])), lambda name: "")
     serve(blocks, "127.0.0.1", None, None, prevent_thread_lock=True)
     yield blocks
@@ -59,8 +59,15 @@ def test_talking(
     window.on("request", lambda request: hosts.add(request.url.split("/")[2]))
     window.on("pageerror", lambda error: faults.append(f"{error}"))
     window.goto(blocks.local_url)
-    ask(window, "1+1?")
     chats = window.locator(".chat")
+    # Shown as it is, and never loaded.
+    picture = 'a<br>b <b>x</b> &lt;  3*4*5 <img src="http://elsewhere.test/x.png">'
+    ask(window, picture)
+    chats.first.locator(".bot").first.wait_for()
+    assert chats.first.locator(".user .md").inner_text() == picture
+    window.get_by_role("button", name=anew).click()
+    window.locator(".user").first.wait_for(state="hidden")
+    ask(window, "1+1?")
     answers = chats.get_by_text("2", exact=True)
     answers.nth(1).wait_for()
     assert chats.get_by_text("1+1=2").count() == answers.count() == 2  # thought and answer apart
@@ -76,6 +83,18 @@ def test_talking(
     window.get_by_text("the model 256 positions").first.wait_for()
     window.wait_for_function("document.querySelector('textarea').value.length === 10000")
     assert answers.count() == 2
+    # Of five, four are shown, and of none, none is asked.
+    for name in ("three", "four", "five"):
+        window.get_by_label(name).check()
+    window.get_by_text("At most 4").first.wait_for()
+    window.get_by_label("five").and_(window.locator(":not(:checked)")).wait_for()
+    for name in ("one", "two", "three", "four"):
+        window.get_by_label(name).uncheck()
+    ask(window, "1+1?")
+    window.get_by_text("Choose a checkpoint").first.wait_for()
+    assert window.locator("textarea").first.input_value() == "1+1?"
+    for name in ("one", "two"):
+        window.get_by_label(name).check()
     # A third beside them, and everything anew.
     window.get_by_label("three").check()
     window.get_by_role("button", name=anew).click()
