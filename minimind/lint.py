@@ -102,7 +102,7 @@ def detect_format(source: Path) -> LintFormat:
     raise UserError(
         f"{first.place}: its format cannot be told from its keys, {shown_keys(first.value)}; there "
         "must be text, conversations, messages, instruction and output, chosen and rejected, or "
-        f"prompt. Rename them, or give --format: {names}."
+        f"prompt. Rename them, or name the format to `minimind lint --format`: {names}."
     )
 
 

@@ -37,6 +37,7 @@ from minimind.talk.parts import Part, parts_of
 from minimind.talk.session import Session
 from minimind.talk.speaker import Speaker, open_speaker
 from minimind.talk.stream import Stream, Token
+from minimind.talk.web import messages
 from minimind.training.fit import FitConfig, fit
 from tests.graph import ROOT
 from tests.project import dvc, git
@@ -232,6 +233,19 @@ def test_an_answer_that_fills_the_positions_says_so(conversation: Conversation) 
     assert "cut off after 3 tokens" in conversation.reply.note
 
 
+def test_an_answer_of_tags_alone_is_said_to_be_empty(
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = conversation.speaker.tokenizer
+    ids = [*tokenizer.encode_text("<think>\n</think>\n<answer></answer>"), tokenizer.end_id]
+    tokens = [Token(id_, 0.0, ()) for id_ in ids]
+    monkeypatch.setattr(conversation._stream, "tokens", lambda *_, **__: iter(tokens))
+    assert ask(conversation, "1+1?") == []
+    assert conversation.reply is not None
+    assert conversation.reply.note == "an empty answer."
+    assert [m["content"] for m in messages(conversation)] == ["1+1?", "—"]
+
+
 def test_an_answer_without_a_thought_begins_with_an_empty_one(conversation: Conversation) -> None:
     conversation.settings.think = False
     ask(conversation, "1+1?")
@@ -392,9 +406,10 @@ def test_for_scripts_the_answer_alone_is_printed(checkpoint: Path) -> None:
 
 def test_without_a_terminal_lines_are_read(checkpoint: Path) -> None:
     code, printed, complaint = run(str(checkpoint), given="你好\n/nix\n/reset\n1+1?\n/exit\n你好\n")
-    assert (code, complaint) == (0, "")
+    assert (code, complaint) == (1, "")  # a script is told, and answered what can be
     assert printed.count("好😀！") == 1
     assert "/nix is no command" in printed
+    assert run(str(checkpoint), given="你好\n/exit\n")[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -358,6 +358,8 @@ def test_seeds_are_queued_once_and_from_a_commit(
     code, _, complaint = run(project, monkeypatch, "seeds", "1", "-S", "seed=3")
     assert code == 1
     assert "counts up" in complaint
+    code, _, complaint = run(project, monkeypatch, "seeds", "1", "-S", "b.nix=0.1")
+    assert (code, "params.yaml has no b.nix" in complaint) == (1, True)
     params = (project / "params.yaml").read_text(encoding="utf-8")
     try:
         (project / "params.yaml").write_text(params + "c: 1\n", encoding="utf-8")

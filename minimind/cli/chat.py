@@ -57,6 +57,8 @@ def chat(
     from minimind.talk.session import Session
     from minimind.talk.speaker import known_checkpoints, open_speaker
 
+    if as_json and not ask:
+        raise UserError("--json is for the answers to --ask; ask something, or leave it out.")
     if not checkpoints and not (checkpoints := known_checkpoints()[:1]):
         raise UserError("models/ has no checkpoint; name one, or `minimind repro` makes some.")
     device = prepare_device(load_settings())
@@ -71,7 +73,7 @@ def chat(
         answer(session, ask, as_json)
     else:
         is_typed = sys.stdin.isatty() and console.is_terminal
-        converse(session, typed_lines() if is_typed else piped_lines())
+        converse(session, typed_lines() if is_typed else piped_lines(), is_typed)
 
 
 def answer(session: "Session", questions: list[str], as_json: bool) -> None:
@@ -103,9 +105,13 @@ def answer(session: "Session", questions: list[str], as_json: bool) -> None:
             typer.echo(said if is_one else f"{name}: {said}")
 
 
-def converse(session: "Session", lines: Iterable[str]) -> None:
-    """Questions and commands until the input ends; what was said outlives a closed terminal."""
-    console = session.console
+def converse(session: "Session", lines: Iterable[str], is_typed: bool = True) -> None:
+    """Questions and commands until the input ends; what was said outlives a closed terminal.
+
+    Raises:
+        typer.Exit: the terminal was closed, or a line of a script could not be answered.
+    """
+    console, num_refused = session.console, 0
     for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
         signal.signal(number, _leave)
     try:
@@ -117,6 +123,7 @@ def converse(session: "Session", lines: Iterable[str]) -> None:
                 session.handle(line)
             except UserError as error:
                 console.print(f"{error}", style="yellow")
+                num_refused += 1
             except EOFError:
                 break
         if console.is_terminal:
@@ -128,6 +135,8 @@ def converse(session: "Session", lines: Iterable[str]) -> None:
                 typer.echo(f"chat: closed; `--load {kept}` goes on with it.", err=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would write to it
         raise typer.Exit(getattr(error, "code", 1)) from None
+    if num_refused and not is_typed:
+        raise typer.Exit(1)
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:

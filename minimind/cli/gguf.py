@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from minimind.exports.receipt import GgufType
+from minimind.terminal.command import require_file
 
 
 def gguf(
@@ -26,6 +27,7 @@ def gguf(
     from minimind.model.checkpoint import load_config
 
     output = output or folder.parent / f"{folder.resolve().name}-{kind}.gguf"
+    require_file(output)
     write_gguf(folder, output, kind)
     modelfile = output.with_suffix(".Modelfile")
     write_modelfile(modelfile, output, load_config(folder).max_positions)

@@ -251,6 +251,11 @@ def edited_params(preset: str, overrides: Sequence[str]) -> Iterator[dict[Path, 
             try:
                 apply_overrides(copy, by_file.get(name, []))
             except DvcException as error:
-                given = " ".join(by_file[name])
-                raise UserError(f"-S {given}: {error.__cause__ or error}") from None
+                given, said = " ".join(by_file[name]), f"{error.__cause__ or error}"
+                if unknown := re.match("Could not override '(.+?)'", said):
+                    raise UserError(
+                        f"-S {given}: {name} has no {unknown[1]}; correct the name, or set one "
+                        f"that has a default with -S '++{unknown[1]}=...'."
+                    ) from None
+                raise UserError(f"-S {given}: {said}") from None
         yield edited

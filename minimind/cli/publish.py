@@ -15,9 +15,10 @@ def publish(
     private: Annotated[bool, typer.Option("--private", help="a new repository is private")] = False,
 ) -> None:
     """Check an exported folder against its receipt and send it to a hub."""
-    from minimind.exports.hub import files_to_publish
+    from minimind.exports.hub import files_to_publish, require_name
     from minimind.exports.hub import publish as send
 
+    require_name(repository)
     for file in files_to_publish(folder):
         typer.echo(f"{file.name}: {file.stat().st_size:,} bytes")
     if upload:

@@ -14,6 +14,7 @@ import typer
 
 from minimind.errors import UserError
 from minimind.files import replacing
+from minimind.terminal.command import require_file
 
 
 def report(
@@ -31,6 +32,7 @@ def report(
     """
     if output.resolve() == Path("reports/index.html").resolve():
         raise UserError(f"{output} is what stage report writes; name another file.")
+    require_file(output)
     write(output, seconds if watch else None)
     typer.echo(f"{output}: {output.stat().st_size / 2**20:.1f} MiB")
     if in_browser:

@@ -50,6 +50,7 @@ def seeds(
             f"neither git nor DVC tracks {what}, and an experiment would not have that; run "
             f"`dvc add {' '.join(map(quoted, untracked))}`, and commit."
         )
+    _refuse_values(given)
     if fixed := [key for key, values in params.items() if _own_seed(values) is not None]:
         typer.echo(f"{', '.join(fixed)}: its own seed stays; remove it to vary it, too.")
     there, seed = _names(), first
@@ -69,6 +70,17 @@ def seeds(
         typer.echo("Started; `dvc queue status` says how far it is. Then: minimind compare A B")
     else:
         typer.echo(f"Start them: dvc queue start -j {jobs}")
+
+
+def _refuse_values(overrides: list[str]) -> None:
+    """Raises UserError for values that a stage would refuse: a queued run would fail in silence."""
+    from dvc.repo import Repo
+
+    from minimind.cli.plan import edited_params
+    from minimind.orchestrate.values import refuse_values
+
+    with edited_params("", overrides) as edited, Repo() as repo:
+        refuse_values(Path(), repo.index.stages, edited[PARAMS])
 
 
 def _untracked() -> list[str]:

@@ -45,6 +45,9 @@ def show(
 ) -> None:
     """Print rows as tokens: what is trained on, what not, and what the chat template adds."""
     name = data.removeprefix("data.") if data.startswith("data.") else ""
+    keys = value_at(read_params(params), "data") if name else None
+    if isinstance(keys, dict) and name not in keys:
+        raise UserError(f"{params} has no {data}; there are {', '.join(map(str, keys))}.")
     source = load_path(params, data) if name else Path(data)
     loaded = ChatTokenizer.load(tokenizer or load_path(params, "encode.tokenizer"))
     stages = stages_as_written(params.with_name("dvc.yaml"))

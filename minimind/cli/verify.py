@@ -47,7 +47,10 @@ def verify(
 
             findings += check_ggufs(root)
     elif (root / "config.json").exists() and not (root / "dvc.lock").exists():
-        raise UserError(f"{root / RECEIPT} is missing: take the folder from its source again.")
+        raise UserError(
+            f"{root / RECEIPT} is missing: only an exported folder tells by itself; what is in a "
+            "project, `minimind verify` checks from its root folder."
+        )
     else:
         findings = _findings_of_staged(root) if staged else list(Project(root).findings())
     for finding in findings:

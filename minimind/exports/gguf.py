@@ -67,6 +67,9 @@ def write_gguf(folder: Path, output: Path, kind: GgufType) -> None:
     """
     if (folder / RECEIPT).exists():
         require_whole(folder)
+    config = folder / "config.json"
+    if config.is_file() and "SequenceClassification" in config.read_text("utf-8", "replace"):
+        raise UserError(f"{folder} is a reward model: it writes no text; name a chat model.")
     load_model(folder)  # says what is wrong with a checkpoint
     source = _Source(folder)
     with replacing(output) as partial:

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
 
 from minimind.errors import UserError
 from minimind.exports.receipt import RECEIPT, ggufs_of, read_receipt, require_whole
@@ -19,6 +21,20 @@ def files_to_publish(folder: Path) -> list[Path]:
     gguf = ggufs_of(folder)
     beside = [file.with_suffix(".Modelfile") for file in gguf]
     return [*(folder / name for name in names), *gguf, *filter(Path.is_file, beside)]
+
+
+def require_name(repository: str) -> None:
+    """Raises UserError for what is no name of a repository on the hub."""
+    try:
+        validate_repo_id(repository)
+        is_name = repository.count("/") == 1
+    except HFValidationError:
+        is_name = False
+    if not is_name:
+        raise UserError(
+            f"{repository!r} is no repository's name; it is user/name, of letters, digits, -, _ "
+            "and dots."
+        )
 
 
 def publish(folder: Path, repository: str, private: bool) -> str:

@@ -118,6 +118,11 @@ def bring(
             DVC project.
     """
     with dvc_project() as dvc:
+        root = Path(dvc.root_dir).resolve()
+        if folder.resolve() == root or not folder.resolve().is_relative_to(root):
+            raise UserError(f"{folder} is no folder in the project {root}; name one, as data/mine.")
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; name a folder, as data/mine.")
         missing = [file for file in files if not file.is_in(folder)]
         _require_ours(folder, files, missing)
         partial = folder.with_name(f"{folder.name}.partial")

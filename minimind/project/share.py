@@ -33,8 +33,17 @@ def push() -> int:
 
 
 def pull() -> int:
-    """Bring outputs, past runs and their metrics; what nobody has sent is no error."""
+    """Bring outputs, past runs and their metrics; what nobody has sent is no error.
+
+    Raises:
+        UserError: there is no project or remote, or it cannot be reached.
+    """
     with dvc_project() as repo:
+        if not repo.config["core"].get("remote"):
+            raise UserError(
+                "the project has no default remote; `dvc remote add --default NAME ADDRESS` gives "
+                "it one, and docs/project.md has examples."
+            )
         brought = repo.pull(run_cache=True, allow_missing=True)["stats"]["fetched"]
         lacking = _outputs_of_runs(repo, lambda md5: not repo.cache.local.exists(md5))
         return brought + len(repo.cloud.pull(lacking).transferred)

@@ -30,7 +30,7 @@ from minimind.lineage.dvc_files import kept_from_dvc, maker_of
 from minimind.lineage.paths import refuse_pipes
 from minimind.lineage.provenance import CODE
 from minimind.lineage.repository import has_remote, lack_of_commits, running_stages
-from minimind.lineage.verify import check_entries, stages_in
+from minimind.lineage.verify import CHECKPOINT_FOLDERS, check_entries, stages_in
 from minimind.report.ancestry import git
 from minimind.report.report import interval, outcomes
 
@@ -194,6 +194,12 @@ def revisions(*names: str) -> Iterator[list[Revision]]:
                 try:
                     stack.enter_context(repo.switch(name))
                 except RevError:
+                    if any(Path(folder, name).is_dir() for folder in CHECKPOINT_FOLDERS):
+                        raise UserError(
+                            f"{name} is a checkpoint, no revision; `minimind explain "
+                            f"models/{name}` says what it comes of, and `minimind compare` which "
+                            "of two is better."
+                        ) from None
                     if lack := lack_of_commits(Path()):
                         raise UserError(lack) from None
                     raise UserError(

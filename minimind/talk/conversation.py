@@ -131,6 +131,8 @@ class Conversation:
                     )
                     return
                 if not (calls := calls_in(said["content"])):
+                    if not reply.parts:
+                        reply.note = "an empty answer."
                     return
                 for call in calls:
                     result = {"role": "tool", "content": run_tool(*call)}

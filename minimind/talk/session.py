@@ -102,6 +102,8 @@ class Session:
                 chat.history = messages
         except FileNotFoundError:
             raise UserError(f"{file} is missing; /save writes such a file.") from None
+        except IsADirectoryError:
+            raise UserError(f"{file} is a folder; name a file that /save wrote.") from None
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is not as /save writes it: {error!r}.") from None
 

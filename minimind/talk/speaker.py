@@ -91,9 +91,9 @@ def open_speaker(said: str, device: torch.device | str = "cpu") -> Speaker:
     if split_name(said)[0]:
         with _checked_out(said) as place:
             return _load(said, place, device)
-    there = ", ".join(known_checkpoints()) or "none"
+    there, name = ", ".join(known_checkpoints()) or "none", split_name(said)[1] or "dpo"
     raise UserError(
-        f"there is no checkpoint {said}; here are: {there}. `{said}@HEAD` is the last commit's, "
+        f"there is no checkpoint {said}; here are: {there}. `{name}@HEAD` is the last commit's, "
         "also while a stage makes another; `minimind pull` brings what is missing."
     )
 

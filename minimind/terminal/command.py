@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 from safetensors import SafetensorError
+from typer.core import TyperCommand
 
 from minimind.compute.launch import Kind, is_worker, say_last_words
 from minimind.errors import Stopped, UserError
@@ -19,6 +20,26 @@ from minimind.errors import Stopped, UserError
 LONGEST_LINE = 2000  # characters
 # Options that are written to.
 OUTPUTS = ("output", "metrics", "history", "predictions", "choices", "rejected", "page")
+MAY_BE_EMPTY = ("--system",)
+
+
+class FilledCommand(TyperCommand):
+    """Refuses empty arguments: "$F" of no value would be the current folder, or all there is."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        before = ""
+        for word in args:
+            option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+            name = option or before
+            if not value and (equals or not option) and name not in MAY_BE_EMPTY:
+                what = name if name.startswith("-") else "an argument"
+                typer.echo(
+                    f"{ctx.command_path}: {what} is empty; is a variable of the shell not set?",
+                    err=True,
+                )
+                raise typer.Exit(2)
+            before = word
+        return super().parse_args(ctx, args)
 
 
 class StageApp(typer.Typer):
@@ -31,7 +52,7 @@ class StageApp(typer.Typer):
         self.stage = name
 
     def command(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
-        register = super().command(*args, **kwargs)
+        register = super().command(*args, **{"cls": FilledCommand} | kwargs)
 
         def decorate(function: Callable[..., None]) -> Callable[..., None]:
             @functools.wraps(function)
@@ -78,6 +99,12 @@ class StageApp(typer.Typer):
 
 
 stage_app = StageApp
+
+
+def require_file(path: Path) -> None:
+    """Raises UserError where a folder stands in the place of a file that is read or written."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file.")
 
 
 def _require_room(options: Mapping[str, Any]) -> None:
