@@ -8,6 +8,7 @@ sections that have none; there they must stand.
 
 import math
 import re
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -49,7 +50,20 @@ class Section(BaseModel):
             raise ValueError("it should be a number")
         return value
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _is_computed_with(cls, value: Any) -> Any:
+        """What float32 has not would end in a traceback, far from here."""
+        numbers = value.values() if isinstance(value, dict) else value
+        for number in numbers if isinstance(numbers, Iterable) else [value]:
+            if isinstance(number, float) and number and not SMALLEST <= abs(number) <= LARGEST:
+                raise ValueError(f"it should be 0, or between {SMALLEST:g} and {LARGEST:g} in size")
+            if isinstance(number, int) and abs(number) >= 2**63:
+                raise ValueError("it should be less than 2^63 in size")
+        return value
 
+
+SMALLEST, LARGEST = 1e-37, 1e38  # numbers of a section: what float32 has
 MAX_VALUES = 100_000  # of a params file
 S = TypeVar("S", bound=Section)
 SHARED = ("seed", "dtype")  # a section that does not set them has them from the top level
@@ -116,6 +130,8 @@ def load_section(path: Path, name: str, section: type[S]) -> S:
             out of range; the message names file, key, value found and what is allowed.
     """
     tree = value = read_params(path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is {tree!r}; it must be sections with keys, as `{name}:`.")
     for depth, part in enumerate(parts := name.split(".")):
         is_mapping = isinstance(value, dict)
         if not is_mapping or part not in value:

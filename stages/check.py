@@ -8,7 +8,7 @@ import typer
 from minimind.errors import UserError
 from minimind.files import replacing
 from minimind.lineage.dvc_files import stages_as_written
-from minimind.lineage.paths import lost_paths
+from minimind.lineage.paths import lost_paths, unknown_checkpoints
 from minimind.lineage.provenance import unchanged
 from minimind.params import read_params
 from minimind.terminal.command import stage_app
@@ -22,14 +22,15 @@ def main(
     params: Annotated[Path, typer.Option(help="Parameters.")] = Path("params.yaml"),
     graph: Annotated[Path, typer.Option(help="The graph.")] = Path("dvc.yaml"),
 ) -> None:
-    """Name each path that neither exists nor is made by a stage.
+    """Name each path that neither exists nor is made by a stage, and checkpoints not evaluated.
 
     The stages behind this one depend on a file that never changes: they run after it, and what
     it has found does not make them run.
     """
     with unchanged("check", params, {}, inputs=[]):
-        if lost := list(lost_paths(stages_as_written(graph), read_params(params))):
-            raise UserError(f"{params}: {' '.join(lost)}")
+        known, chosen = stages_as_written(graph), read_params(params)
+        if wrong := [*lost_paths(known, chosen), *unknown_checkpoints(known, chosen)]:
+            raise UserError(f"{params}: {' '.join(wrong)}")
         with replacing(output) as partial:
             partial.write_text("Each path in params.yaml is there, or a stage makes it.\n")
 

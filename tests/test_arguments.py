@@ -4,13 +4,15 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from minimind.cli.main import app
 from minimind.errors import UserError
+from minimind.lineage.paths import unknown_checkpoints
 from minimind.project.hub import Repository, bring
-from minimind.terminal.command import MAY_BE_EMPTY
+from minimind.terminal.command import MAY_BE_EMPTY, stage_app
 from tests.graph import ROOT
 from tests.project import git
 
@@ -80,6 +82,38 @@ def test_what_is_wrong_is_named(words: list[str], said: str) -> None:
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 1, result.output
     assert said in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 7.28 GiB for an array"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ],
+)
+def test_memory_that_is_not_there_is_one_line(error: Exception) -> None:
+    toy = stage_app("toy")
+
+    @toy.command()
+    def main() -> None:
+        raise error
+
+    result = CliRunner().invoke(toy, [])
+    assert result.exit_code == 1
+    assert f"toy: out of memory: {error}; lower what is done at a time" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_names_that_are_not_evaluated_are_refused_before_anything_runs() -> None:
+    graph = {"evaluate": {"foreach": ["pretrain", "sft"]}}
+    params = {"evaluate": {"text_checkpoints": ["pretrain", "pretrian"]}}
+    (said,) = unknown_checkpoints(graph, params)
+    assert said == (
+        "evaluate.text_checkpoints has 'pretrian', which is not evaluated; allowed are pretrain, "
+        "sft."
+    )
+    assert not [*unknown_checkpoints({}, params)]
 
 
 def dvc_project() -> None:

@@ -300,6 +300,27 @@ def test_a_loss_that_is_not_finite_names_step_rows_and_rate(
     assert "\n" not in str(error.value)
 
 
+def test_weights_that_the_last_step_threw_away_are_not_kept(
+    tmp_path: Path, data: EncodedDataset
+) -> None:
+    """The loss before that step was fine, and after it none is computed."""
+    changes = {"optimizer": "adamw", "lr": 1e38, "max_steps": 1, "validation_share": 0.0}
+    with pytest.raises(UserError, match="is not finite after step 1; lower lr"):
+        train(tmp_path, data, warmup_steps=0, patience=0, weight_decay=1e30, **changes)
+    assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_more_steps_than_the_epochs_have_are_said(
+    tmp_path: Path, data: EncodedDataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    history, _ = train(tmp_path, data, max_steps=0, epochs=1.0)
+    train(tmp_path, data, max_steps=history.step, epochs=1.0)
+    assert "max_steps" not in capsys.readouterr().err
+    train(tmp_path, data, max_steps=history.step + 1, epochs=1.0)
+    said = f"max_steps is {history.step + 1}, but 1 epochs have {history.step}; raise epochs"
+    assert said in capsys.readouterr().err
+
+
 def test_too_little_data_is_said(tmp_path: Path) -> None:
     one = write_rows(tmp_path / "data", random_rows(1))
     with pytest.raises(UserError, match="holds none out"):

@@ -174,7 +174,9 @@ def test_check_tracks_every_parameter_that_is_a_path() -> None:
     keys = {key for template in path_templates(GRAPH["stages"]) for key in keys_of(template)}
     tracked = {*STAGES["check"]["params"]}
     assert len(keys) > 20
-    assert {"data" if key.startswith("data.") else key for key in keys} == tracked
+    paths = {"data" if key.startswith("data.") else key for key in keys}
+    assert tracked - paths == {"evaluate.text_checkpoints"}  # names of checkpoints
+    assert paths <= tracked
 
 
 def test_check_is_upstream_of_every_stage_that_has_such_paths(

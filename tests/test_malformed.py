@@ -274,6 +274,8 @@ CAUSES["a choice that there is not"] = [
     key_case(("grpo", "grpo.loss_type"), "ppo", "'ppo'"),
     key_case(("teacher_outputs", "teacher_outputs.mode"), "offline", "'offline'"),
     key_case(("lora", "lora.projections"), ["q_proj", "x_proj"], "x_proj"),
+    key_case(("lora", "lora.projections"), ["q_proj", "q_proj"], "q_proj stands there twice"),
+    key_case(("grpo", "grpo.rewards.format"), 1e7, "10000000.0"),
     key_case(("encode sft", "data.on_bad_row"), "ignore", "'ignore'"),
     key_case(("evaluate", "dtype"), "best", "'best'"),
 ]

@@ -109,6 +109,21 @@ def test_what_is_no_number_is_not_taken_for_one(params: Path, value: object) -> 
         load_section(params, "a", Both)
 
 
+@pytest.mark.parametrize("value", [1e300, "-1e300", 1e-300, 1e39, [1.0, 1e300]])
+def test_what_float32_has_not_is_refused(params: Path, value: object) -> None:
+    """Later it would be a traceback: PyTorch cannot convert it, or takes it for 0."""
+    write(params, seed=1, dtype="float32", a={"lr": value})
+    with pytest.raises(UserError, match=r"a\.lr"):
+        load_section(params, "a", Both)
+
+
+@pytest.mark.parametrize("content", ["- grpo", "", "grpo"])
+def test_a_file_without_sections_is_said_to_be_so(params: Path, content: str) -> None:
+    params.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match="it must be sections with keys, as `a:`"):
+        load_section(params, "a", Both)
+
+
 @pytest.mark.parametrize("value", ["5e-4", "1e-06", ".5", "3", 3, 0.5])
 def test_numbers_may_be_written_as_texts(params: Path, value: object) -> None:
     """PyYAML reads some floats as texts, which DVC takes for numbers."""

@@ -367,7 +367,9 @@ def test_rows_without_advantage_are_left_out_only_where_they_do_not_count(projec
         "def score(prompt, completion, answer):\n    return prompt[0] > '1'"
     )
     write_params(grpo={"max_steps": 1, "beta": 0.0})
-    assert run_stage("grpo", "equal").exit_code == 0
+    result = run_stage("grpo", "equal")
+    assert result.exit_code == 0
+    assert "nothing was learnt from them; look at rewards" in result.output
     (row,) = history_of("equal")
     assert row["frac_reward_zero_std"] == 1.0
     assert row["loss"] == 0
@@ -375,7 +377,9 @@ def test_rows_without_advantage_are_left_out_only_where_they_do_not_count(projec
     Path("custom.py").write_text(CUSTOM.replace("return", "return prompt[0] > '1' and"))
     for output, beta in (("none", 0.0), ("tiny", 1e-9)):
         write_params(grpo={"max_steps": 1, "updates_per_rollout": 1, "beta": beta})
-        assert run_stage("grpo", output).exit_code == 0
+        result = run_stage("grpo", output)
+        assert result.exit_code == 0
+        assert "nothing was learnt" not in result.output
     (none,), (tiny,) = history_of("none"), history_of("tiny")
     assert 0 < none["frac_reward_zero_std"] < 1
     assert none["grad_norm"] == pytest.approx(tiny["grad_norm"], rel=1e-4)

@@ -68,6 +68,17 @@ def lost_paths(stages: Mapping[str, Any], params: Any) -> Iterator[str]:
             )
 
 
+def unknown_checkpoints(stages: Mapping[str, Any], params: Any) -> Iterator[str]:
+    """What is to be said of names in `evaluate.text_checkpoints` that no evaluation has."""
+    known = stages.get("evaluate", {}).get("foreach")
+    for name in value_at(params, "evaluate.text_checkpoints") or () if known else ():
+        if name not in known:
+            yield (
+                f"evaluate.text_checkpoints has {name!r}, which is not evaluated; allowed are "
+                f"{', '.join(known)}."
+            )
+
+
 def refuse_pipes(stages: Iterable[Any]) -> None:
     """Raises UserError for a pipe among what DVC's stages read and write: it would be waited for.
 

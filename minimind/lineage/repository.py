@@ -23,6 +23,8 @@ def said_by_dvc(error: Exception, advice: str = "correct it") -> UserError:
         return UserError("this is no DVC project; run from the project's root folder.")
     if "is not a git repository" in text:
         return UserError(f"{text}; run {COMMIT}, or to do without: `dvc config core.no_scm true`.")
+    if "dvc.lock' validation failed" in text:
+        advice = "`git checkout dvc.lock` brings it back"
     return UserError(f"{text.rstrip('.')}; {advice}.")
 
 

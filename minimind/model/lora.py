@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from pydantic import Field
+from pydantic import Field, field_validator
 from safetensors.torch import load_file
 
 from minimind.errors import UserError
@@ -32,6 +32,13 @@ class AdapterShape(Section):
     alpha: float = Field(32.0, gt=0)  # the product of the two matrices is scaled by alpha / rank
     dropout: float = Field(0.0, ge=0, lt=1)  # of the adapter's input
     projections: list[Projection] = Field([*get_args(Projection)], min_length=1)
+
+    @field_validator("projections")
+    @classmethod
+    def _stand_once(cls, names: list[Projection]) -> list[Projection]:
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{twice[0]} stands there twice")
+        return names
 
 
 def add_adapter(model: Transformer, shape: AdapterShape, seed: int) -> PeftModel:

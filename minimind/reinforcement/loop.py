@@ -18,7 +18,7 @@ from minimind.reinforcement.watched import Watched
 from minimind.rewards.reward import Values
 from minimind.training.optimizer import Optimizer
 from minimind.training.run import Run
-from minimind.training.schedule import lr_factor, never_reached
+from minimind.training.schedule import beyond_epochs, lr_factor, never_reached
 from minimind.training.session import History, Part, Session, Weights
 from minimind.training.step import take_step
 
@@ -87,8 +87,12 @@ def reinforce(
     if session.history.step == 0:
         algorithm.start(model, environment, run)
     num_updates = num_steps * config.updates_per_rollout
-    if warning := never_reached(config.schedule, config.warmup_steps, num_updates):
-        run.say(warning)
+    for warning in (
+        beyond_epochs(config.max_steps, num_steps, config.epochs),
+        never_reached(config.schedule, config.warmup_steps, num_updates),
+    ):
+        if warning:
+            run.say(warning)
     rows_at_a_time = config.batch_size * algorithm.num_samples
     for step in session.steps():
         if watched:
@@ -127,6 +131,11 @@ def reinforce(
     if watched:
         watched.look(model, num_steps, num_steps)
     session.finish()
+    if all(row.get("frac_reward_zero_std") == 1 for row in session.history.rows):
+        run.say(
+            "the rewards of a prompt's completions never differed, and so nothing was learnt from "
+            "them; look at rewards, temperature and max_new_tokens"
+        )
     return session.history
 
 

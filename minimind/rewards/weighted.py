@@ -41,7 +41,7 @@ def _keys() -> dict[str, Any]:
     """The fields of a section `rewards`: the weight of each part, and its options."""
     keys: dict[str, Any] = {}
     for name, reward in reward_classes().items():
-        keys[name] = (float, Field(reward.default_weight, ge=0))
+        keys[name] = (float, Field(reward.default_weight, ge=0, le=1e6))
     for reward in reward_classes().values():
         for option, field in reward.model_fields.items():
             if option in keys:

@@ -75,7 +75,13 @@ class StageApp(typer.Typer):
                 except KeyboardInterrupt:
                     self._announce("stopped; run the same command to start again")
                     raise typer.Exit(130) from None
-                except Exception:
+                except Exception as error:
+                    if _is_of_memory(error):
+                        self._complain(
+                            f"out of memory: {error}; lower what is done at a time: batch_size "
+                            "(with more accumulation_steps), max_length, num_generations."
+                        )
+                        raise typer.Exit(1) from None
                     if is_worker() and say_last_words(traceback.format_exc(), Kind.BUG):
                         raise typer.Exit(1) from None
                     raise
@@ -99,6 +105,13 @@ class StageApp(typer.Typer):
 
 
 stage_app = StageApp
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Of Python, NumPy, or PyTorch on a CPU or GPU, which says so in words alone."""
+    said = str(error).lower()
+    is_torchs = isinstance(error, RuntimeError) and "allocat" in said and "memory" in said
+    return isinstance(error, MemoryError) or is_torchs
 
 
 def require_file(path: Path) -> None:

@@ -17,7 +17,7 @@ from minimind.objectives.loss import Objective
 from minimind.params import Seed
 from minimind.training.optimizer import Optimizer, OptimizerConfig
 from minimind.training.run import Run
-from minimind.training.schedule import ScheduleName, lr_factor, never_reached
+from minimind.training.schedule import ScheduleName, beyond_epochs, lr_factor, never_reached
 from minimind.training.session import BestWeights, Generators, History, Part, Session, Weights
 from minimind.training.step import mean_loss, take_step
 
@@ -108,8 +108,12 @@ def fit(
                 history.evaluations_without_gain += 1
             return _prefixed(losses)
 
-        if warning := never_reached(config.schedule, config.warmup_steps, num_steps):
-            run.say(warning)
+        for warning in (
+            beyond_epochs(config.max_steps, num_steps, config.epochs),
+            never_reached(config.schedule, config.warmup_steps, num_steps),
+        ):
+            if warning:
+                run.say(warning)
         if session.is_new and len(held_out):
             history.rows.append({"step": 0, **validate(0)})
         for step in session.steps():

@@ -16,6 +16,15 @@ def never_reached(name: ScheduleName, warmup_steps: int, num_steps: int) -> str 
     )
 
 
+def beyond_epochs(max_steps: int, num_steps: int, epochs: float) -> str | None:
+    """A line of warning where `max_steps`, which bounds steps, is more than there are."""
+    if max_steps <= num_steps:
+        return None
+    return (
+        f"max_steps is {max_steps}, but {epochs:g} epochs have {num_steps}; raise epochs for more"
+    )
+
+
 def lr_factor(name: ScheduleName, step: int, num_steps: int, warmup_steps: int) -> float:
     """What `lr` is multiplied by in optimizer step `step` (0-based) of `num_steps`.
 

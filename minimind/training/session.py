@@ -222,6 +222,12 @@ class Session:
             for name, part in self.parts.items()
             for key, tensor in part.state_tensors().items()
         }
+        for name, tensor in tensors.items():
+            if name.startswith("model/") and not torch.isfinite(tensor).all():
+                raise UserError(
+                    f"{name.removeprefix('model/')} is not finite after step {self.history.step}; "
+                    "lower lr or weight_decay. The last good checkpoint is kept."
+                )
         values = {
             "history": asdict(self.history),
             "scaler": self.optimizer.scaler_state(),
