@@ -28,13 +28,13 @@ LABELS = {  # English, Chinese
     "reset": ("New conversation", "新对话"),
     "settings": ("Settings", "设置"),
     "system": ("System prompt", "系统提示词"),
-    "temperature": ("Temperature; 0: the likeliest token", "温度；0 表示取概率最大的词元"),
+    "temperature": ("Temperature; 0: the likeliest token", "温度；0 表示取概率最大的 token"),
     "top_p": ("Top p", "Top p"),
     "seed": ("Seed", "随机种子"),
-    "max_new_tokens": ("Tokens of a reply, at most", "回复最多的词元数"),
+    "max_new_tokens": ("Tokens of a reply, at most", "回复最多的 token 数"),
     "think": ("Thinking", "思考"),
     "tools": ("Tools", "工具"),
-    "tokens": ("Tokens: point at one for what was likely instead", "词元：指向一个可看其他可能"),
+    "tokens": ("Tokens: point at one for what was likely instead", "token：指向一个可看其他可能"),
     "about": ("Scores and ancestry", "得分与来历"),
 }
 UNKNOWN = "No stage of this project made it. · 不是本项目的任何阶段生成的。"
