@@ -329,6 +329,47 @@ def test_bfloat16_is_near_float32(model: Transformer) -> None:
     np.testing.assert_allclose(narrow.logprobs, wide.logprobs, atol=0.1)
 
 
+@pytest.mark.parametrize("num_shared", [0, 1, 17])
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_a_shared_beginning_changes_nothing(
+    model: Transformer, num_shared: int, num_samples: int
+) -> None:
+    beginning = [5] * num_shared
+    prompts = [beginning + prompt for prompt in [[3], *random_prompts(6)]]
+    prompts.append(prompts[1])
+    asked: list[int] = []
+    hook = model.model.register_forward_pre_hook(lambda _, given: asked.append(len(given[0])))
+    plain, shared = (
+        generate(
+            model,
+            prompts,
+            max_new_tokens=12,
+            end_id=END,
+            dtype="float32",
+            num_samples_per_prompt=num_samples,
+            with_logprobs=True,
+            share_prefix=share_prefix,
+        )
+        for share_prefix in (False, True)
+    )
+    hook.remove()
+    assert shared.ids == plain.ids
+    for ours, theirs in zip(shared.logprobs or [], plain.logprobs or [], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    read = [tokens for tokens in asked if tokens > num_samples * len(prompts)]
+    whole = sum(map(len, prompts))
+    assert read == [whole, whole - num_shared * (len(prompts) - 1)]
+
+
+def test_equal_prompts_share_all_but_their_last_token(model: Transformer) -> None:
+    prompts = [[5, 6, 7, 8]] * 3
+    plain, shared = (
+        generate(model, prompts, max_new_tokens=9, end_id=END, dtype="float32", share_prefix=share)
+        for share in (False, True)
+    )
+    assert shared.ids == plain.ids
+
+
 def test_nothing_to_do(model: Transformer) -> None:
     assert generate(model, [], max_new_tokens=5, end_id=END, dtype="float32").ids == []
 

@@ -211,6 +211,7 @@ class MiniMindLM(TemplateLM):  # type: ignore[misc]
                 end_id=self.eot_token_id,
                 other_end_ids=[ids[0] for ids in stops if len(ids) == 1],
                 dtype=self.dtype,
+                share_prefix=True,
             )
             for number, ids in zip(batch, completions.ids, strict=True):
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)

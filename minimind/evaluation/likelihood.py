@@ -6,7 +6,7 @@ Shapes: T tokens laid end to end, H query heads, K key/value heads, E head size.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, takewhile
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.compute.precision import DType, autocast
+from minimind.model.generate import num_alike
 from minimind.model.transformer import Transformer
 
 TOKENS_AT_A_TIME = 8192  # bounds the memory that logits take
@@ -30,7 +31,7 @@ class Fork:
     @classmethod
     def of_rows(cls, rows: Sequence[Sequence[int]]) -> "Fork":
         """Whole rows, split where the first two of them differ."""
-        num_shared = _num_alike(rows)
+        num_shared = num_alike(rows)
         assert num_shared > 0, "rows start alike"
         return cls(rows[0][:num_shared], [row[num_shared:] for row in rows])
 
@@ -96,17 +97,11 @@ def _split(forks: Sequence[Fork]) -> Iterator[tuple[Sequence[int], Fork]]:
     """Each fork as what it shares with those beside it, and the rest, whose prefix has a token."""
     for _, group in groupby(forks, lambda fork: tuple(fork.prefix[:SHARED_FROM])):
         alike = list(group)
-        num_shared = _num_alike([fork.prefix for fork in alike])
+        num_shared = num_alike([fork.prefix for fork in alike])
         if len(alike) == 1 or num_shared < SHARED_FROM:
             num_shared = 0
         shared = tuple(alike[0].prefix[:num_shared])
         yield from ((shared, Fork(fork.prefix[num_shared:], fork.branches)) for fork in alike)
-
-
-def _num_alike(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows begin with, and have more behind."""
-    columns = zip(*(row[:-1] for row in rows), strict=False)
-    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
 
 
 def _batch_likelihoods(

@@ -6,7 +6,7 @@ E head size, L columns of the cache, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, takewhile
 
 import numpy as np
 import torch
@@ -61,12 +61,16 @@ def generate(
     sampling: Sampling | None = None,
     num_samples_per_prompt: int = 1,
     with_logprobs: bool = False,
+    share_prefix: bool = False,
 ) -> Completions:
     """Continue each prompt up to the end token, or one of others; greedily without `sampling`.
 
     A row stops at `max_new_tokens`, and where it fills the model's `max_positions`.
     Log-probabilities are at the sampling temperature and over the whole vocabulary, whatever
     top_p. Call it outside of autocast regions: they may remember weights of before an update.
+
+    share_prefix: what all prompts begin with, as a task's examples, is computed once for all of
+        them; the last bits then depend on which prompts are asked together.
 
     Raises:
         UserError: a prompt leaves no position for an answer.
@@ -86,7 +90,8 @@ def generate(
     max_new_tokens = min(max_new_tokens, max_positions)
     device = model.model.embed_tokens.weight.device
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    cache = _Cache(prompt_lengths, num_samples_per_prompt)
+    num_shared = num_alike(prompts) if share_prefix else 0
+    cache = _Cache(prompt_lengths, num_samples_per_prompt, num_shared)
     lengths = prompt_lengths.repeat_interleave(num_samples_per_prompt)
     limits = (max_positions - lengths).clamp(max=max_new_tokens)
     ends = torch.tensor([end_id, *other_end_ids], device=device)
@@ -99,9 +104,11 @@ def generate(
     # One region around all tokens, because autocast remembers the weights it has cast until its
     # region ends. In inference mode it would not remember them.
     with torch.no_grad(), autocast(device, dtype):
-        prompt_ids = torch.tensor([*chain.from_iterable(prompts)], device=device)
-        positions = cache.in_prompt.nonzero()[:, 1]
-        hidden = model.model(prompt_ids, positions, cache.attend_prompts)
+        own = chain.from_iterable(prompt[num_shared:] for prompt in prompts)
+        prompt_ids = torch.tensor([*prompts[0][:num_shared], *own], device=device)
+        positions = cache.in_prompt[:, num_shared:].nonzero()[:, 1] + num_shared
+        positions = torch.cat((torch.arange(num_shared, device=device), positions))
+        hidden = model.model(prompt_ids, positions, cache.attend_prompts)[num_shared:]
         hidden = hidden[cache.boundaries[1:] - 1].repeat_interleave(num_samples_per_prompt, 0)
         for step in range(int(limits.max())):
             logits = model.logits(hidden)
@@ -136,11 +143,15 @@ class _Cache:
     the longest, and in columns not yet in use.
     """
 
-    def __init__(self, prompt_lengths: Tensor, num_samples_per_prompt: int) -> None:
-        self.num_samples_per_prompt = num_samples_per_prompt
+    def __init__(
+        self, prompt_lengths: Tensor, num_samples_per_prompt: int, num_shared: int = 0
+    ) -> None:
+        """num_shared: tokens that all prompts begin with, and have more behind."""
+        self.num_samples_per_prompt, self.num_shared = num_samples_per_prompt, num_shared
         self.num_columns = int(prompt_lengths.max())
         capacity = -(-self.num_columns // COLUMNS_AT_A_TIME) * COLUMNS_AT_A_TIME
-        self.boundaries = F.pad(prompt_lengths.cumsum(0), (1, 0)).int()  # of the prompts, [N+1]
+        own_lengths = prompt_lengths - num_shared
+        self.boundaries = F.pad(own_lengths.cumsum(0), (1, 0)).int()  # of what is not shared, [N+1]
         columns = torch.arange(capacity, device=prompt_lengths.device)
         self.in_prompt = columns < prompt_lengths[:, None]  # [N, L]
         mask = torch.zeros_like(self.in_prompt, dtype=torch.float32)
@@ -154,12 +165,25 @@ class _Cache:
         assert layer == len(self.keys)
         self.keys.append(self._rows(key))
         self.values.append(self._rows(value))
+        if self.num_shared:
+            return self._attend_after_shared(query, key, value)
         return packed_attention(query, key, value, self.boundaries, self.num_columns)
+
+    def _attend_after_shared(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The same of prompts without what they share, which stands before them once."""
+        lengths = [self.num_shared, *self.boundaries.diff().tolist()]
+        shared, *own = zip(*(t.split(lengths) for t in (query, key, value)), strict=True)
+        outs = [_causal_attention(*shared)]
+        for q, k, v in own:
+            outs.append(_causal_attention(q, torch.cat((shared[1], k)), torch.cat((shared[2], v))))
+        return torch.cat(outs)
 
     def _rows(self, packed: Tensor) -> Tensor:
         """[T, K, E] -> [B, K, L, E], each prompt from the left."""
         padded = packed.new_zeros(*self.in_prompt.shape, *packed.shape[1:])
-        padded[self.in_prompt] = packed
+        n = self.num_shared
+        padded[:, :n] = packed[:n]
+        padded[:, n:][self.in_prompt[:, n:]] = packed[n:]
         return padded.transpose(1, 2).repeat_interleave(self.num_samples_per_prompt, 0)
 
     def add_column(self) -> None:
@@ -188,6 +212,22 @@ class _Cache:
         self.mask = self.mask[rows]
         self.keys = [key[rows] for key in self.keys]
         self.values = [value[rows] for value in self.values]
+
+
+def num_alike(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with, and have more behind."""
+    columns = zip(*(row[:-1] for row in rows), strict=False)
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
+
+
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of the last tokens [T, H, E] of a text to all of it, [S + T, K, E]."""
+    num_before = len(key) - len(query)
+    view = torch.ones(len(query), len(key), dtype=torch.bool, device=key.device).tril(num_before)
+    q, k, v = (tensor.float().transpose(0, 1)[None] for tensor in (query, key, value))
+    with torch.autocast(query.device.type, enabled=False):  # it would round what is widened here
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=view, enable_gqa=True)
+    return out[0].transpose(0, 1).to(query.dtype)
 
 
 def _require_in_bounds(values: Tensor) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +23,22 @@ LONGEST_LINE = 2000  # characters
 # Options that are written to.
 OUTPUTS = ("output", "metrics", "history", "predictions", "choices", "rejected", "page")
 MAY_BE_EMPTY = ("--system",)
+_NO_VALUE = re.compile(r"--[\w-]+=")
 
 
 class FilledCommand(TyperCommand):
     """Refuses empty arguments: "$F" of no value would be the current folder, or all there is."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        before = ""
-        for word in args:
-            option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-            name = option or before
-            if not value and (equals or not option) and name not in MAY_BE_EMPTY:
+        for before, word in pairwise(["", *args]):
+            name = word.removesuffix("=") or before  # `--output=`, or `--output ""`
+            if (not word or _NO_VALUE.fullmatch(word)) and name not in MAY_BE_EMPTY:
                 what = name if name.startswith("-") else "an argument"
                 typer.echo(
                     f"{ctx.command_path}: {what} is empty; is a variable of the shell not set?",
                     err=True,
                 )
                 raise typer.Exit(2)
-            before = word
         return super().parse_args(ctx, args)
 
 
