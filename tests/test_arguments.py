@@ -106,12 +106,12 @@ def test_memory_that_is_not_there_is_one_line(error: Exception) -> None:
 
 
 def test_names_that_are_not_evaluated_are_refused_before_anything_runs() -> None:
-    graph = {"evaluate": {"foreach": ["pretrain", "sft"]}}
-    params = {"evaluate": {"text_checkpoints": ["pretrain", "pretrian"]}}
+    evaluate = {"foreach": ["sft", "dpo"], "do": {"outs": ["predictions/${item}.csv"]}}
+    graph = {"evaluate": evaluate, "pretrain": {"outs": ["models/pretrain"]}}
+    params = {"evaluate": {"text_checkpoints": ["sft", "pretrain", "pretrian"]}}
     (said,) = unknown_checkpoints(graph, params)
     assert said == (
-        "evaluate.text_checkpoints has 'pretrian', which is not evaluated; allowed are pretrain, "
-        "sft."
+        "evaluate.text_checkpoints has 'pretrian', which is no checkpoint; allowed are sft, dpo."
     )
     assert not [*unknown_checkpoints({}, params)]
 

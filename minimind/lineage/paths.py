@@ -69,13 +69,15 @@ def lost_paths(stages: Mapping[str, Any], params: Any) -> Iterator[str]:
 
 
 def unknown_checkpoints(stages: Mapping[str, Any], params: Any) -> Iterator[str]:
-    """What is to be said of names in `evaluate.text_checkpoints` that no evaluation has."""
-    known = stages.get("evaluate", {}).get("foreach")
-    for name in value_at(params, "evaluate.text_checkpoints") or () if known else ():
+    """What is to be said of names in `evaluate.text_checkpoints` that no checkpoint has."""
+    evaluated = stages.get("evaluate", {}).get("foreach")
+    made = [p for _, stage, key in variants(stages) for p in output_paths(stage.get("outs"), key)]
+    known = {*(evaluated or ()), *(p.removeprefix("models/") for p in made if "models/" in p)}
+    for name in value_at(params, "evaluate.text_checkpoints") or () if evaluated else ():
         if name not in known:
             yield (
-                f"evaluate.text_checkpoints has {name!r}, which is not evaluated; allowed are "
-                f"{', '.join(known)}."
+                f"evaluate.text_checkpoints has {name!r}, which is no checkpoint; allowed are "
+                f"{', '.join(evaluated)}."
             )
 
 

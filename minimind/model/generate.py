@@ -108,8 +108,9 @@ def generate(
         prompt_ids = torch.tensor([*prompts[0][:num_shared], *own], device=device)
         positions = cache.in_prompt[:, num_shared:].nonzero()[:, 1] + num_shared
         positions = torch.cat((torch.arange(num_shared, device=device), positions))
-        hidden = model.model(prompt_ids, positions, cache.attend_prompts)[num_shared:]
-        hidden = hidden[cache.boundaries[1:] - 1].repeat_interleave(num_samples_per_prompt, 0)
+        hidden = model.model(prompt_ids, positions, cache.attend_prompts)
+        last = num_shared + cache.boundaries[1:] - 1
+        hidden = hidden[last].repeat_interleave(num_samples_per_prompt, 0)
         for step in range(int(limits.max())):
             logits = model.logits(hidden)
             if sampling is None or uniforms is None:
@@ -181,9 +182,11 @@ class _Cache:
     def _rows(self, packed: Tensor) -> Tensor:
         """[T, K, E] -> [B, K, L, E], each prompt from the left."""
         padded = packed.new_zeros(*self.in_prompt.shape, *packed.shape[1:])
-        n = self.num_shared
-        padded[:, :n] = packed[:n]
-        padded[:, n:][self.in_prompt[:, n:]] = packed[n:]
+        if n := self.num_shared:
+            padded[:, :n] = packed[:n]
+            padded[:, n:][self.in_prompt[:, n:]] = packed[n:]
+        else:
+            padded[self.in_prompt] = packed
         return padded.transpose(1, 2).repeat_interleave(self.num_samples_per_prompt, 0)
 
     def add_column(self) -> None:
