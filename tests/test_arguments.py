@@ -67,6 +67,7 @@ def test_an_empty_system_prompt_is_none() -> None:
         (["chat", "--json"], "--json is for the answers to --ask"),
         (["chat", "judge@"], "there is no checkpoint judge@; here are: none. `judge@HEAD` is"),
         (["show", "data.nope"], "params.yaml has no data.nope; there are sft."),
+        (["repro", "-S", "sft.lr=1"], "is an experiment: `dvc exp run -S sft.lr=1`; or write"),
         (["plan", "-S", "sft.lrr=1"], "params.yaml has no sft.lrr; correct the name, or set one"),
         (["web", "a", "b", "c", "d", "e"], "5 checkpoints; at most 4 fit."),
     ],
@@ -82,6 +83,14 @@ def test_what_is_wrong_is_named(words: list[str], said: str) -> None:
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 1, result.output
     assert said in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_broken_params_file_is_told_with_its_line() -> None:
+    Path("params.yaml").write_text("seed: 1\nsft: {lr: 1\n")
+    result = CliRunner().invoke(app, ["repro"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("minimind: params.yaml:3: not valid YAML: ")
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

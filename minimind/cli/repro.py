@@ -1,11 +1,13 @@
 """`minimind repro`: what is out of date, independent stages side by side."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from minimind.cli.table import REPORT, checkpoint_section_of
 from minimind.errors import Stopped, UserError
+from minimind.params import read_params
 from minimind.report.tables import table
 
 
@@ -21,12 +23,21 @@ def repro(
     keep_going: Annotated[
         bool, typer.Option("-k", "--keep-going", help="after a failure, with what it leaves")
     ] = False,
+    overrides: Annotated[list[str] | None, typer.Option("-S", "--set-param", hidden=True)] = None,
 ) -> None:
     """Run what is out of date, as `dvc repro` does, independent stages side by side.
 
     Data is checked and encoded first. Each stage has its log in runs/logs/. Ctrl-C has running
     stages save where they are; the same command goes on from there.
     """
+    if overrides:
+        raise UserError(
+            f"a run with other values is an experiment: `dvc exp run -S {overrides[0]}`; or write "
+            "them into params.yaml."
+        )
+    params = Path("params.yaml")
+    if params.is_file():
+        read_params(params)  # DVC says what is wrong in it in its parser's words
     # Imported here: DVC takes as long to load as all else together.
     from minimind.orchestrate.farewell import farewell
     from minimind.orchestrate.run import reproduce
