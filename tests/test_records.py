@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +15,7 @@ from minimind.errors import UserError
 from minimind.lineage.dvc_files import read_as_written
 from minimind.lineage.records import MOST_EARLIER, MadeFrom, Records, record_of
 from minimind.lineage.verify import Project
-from tests.project import copy_project, dvc, git, stages_run
+from tests.project import copy_project, dvc, git, minimind, share, stages_run
 from tests.test_report import prediction, write
 
 pytestmark = pytest.mark.xdist_group("records")
@@ -117,13 +118,49 @@ def test_an_ordinary_repro_is_compared_and_goes_on(project: Path) -> None:
 
 
 def test_a_lock_that_git_has_brought_back_is_no_false_one(project: Path) -> None:
-    code = project / "minimind/mini_world/rows.py"
-    code.write_text(code.read_text(encoding="utf-8") + ANOTHER_LINE, encoding="utf-8")
+    edit_code_of_mini_world(project)
     assert "mini_world" in stages_run(dvc(project, "repro", "mini_world"))
     git(project, "checkout", "-q", ".")
-    texts = [finding.text for finding in Project(project).findings()]  # of stages not run, too
-    assert [text for text in texts if "says that stage mini_world" in text] == []
+    assert what_verify_says(project, "mini_world") == []
     assert stages_run(dvc(project, "repro", "--force", "encode@sft")) != []
+
+
+@pytest.mark.parametrize("brought", ["by git", "by git and minimind pull"])
+def test_an_entry_that_another_clone_wrote_is_no_false_one(
+    project: Path, tmp_path: Path, brought: str
+) -> None:
+    """Of the same metrics, made by other code than those of the run that was here."""
+    share(project, tmp_path / "store")
+    theirs = tmp_path / "theirs"
+    shutil.copytree(project, theirs, symlinks=True)
+    edit_code_of_mini_world(theirs)
+    assert "mini_world" in stages_run(dvc(theirs, "repro", "mini_world"))
+    git(theirs, "commit", "-qam", "another line")
+    minimind(theirs, "push")
+    git(project, "pull", "-q", str(theirs), "HEAD")
+    if brought != "by git":
+        minimind(project, "pull")
+        minimind(project, "pull")  # DVC brings all of it again
+    assert what_verify_says(project, "mini_world") == []
+    # What DVC writes here is still told from it.
+    edit_code_of_mini_world(project)
+    dvc(project, "repro", "code")
+    dvc(project, "commit", "-q", "--force", "mini_world")
+    minimind(project, "pull")
+    said = "broken: runs/mini_world.json has another code/mini_world.json of stage mini_world"
+    texts = what_verify_says(project, "mini_world")
+    assert texts and all(text.startswith(said) for text in texts)
+
+
+def edit_code_of_mini_world(project: Path) -> None:
+    code = project / "minimind/mini_world/rows.py"
+    code.write_text(code.read_text(encoding="utf-8") + ANOTHER_LINE, encoding="utf-8")
+
+
+def what_verify_says(project: Path, stage: str) -> list[str]:
+    """Verdicts and reasons that name a stage or its record."""
+    found = [f"{finding.verdict}: {finding.text}" for finding in Project(project).findings()]
+    return [text for text in found if re.search(rf"stage {stage}\b|runs/{stage}\.json", text)]
 
 
 def test_an_experiment_leaves_what_the_runs_before_it_recorded(project: Path) -> None:

@@ -27,7 +27,7 @@ from minimind.lineage.dvc_files import (
     variants,
 )
 from minimind.lineage.paths import quoted
-from minimind.lineage.records import MadeFrom, record_name, record_of
+from minimind.lineage.records import MadeFrom, record_name, record_of, time_of
 from minimind.lineage.repository import has_remote, running_stages
 
 CHECKPOINT_FOLDERS = ("models", "exports")
@@ -245,10 +245,18 @@ class Project:
         )
 
     def _record(self, stage: str) -> MadeFrom | None:
-        """Of the run that dvc.lock is of, if it is here: not every machine has it."""
+        """Of the run that dvc.lock is of, if it was here: git may have brought another's entry."""
         entry = self.lock.get(stage, {})
-        found = record_of(self.root, stage, entry)
-        return found[0].run_of(entry, self.root) if found else None
+        if (found := record_of(self.root, stage, entry)) is None:
+            return None
+        run = found[0].run_of(entry, self.root)
+        if run.first_difference(entry, self.root):
+            # At the top this would double the time of every command: it is DVC's.
+            from minimind.lineage.run_cache import was_written_here
+
+            if not was_written_here(self.root, entry, time_of(found[1])):
+                return None
+        return run
 
     def _recorded(self, path: str, stage: str) -> str | None:
         """The hash of an output in its stage's entry; of a file in an output, in that output."""

@@ -7,7 +7,6 @@ clone can bring back a past run. DVC's cache has their contents, so they are sen
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from dvc.repo import Repo
@@ -16,6 +15,7 @@ from dvc_data.hashfile.hash_info import HashInfo
 
 from minimind.errors import UserError
 from minimind.lineage.repository import said_by_dvc
+from minimind.lineage.run_cache import as_of_elsewhere, copies
 
 
 def push() -> int:
@@ -44,14 +44,15 @@ def pull() -> int:
                 "the project has no default remote; `dvc remote add --default NAME ADDRESS` gives "
                 "it one, and docs/project.md has examples."
             )
-        brought = repo.pull(run_cache=True, allow_missing=True)["stats"]["fetched"]
+        with as_of_elsewhere(repo):
+            brought = repo.pull(run_cache=True, allow_missing=True)["stats"]["fetched"]
         lacking = _outputs_of_runs(repo, lambda md5: not repo.cache.local.exists(md5))
         return brought + len(repo.cloud.pull(lacking).transferred)
 
 
 def _outputs_of_runs(repo: Repo, wanted: Callable[[str], bool]) -> set[HashInfo]:
     """The single files among the outputs of past runs."""
-    entries: list[Any] = [load_yaml(f) for f in Path(repo.stage_cache.cache_dir).glob("*/*/*")]
+    entries: list[Any] = [load_yaml(copy) for copy in copies(repo)]
     hashes = {out.get("md5", ".dir") for entry in entries for out in entry.get("outs", [])}
     return {HashInfo("md5", md5) for md5 in hashes if not md5.endswith(".dir") and wanted(md5)}
 
