@@ -17,12 +17,23 @@ def replacing(path: Path) -> Iterator[Path]:
     partial.parent.mkdir(parents=True, exist_ok=True)
     _remove(partial)
     try:
-        yield partial
-        if partial.is_dir():
-            _remove(path)  # a folder cannot take the place of another in one step
-        partial.replace(path)
+        with naming(path):
+            yield partial
+            if partial.is_dir():
+                _remove(path)  # a folder cannot take the place of another in one step
+            partial.replace(path)
     finally:
         _remove(partial)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has errors of writing say where: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _remove(path: Path) -> None:

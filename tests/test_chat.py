@@ -316,7 +316,7 @@ def test_commands(session: Session, tmp_path: Path, checkpoint: Path) -> None:
     [
         ("/nix", "/nix is no command; there are /system"),
         ("/__init__", "is no command"),
-        ("/temperature hot", "'hot' is no number"),
+        ("/temperature hot", "'hot' is no number that fits here; say one, as /temperature 0.7"),
         ("/temperature nan", "it must be 0, or from 0.01 to 10"),
         ("/seed -1", "whole number from 0"),
         ("/seed 1.5", "'1.5' is no number"),
@@ -425,6 +425,7 @@ def test_without_a_terminal_lines_are_read(checkpoint: Path) -> None:
         (["CHECKPOINT", "--load", "nix"], "nix is missing"),
         (["CHECKPOINT", "--load", "file"], "file is not as /save writes it"),
         (["CHECKPOINT", "--ask", "x" * 10_000], "the model 256 positions"),
+        (["CHECKPOINT", "--ask", "  "], "--ask of blanks alone asks nothing"),
     ],
 )
 def test_bad_input_is_one_line(

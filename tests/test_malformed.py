@@ -423,6 +423,10 @@ def as_dead_link(file: str) -> Callable[[Path], None]:
     return broken
 
 
+CAUSES["a folder holds the project, or the whole disk"] = [
+    Case("check", with_params(data__sft=path), (f"data.sft is '{path}', a folder that this pro",))
+    for path in ("/", "..", ".")
+]
 CAUSES["what stands there is no file"] = [
     Case("check", as_pipe("chats.jsonl"), ("data.sft is 'chats.jsonl', but", "a pipe")),
     Case("check", as_pipe("models/base/.pipe"), ("models/base/.pipe is a pipe",)),

@@ -218,6 +218,7 @@ def test_prompts_that_cannot_be_used_are_named(
             "rejection_sampling.endpoint is 'localhost:8000'; it must be like",
         ),
         ({"endpoint": "file:///etc/passwd"}, "it must be like http://"),
+        ({"endpoint": "http://host:70000/v1", "model": "m"}, "whole number from 0 to 65535"),
         ({"endpoint": "http://me:key@host/v1", "model": "m"}, "set MINIMIND_API_KEY"),
         ({"endpoint": "http://host/v1"}, "rejection_sampling.model is None; it must name a model"),
         ({"temperature": 0}, "rejection_sampling.temperature is 0"),

@@ -57,6 +57,8 @@ def chat(
     from minimind.talk.session import Session
     from minimind.talk.speaker import known_checkpoints, open_speaker
 
+    if not all(question.strip() for question in ask or ()):
+        raise UserError("--ask of blanks alone asks nothing; write a question.")
     if as_json and not ask:
         raise UserError("--json is for the answers to --ask; ask something, or leave it out.")
     if not checkpoints and not (checkpoints := known_checkpoints()[:1]):

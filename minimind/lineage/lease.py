@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from minimind.errors import UserError
+from minimind.files import naming
 
 LEASE_SECONDS = 60.0  # not renewed for so long: its holder is gone, or stopped, and has lost it
 RENEWALS = 6  # in that time
@@ -41,7 +42,8 @@ def hold(directory: Path, wait: Callable[[str], None] | None = None) -> SoftFile
                 renewed = Path(lease.lock_file).stat().st_mtime
                 if turn.stat().st_mtime - renewed > LEASE_SECONDS:
                     lease.force_break()
-            lease.acquire(timeout=0)
+            with naming(Path(lease.lock_file)):
+                lease.acquire(timeout=0)
             directory.mkdir(exist_ok=True)
             (directory / "since").touch()
             return lease

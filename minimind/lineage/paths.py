@@ -54,11 +54,13 @@ def lost_paths(stages: Mapping[str, Any], params: Any) -> Iterator[str]:
     made = [p for _, stage, key in variants(stages) for p in output_paths(stage.get("outs"), key)]
     for template in path_templates(stages):
         path = _PARAMETER.sub(lambda match: str(value_at(params, match[1])), template)
-        if _is_brought(path, made):
-            continue
         key = keys_of(template)[0]
         value = value_at(params, key)
-        if odd := _odd_file(Path(path)):
+        if Path.cwd().is_relative_to(os.path.abspath(path)):
+            yield f"{key} is {value!r}, a folder that this project is in; name a folder of its own."
+        elif _is_brought(path, made):
+            continue
+        elif odd := _odd_file(Path(path)):
             yield f"{key} is {value!r}, but {odd}, which DVC cannot read; remove it."
         elif not Path(path).exists():
             what = "a path" if path == value else f"for {path}, a path"

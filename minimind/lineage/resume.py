@@ -24,6 +24,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from minimind.errors import UserError
+from minimind.files import naming
 from minimind.lineage.lease import hold, refuse_if_lost
 
 CHECKPOINT_FORMAT = 1  # part of the fingerprint: checkpoints of another format are never read
@@ -199,7 +200,7 @@ def _write_checkpoint(directory: Path, checkpoint: ResumeCheckpoint) -> None:
 
 
 def _write_synced(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as opened:
+    with naming(file), file.open("w", encoding="utf-8") as opened:
         opened.write(text)
         opened.flush()
         os.fsync(opened.fileno())

@@ -182,7 +182,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         advice = _advice(path.parent) or "run its stage again"
         raise UserError(f"{path} is missing; {advice}.") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}; run its stage again.") from None
+        advice = "run its stage again, or take it from its source again"
+        raise UserError(f"{path} cannot be read: {error}; {advice}.") from None
 
 
 class _Index(BaseModel):

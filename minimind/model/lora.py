@@ -105,7 +105,7 @@ def merge_adapter(base: Transformer, directory: Path) -> Transformer:
         if not isinstance(found, dict) or found.get("peft_type") != "LORA":
             raise UserError(
                 f"{directory / CONFIG} is not as peft writes it for LoRA: its peft_type must be "
-                "LORA; run its stage again."
+                "LORA; run its stage again, or take it from its source again."
             )
         config = LoraConfig.from_pretrained(str(directory))
         _require_low_rank_alone(config, directory)
@@ -115,7 +115,8 @@ def merge_adapter(base: Transformer, directory: Path) -> Transformer:
         raise
     except Exception as error:  # peft raises whatever its parts raise
         raise UserError(
-            f"the adapter {directory} cannot be read: {error}; run its stage again."
+            f"the adapter {directory} cannot be read: {error}; run its stage again, or take it "
+            "from its source again."
         ) from None
     expected = {name: tuple(tensor.shape) for name, tensor in _adapter_weights(model).items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}

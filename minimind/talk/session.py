@@ -203,7 +203,7 @@ class Session:
         if not said:
             self.console.print(f"{self.settings.temperature:g}", style="dim")
             return
-        temperature = _number(said, float)
+        temperature = _number(said, float, "/temperature 0.7")
         if not (temperature == 0 or 0.01 <= temperature <= 10):
             raise UserError(f"the temperature is {said}; it must be 0, or from 0.01 to 10.")
         self.settings.temperature = temperature
@@ -212,7 +212,7 @@ class Session:
         if not said:
             self.console.print(f"{self.settings.seed}", style="dim")
             return
-        seed = _number(said, int)
+        seed = _number(said, int, "/seed 7")
         if not 0 <= seed < 2**63:
             raise UserError(f"the seed is {said}; it must be a whole number from 0 to 2**63 - 1.")
         self.settings.seed = seed
@@ -262,11 +262,11 @@ def _names() -> list[str]:
     return [command.partition(" ")[0] for command in HELP]
 
 
-def _number(said: str, kind: Callable[[str], Any]) -> Any:
+def _number(said: str, kind: Callable[[str], Any], example: str) -> Any:
     try:
         return kind(said)
     except ValueError:
-        raise UserError(f"{said!r} is no number that fits here; say one, as /seed 7.") from None
+        raise UserError(f"{said!r} is no number that fits here; say one, as {example}.") from None
 
 
 def _printable(text: str) -> str:

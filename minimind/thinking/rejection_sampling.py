@@ -34,6 +34,10 @@ class RejectionSamplingConfig(CompletionConfig):
     def _endpoint_is_an_address(cls, value: str | None) -> str | None:
         if value is not None:
             parts = urlsplit(value)
+            try:
+                _ = parts.port
+            except ValueError:
+                raise ValueError("its port must be a whole number from 0 to 65535") from None
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise ValueError("it must be like http://localhost:8000/v1, or null")
             if parts.username or parts.password or parts.query:
