@@ -5,10 +5,9 @@ from typing import Annotated
 
 import typer
 
-from minimind.errors import UserError
 from minimind.files import replacing
 from minimind.lineage.dvc_files import stages_as_written
-from minimind.lineage.paths import lost_paths, unknown_checkpoints
+from minimind.lineage.paths import refuse_lost
 from minimind.lineage.provenance import unchanged
 from minimind.params import read_params
 from minimind.terminal.command import stage_app
@@ -28,9 +27,7 @@ def main(
     it has found does not make them run.
     """
     with unchanged("check", params, {}, inputs=[]):
-        known, chosen = stages_as_written(graph), read_params(params)
-        if wrong := [*lost_paths(known, chosen), *unknown_checkpoints(known, chosen)]:
-            raise UserError(f"{params}: {' '.join(wrong)}")
+        refuse_lost(read_params(params), stages_as_written(graph), params)
         with replacing(output) as partial:
             partial.write_text("Each path in params.yaml is there, or a stage makes it.\n")
 

@@ -352,6 +352,27 @@ def test_a_wrong_value_is_said_before_anything_is_planned_or_run(tmp_path: Path)
     assert not (project / "runs").exists()
 
 
+@pytest.mark.parametrize("wrong", ["evaluate.text_checkpoints=[pretrian]", "data.sft=nowhere"])
+def test_what_stage_check_would_refuse_is_said_in_the_same_words(
+    tmp_path: Path, wrong: str
+) -> None:
+    project = copy_project(tmp_path)
+    said = minimind(project, "plan", "-S", wrong, expect=1)
+    key, _, value = wrong.partition("=")
+    section, _, name = key.partition(".")
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params[section][name] = yaml.safe_load(value)
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.check", "--output", "checked.txt"],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said.removeprefix("minimind: ") == done.stderr.removeprefix("check: ")
+
+
 CODE_GRAPH = """
 stages:
   code:

@@ -19,7 +19,8 @@ from rich.table import Table
 
 from minimind.cli.presets import apply_preset, merge, read_preset
 from minimind.errors import UserError
-from minimind.lineage.dvc_files import kept_from_dvc
+from minimind.lineage.dvc_files import kept_from_dvc, stages_as_written
+from minimind.lineage.paths import refuse_lost
 from minimind.lineage.repository import said_by_dvc
 from minimind.params import read_params
 from minimind.report.tables import table
@@ -82,6 +83,8 @@ def plan(
             active = [name for name, p in planned.items() if p.verdict.startswith("runs")]
             stages = [graph.nodes[name]["stage"] for name in active]
             refuse_values(Path(), stages, edited[PARAMS])
+            if "check" in active:
+                refuse_lost(params, stages_as_written(Path("dvc.yaml")), PARAMS)
     except DvcException as error:
         raise said_by_dvc(error) from None
     taken = costs(graph, active, Path(repo.root_dir), params, recorded, device, flops)

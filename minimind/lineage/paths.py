@@ -49,6 +49,15 @@ def unreadable(path: Path) -> str | None:
     return "a pipe, socket or device, no file" if path.exists() else "missing"
 
 
+def refuse_lost(params: Any, stages: Mapping[str, Any], file: Path) -> None:
+    """Raises UserError for paths that lead nowhere and for checkpoints that are not evaluated.
+
+    params: what stands in `file`; stages: as dvc.yaml has them.
+    """
+    if wrong := [*lost_paths(stages, params), *unknown_checkpoints(stages, params)]:
+        raise UserError(f"{file}: {' '.join(wrong)}")
+
+
 def lost_paths(stages: Mapping[str, Any], params: Any) -> Iterator[str]:
     """What is to be said of each path that does not exist and that no stage makes."""
     made = [p for _, stage, key in variants(stages) for p in output_paths(stage.get("outs"), key)]
