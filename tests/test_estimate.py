@@ -5,17 +5,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import networkx as nx
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from minimind.cli.presets import merge, read_preset
 from minimind.model.lora import AdapterShape, add_adapter
 from minimind.model.transformer import ModelConfig, PackedTokens, Transformer
-from minimind.orchestrate.costs import critical_path, makespan
+from minimind.orchestrate.costs import costs, critical_path, makespan
 from minimind.orchestrate.estimate import GAPS, Data, Estimate, Estimates
 from minimind.training.fit import FitConfig
 from minimind.training.optimizer import Optimizer, OptimizerConfig
@@ -120,6 +122,50 @@ def test_flops_are_those_of_a_step(shape: str, optimizer: str) -> None:
     expected = estimate(SHAPES[shape], optimizer=optimizer)
     assert expected.steps == 5
     assert expected.flops / 5 == pytest.approx(counted.get_total_flops(), rel=0.15)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations that compute something: views start no kernel."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        makes = any(r.alias_info is None for r in op._schema.returns) or op._schema.is_mutable
+        self.count += makes and "empty" not in op.__name__
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_kernels_are_counted(shape: str, optimizer: str) -> None:
+    model = Transformer(ModelConfig(vocab_size=VOCAB, **SHAPES[shape]))
+    model.initialize(1)
+    trained = Optimizer(model, OptimizerConfig(optimizer=optimizer), torch.device("cpu"))
+    for counted in (Kernels(), Kernels()):  # the first step has moments to make
+        with counted:
+            trained.backward(forward(model, torch.bfloat16))
+            trained.step(1.0)
+    expected = estimate(SHAPES[shape], optimizer=optimizer)
+    assert 0.75 * counted.count < expected.kernels < 1.1 * counted.count
+    twice = estimate(SHAPES[shape], optimizer="adamw", accumulation_steps=2)
+    assert twice.kernels == 2 * estimate(SHAPES[shape], optimizer="adamw").kernels
+
+
+def test_a_small_model_waits_for_its_kernels_on_a_gpu_and_a_large_one_does_not(
+    tmp_path: Path,
+) -> None:
+    graph = nx.DiGraph()
+    graph.add_node("pretrain", stage=SimpleNamespace(outs=[]))
+    seconds = {}
+    for preset in ("tiny", "base"):
+        params = merge(shipped_params(), read_preset(ROOT / "presets", preset))
+        for device in ("t4", "h100"):
+            cost = costs(graph, ["pretrain"], tmp_path, params, params, device, None)["pretrain"]
+            assert cost.estimate and cost.seconds
+            assert cost.seconds >= cost.estimate.steps * 1e-4
+            seconds[preset, device] = cost.seconds
+    assert seconds["tiny", "t4"] == seconds["tiny", "h100"]
+    assert seconds["base", "t4"] > 2 * seconds["base", "h100"]
 
 
 TRAIN = """

@@ -88,6 +88,7 @@ def costs(
             return Cost(took, needed, float(sum(out.meta.size or 0 for out in outs)))
         if flops or not took or not past:
             took = estimate.flops / (flops or (median(past_flops) if past_flops else _cpu_flops()))
+            took = took if on_cpu else max(took, estimate.least_seconds)
         else:
             took *= estimate.flops / past.flops
         ratio = estimate.peak / past.peak if past else 1.0

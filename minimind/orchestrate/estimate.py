@@ -49,6 +49,11 @@ LAYER_MATMULS, ADAPTER_MATMULS, HEAD_MATMULS = 12, 15, 3
 PREPARED, PREPARED_VALUE, MOST_PREPARED, MOST_PREPARED_REINFORCED = 0.35 * MIB, 1.2, 1024, 64
 LOGIT_BYTES, CHUNKED_LOGIT_BYTES = 18, 8  # logits, their softmax and gradients of both
 NEWTON_SCHULZ_STEPS = 5
+# Kernels that training starts for each tensor of the model and micro-batch, counted as operations
+# of PyTorch; Muon's, for each matrix and step. From Python none is started in less than about 5 us:
+# a GPU waits for that where the model is small. Assumed: no GPU was measured.
+KERNELS, MUON_KERNELS, FORWARD_SHARE = 14, 4, 1 / 3
+LAUNCH_SECONDS = 5e-6
 # Deviations of the numbers of a row's tokens, as shares of their means, where only these are known:
 # about those of the built-in chats.
 DEVIATION, TRAINED_DEVIATION = 0.25, 0.5
@@ -158,6 +163,21 @@ class Estimate:
         if self.config["optimizer"] == "muon":
             flops += self.steps * sum(map(_orthogonalizing, self._matrices.values()))
         return flops
+
+    @property
+    def kernels(self) -> float:
+        """That a step starts on a GPU."""
+        passes = float(self.config["accumulation_steps"])
+        if self.stage in REINFORCED:  # a forward pass for each token that is sampled
+            sampled = min(self.data.trained, self.config["max_new_tokens"])
+            passes += FORWARD_SHARE * sampled
+        by_muon = len(self._matrices) if self.config["optimizer"] == "muon" else 0
+        return KERNELS * len(self._sizes) * passes + MUON_KERNELS * by_muon
+
+    @property
+    def least_seconds(self) -> float:
+        """On a GPU, however fast it is."""
+        return self.steps * self.kernels * LAUNCH_SECONDS
 
     @cached_property
     def memory(self) -> dict[str, float]:
