@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -275,6 +276,13 @@ def test_an_experiment_and_the_workspace_are_revisions(project: Path) -> None:
     found = explained("base", "slow")
     assert [root["name"] for root in found["params"]] == ["sft.lr"]
     assert [root["now"] for root in explained("slow")["params"]] == [1e-3]
+    for first, second in [("base", "slow"), ("slow", "workspace")]:
+        header = rf" *\| +{first} *\| +{second} *\|"  # what is shown names its sides: slow is newer
+        shown = said(first, second)
+        assert re.search(rf"parameter{header} read by", shown), shown
+        assert re.search(rf"metrics *\| {header} change", shown), shown
+        assert f"over problems, of {second}; no seeds" in shown
+        assert "not reached: same inputs, same outputs (2): encode, other" in shown
 
 
 def test_the_workspace_says_what_has_not_run(project: Path) -> None:

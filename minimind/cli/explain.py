@@ -105,20 +105,21 @@ def _explained(before: str, now: str) -> "Explanation":
 def _shown_explanation(found: "Explanation") -> Iterator[Part | Tree | str]:
     from minimind.report.explain import some
 
-    yield "\n".join([f"{found.before} → {found.now}", *found.notes])
+    sides = (found.before, found.now)
+    yield "\n".join([" → ".join(sides), *found.notes])
     rows = [[r.name, _text(r.before), _text(r.now), some(r.stages)] for r in found.params]
     if rows:
-        yield Part("Parameters", ["parameter", "before", "now", "read by"], rows, 4)
+        yield Part("Parameters", ["parameter", *sides, "read by"], rows, 4)
     for title, roots in [("code", found.code), ("file", found.files)]:
         rows = [[r.name, _short(r.before), _short(r.now), some(r.stages)] for r in roots]
         if rows:
-            yield Part(title.capitalize(), [title, "before", "now", "read by"], rows, 4)
+            yield Part(title.capitalize(), [title, *sides, "read by"], rows, 4)
     rows = [
         [d.name, d.before or "-", d.now or "-", d.note, _text(d.removed), _text(d.added)]
         for d in found.data
     ]
     if rows:
-        header = ["data", "before", "now", "", "rows removed", "added"]
+        header = ["data", *sides, "", "rows removed", "added"]
         yield Part("Data", header, rows, 4)
     reached = [s for s in found.stages if s.verdict != "not reached" or s.was]
     rows = [
@@ -128,7 +129,7 @@ def _shown_explanation(found: "Explanation") -> Iterator[Part | Tree | str]:
         yield Part("Stages", ["stage", "", "because of"], rows, 3)
     rest = [stage.stage for stage in found.stages if stage not in reached]
     if rest:
-        yield f"not reached ({len(rest)}): {some(rest, MOST_SHOWN)}"
+        yield f"not reached: same inputs, same outputs ({len(rest)}): {some(rest, MOST_SHOWN)}"
     rows = []
     for m in found.metrics:
         numbers = isinstance(m.before, float | int) and isinstance(m.now, float | int)
@@ -136,9 +137,9 @@ def _shown_explanation(found: "Explanation") -> Iterator[Part | Tree | str]:
         half_width = "" if m.half_width is None else f"{m.half_width:.2g}"
         rows.append([m.file, m.name, _text(m.before), _text(m.now), change, half_width])
     if rows:
-        yield Part("Metrics", ["metrics", "", "before", "now", "change", "±"], rows, 2)
+        yield Part("Metrics", ["metrics", "", *sides, "change", "±"], rows, 2)
     if any(metric.half_width for metric in found.metrics):
-        yield "±: half of the 95 % interval over problems, now; no seeds"
+        yield f"±: half of the 95 % interval over problems, of {found.now}; no seeds"
     if found.out_of_date:
         stages = [f"{name} ({some(why)})" for name, why in found.out_of_date.items()]
         yield f"out of date, and not run yet (`dvc status`): {some(stages, MOST_SHOWN)}"
