@@ -29,8 +29,8 @@ def training_operations(config: ModelConfig, num_tokens: int, num_trained: int) 
 
     Two for each weight and token forward, twice as many backward; the head at trained tokens.
     """
-    kv_size = config.num_kv_heads * config.head_size
-    attention = 2 * config.hidden_size * (config.hidden_size + kv_size)
+    heads = config.num_heads + config.num_kv_heads  # queries and output; keys and values
+    attention = 2 * config.hidden_size * heads * config.head_size
     feed_forward = 3 * config.hidden_size * config.intermediate_size
     inside = config.num_layers * (attention + feed_forward)
     head = config.hidden_size * config.vocab_size

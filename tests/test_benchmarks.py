@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -67,9 +68,10 @@ def test_ours_computes_as_stages_do_and_leaves_peers_alone(monkeypatch: pytest.M
     assert chosen == ["native", "auto", "native"]
 
 
-def test_training_operations_are_six_for_each_weight_and_token() -> None:
-    config = tiny_config()
-    model = tiny_model()
+@pytest.mark.parametrize("shape", [{}, {"head_size": 32, "qk_norm": True}])
+def test_training_operations_are_six_for_each_weight_and_token(shape: dict[str, Any]) -> None:
+    config = tiny_config(**shape)
+    model = tiny_model(**shape)
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)  # the head's among them
     assert training_operations(config, num_tokens=10, num_trained=10) == 6 * 10 * matrices
     head = config.vocab_size * config.hidden_size
