@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from dvc.repo import Repo
 from typer.testing import CliRunner
 
 from minimind.cli.main import app
@@ -183,6 +184,13 @@ def test_a_project_is_the_graph_without_the_clone(project: Path) -> None:
         deps = stage.get("do", stage)["deps"]
         digests = [dep for dep in deps if dep.startswith("code/")]
         assert len(digests) == 1 and (project / digests[0]).is_file(), name
+
+
+def test_a_project_has_no_graph_but_its_own(project: Path) -> None:
+    """What was shipped is kept in it: DVC would miss the metrics of a second dvc.yaml."""
+    with Repo(str(project)) as repo:
+        files = {stage.relpath for stage in repo.index.stages}
+    assert {*map(os.path.relpath, (project / "dvc.yaml", project / "lm-eval/dvc.yaml"))} == files
 
 
 def test_pages_that_a_project_names_are_there(project: Path) -> None:
