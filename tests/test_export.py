@@ -20,6 +20,7 @@ from minimind.lineage.dvc_files import md5_of
 from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.model.lora import AdapterShape, add_adapter, save_adapter
 from stages import export
+from tests.graph import ROOT
 from tests.tiny import TOKENIZER_SIZE, tiny_model, tiny_tokenizer
 
 GRAPH = {
@@ -152,6 +153,20 @@ def test_the_card_says_what_there_is_to_know(project: Path) -> None:
     Path("dvc.lock").unlink()
     receipt = read_receipt(exported())
     assert receipt.sources() == {"models/sft": md5_of(Path("models/sft"))}
+
+
+def test_a_copy_of_our_own_synonyms_has_no_license_of_others(project: Path) -> None:
+    shutil.copyfile(ROOT / "minimind/datasets/synonyms.json", "synonyms.json")
+    for edited in (False, True):
+        with Path("synonyms.json").open("a") as file:
+            file.write(" " * edited)
+        write_lock()
+        lock = yaml.safe_load(Path("dvc.lock").read_text())
+        mine = {"path": "synonyms.json", "md5": md5_of(Path("synonyms.json"))}
+        lock["stages"]["sft"]["deps"][-1] = mine
+        Path("dvc.lock").write_text(yaml.safe_dump(lock))
+        text = (exported() / "README.md").read_text(encoding="utf-8")
+        assert ("license: other" in text) == edited
 
 
 def test_a_lock_that_does_not_fit_the_checkpoint_gives_no_receipt(project: Path) -> None:

@@ -24,6 +24,9 @@ GgufType = Literal["f32", "f16", "q8_0"]
 # Made from an export, or left by what brought it: no receipt has them.
 _BESIDE = (RECEIPT, "*.Modelfile", "*.gguf", ".*")
 
+# A project of `minimind init` has a copy of it.
+_SYNONYMS = Path(__file__).parents[1] / "datasets" / "synonyms.json"
+
 _Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]  # of a file in the folder itself
 
 
@@ -61,7 +64,9 @@ class Receipt(_Strict):
         return {
             path: md5
             for path, md5 in read.items()
-            if not path.startswith(ours) and maker_of(path, makers) is None
+            if not path.startswith(ours)
+            and maker_of(path, makers) is None
+            and md5 != md5_of(_SYNONYMS)
         }
 
 
