@@ -388,3 +388,10 @@ def test_data_that_an_experiment_would_not_have_is_named(
     git(copy, "add", "-A")
     git(copy, "commit", "-qm", "It is tracked")
     assert run(copy, monkeypatch, "seeds", "1")[0] == 0
+    graph = graph.replace("mine/my data.txt", "'${mine}'")
+    (copy / "dvc.yaml").write_text(graph, encoding="utf-8")
+    with (copy / "params.yaml").open("a", encoding="utf-8") as params:
+        params.write("mine: mine/my data.txt\n")
+    git(copy, "commit", "-qam", "A parameter says where it is")
+    code, _, complaint = run(copy, monkeypatch, "seeds", "1", "-S", "mine=nix")
+    assert (code, "mine is 'nix', a path that does not exist" in complaint) == (1, True)

@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from minimind.errors import UserError
-from minimind.lineage.paths import quoted
+from minimind.lineage.dvc_files import stages_as_written
+from minimind.lineage.paths import quoted, refuse_lost
 from minimind.lineage.repository import lack_of_commits
 from minimind.params import read_params
 
@@ -81,6 +82,7 @@ def _refuse_values(overrides: list[str]) -> None:
 
     with edited_params("", overrides) as edited, Repo() as repo:
         refuse_values(Path(), repo.index.stages, edited[PARAMS])
+        refuse_lost(read_params(edited[PARAMS]), stages_as_written(Path("dvc.yaml")), PARAMS)
 
 
 def _untracked() -> list[str]:
