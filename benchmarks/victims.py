@@ -47,10 +47,11 @@ NOTHING_TO_RESUME = (
     *("code", "check", "mini_world", "tokenizer", "encode", "reference"),
     *("merge", "export", "evaluate", "report"),
 )
-# What a person, a terminal that closes, systemd, docker and Slurm send.
+# What a person, a terminal that closes, systemd, docker and Slurm send, and what else can end it.
 SIGNALS = (
     *("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"),
     *("SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"),
+    *("SIGPWR", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGSTKFLT", "SIGRTMIN", "SIGRTMAX"),
 )
 CLOCK_TICK = 0.01  # seconds that a file may seem older than it is
 
@@ -168,7 +169,7 @@ def digests(project: Path, stage: Stage) -> dict[str, str]:
 
 def newest_checkpoint(project: Path) -> int | None:
     """The step of the newest complete state."""
-    return max((int(p.name[-9:]) for p in project.glob(".resume/*/*/checkpoint-*")), default=None)
+    return max((int(p.name.split("-")[1]) for p in project.glob(".resume/*/*/checkpoint-*")), default=None)
 
 
 def phase_on_disk(project: Path, stage: Stage, started: float) -> str:

@@ -1,14 +1,20 @@
 """Reinforcement end to end: the stages' commands, learning, resuming, reward models."""
 
 import json
+import math
 import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from torch.amp.grad_scaler import GradScaler
 from typer.testing import CliRunner, Result
 
 from minimind.chat.tokenizer import ChatTokenizer
@@ -19,6 +25,7 @@ from minimind.errors import Stopped, UserError
 from minimind.model.checkpoint import load_model, save_checkpoint
 from minimind.objectives.policy import PolicyGradient
 from minimind.params import load_section
+from minimind.reinforcement import environment, loop, single_stream
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.group_relative import GroupRelative
 from minimind.reinforcement.loop import reinforce
@@ -29,7 +36,8 @@ from minimind.rewards.reward import Given, Sample
 from minimind.rewards.reward_model import RewardScorer, load_reward_model
 from minimind.rewards.weighted import Rewards
 from minimind.tasks.problem import Problem, encode_prompts, read_problems
-from minimind.training.run import start_run
+from minimind.training.optimizer import Optimizer
+from minimind.training.run import Run, start_run
 from stages import grpo, reward, spo
 from tests.tiny import tiny_model
 
@@ -183,12 +191,12 @@ def test_learning_raises_the_reward(project: Path, stage: str) -> None:
     assert metrics["reward"] > metrics["first_reward"] + 0.3
 
 
-def environment_of(config: Any) -> Environment:
+def environment_of(config: Any, run: Run) -> Environment:
     tokenizer = ChatTokenizer.load(Path("models/start"))
     problems = read_problems("prompts.jsonl")
     prompts = encode_prompts(problems, tokenizer, 128)
     rewards = Rewards(config.rewards, Given(config.max_new_tokens, custom=ascii_share))
-    return Environment(problems, prompts, tokenizer, config, rewards)
+    return Environment(problems, prompts, tokenizer, config, rewards, stop=run.stop)
 
 
 def ascii_share(prompt: str, completion: str, answer: str | None) -> float:
@@ -196,24 +204,16 @@ def ascii_share(prompt: str, completion: str, answer: str | None) -> float:
 
 
 def train(
-    stage: str, stop_after: int | None = None, is_watched: bool = True
+    stage: str, is_watched: bool = True
 ) -> tuple[dict[str, torch.Tensor], list[Any], list[Any]]:
-    """Weights and method state, the history, and what was said; stopped if so asked."""
+    """Weights and method state, the history, and what was said."""
     section = {"grpo": grpo.GrpoConfig, "spo": spo.SpoConfig}[stage]
     config = load_section(Path("params.yaml"), stage, section)
     model = load_model(Path("models/start"))
-    environment = environment_of(config)
     kind: Any = GroupRelative if stage == "grpo" else SingleStream
-    algorithm = kind(config, len(environment.prompts))
     with start_run(stage, Path("params.yaml"), {stage: config}, [Path("models/start")]) as run:
-        draw = algorithm.draw
-
-        def draw_or_be_stopped(step: int) -> np.ndarray:
-            if stop_after is not None and step == stop_after - 1:
-                run.stop.signal = 15
-            return draw(step)
-
-        algorithm.draw = draw_or_be_stopped
+        environment = environment_of(config, run)
+        algorithm = kind(config, len(environment.prompts))
         watched = Watched(environment) if is_watched else None
         history = reinforce(model, environment, algorithm, config, run, watched)
     state = dict(model.state_dict()) | algorithm.state_tensors()
@@ -221,21 +221,89 @@ def train(
     return {name: tensor.clone() for name, tensor in state.items()}, history.rows, said
 
 
+@contextmanager
+def counted(module: Any, name: str, signal_at: int = 0) -> Iterator[list[int]]:
+    """Numbers of the calls of a function from 1; a signal comes as one of them begins."""
+    original, calls = getattr(module, name), []
+
+    def called(*given: Any, **named: Any) -> Any:
+        calls.append(len(calls) + 1)
+        if len(calls) == signal_at:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*given, **named)
+
+    with mock.patch.object(module, name, called):
+        yield calls
+
+
 @pytest.mark.parametrize("stage", ["grpo", "spo"])
-def test_a_run_that_was_stopped_twice_ends_as_if_it_had_not_been(project: Path, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "name", "signals_at", "steps"),
+    [
+        (environment, "generate", (1, 2, 5), None),  # sampling is given up at once
+        (environment, "completion_logprobs", (2, 3), None),
+        (Environment, "score", (3, 4), None),  # users' code is let end
+        (loop, "take_step", (3, 5), (1, 3)),  # the first of a rollout's two updates
+        (loop, "take_step", (2, 4), (1, 3)),  # the last one: the step is done
+    ],
+)
+def test_a_run_that_was_stopped_twice_ends_as_if_it_had_not_been(
+    project: Path,
+    stage: str,
+    module: Any,
+    name: str,
+    signals_at: tuple[int, ...],
+    steps: tuple[int, ...] | None,
+) -> None:
     # A window of three steps is open at both stops.
     write_params(**{stage: {"max_steps": 7, "log_interval": 3, "schedule": "linear"}})
     state, rows, said = train(stage)
-    for stop_after in (2, 5):
-        with pytest.raises(Stopped, match=f"at step {stop_after} of 7"):
-            train(stage, stop_after)
+    for index, signal_at in enumerate(signals_at):
+        step = r"\d" if steps is None or stage == "spo" else steps[index]
+        with (
+            counted(module, name, signal_at) as calls,
+            pytest.raises(Stopped, match=f"saved at step {step} of 7"),
+        ):
+            train(stage)
+        assert len(calls) == signal_at  # and nothing of it after the signal
     resumed_state, resumed_rows, resumed_said = train(stage)
     assert resumed_said == said
     # The order of the columns too: it decides the file's bytes.
     assert [list(row.items()) for row in resumed_rows] == [list(row.items()) for row in rows]
     assert set(resumed_state) == set(state)
-    for name, tensor in state.items():
-        assert torch.equal(resumed_state[name], tensor), name
+    for key, tensor in state.items():
+        assert torch.equal(resumed_state[key], tensor), key
+
+
+def test_what_spo_has_tried_before_its_first_step_is_not_tried_again(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_params(spo={"max_steps": 2})
+    monkeypatch.setattr(single_stream, "ROWS_AT_A_TIME", 1)  # a prompt at a time
+    with counted(environment, "generate") as whole:
+        state, _, _ = train("spo", is_watched=False)
+    with counted(environment, "generate", signal_at=4), pytest.raises(Stopped, match="at step 0"):
+        train("spo", is_watched=False)
+    (kept,) = Path(".resume/spo").glob("*/checkpoint-*")
+    assert kept.name == "checkpoint-000000000-000000003"
+    with counted(environment, "generate") as rest:
+        resumed, _, _ = train("spo", is_watched=False)
+    assert len(rest) == len(whole) - 3
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in state.items())
+
+
+def test_updates_that_overflow_are_counted_and_count_for_no_mean(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float16, with several updates a rollout."""
+    norms = [[2.0, math.inf, 4.0], [math.inf] * 3, [1.0, 1.0, 1.0]]
+    monkeypatch.setattr(Optimizer, "step", lambda *_: given.pop(0))
+    given = [norm for of_step in norms for norm in of_step]
+    write_params(grpo={"max_steps": 3, "updates_per_rollout": 3, "dtype": "float16"})
+    with mock.patch.object(GradScaler, "is_enabled", return_value=True):
+        _, rows, _ = train("grpo")
+    assert [row.get("grad_norm") for row in rows] == [3.0, None, 1.0]
+    assert [row["skipped_steps"] for row in rows] == [1, 4, 4]
 
 
 def test_who_is_watched_learns_the_same(project: Path) -> None:
@@ -250,11 +318,12 @@ def test_who_is_watched_learns_the_same(project: Path) -> None:
 
 def test_spo_compares_a_reward_with_the_value_before_it(project: Path) -> None:
     config = load_section(Path("params.yaml"), "spo", spo.SpoConfig)
-    environment = environment_of(config)
     model = load_model(Path("models/start"))
-    algorithm = SingleStream(config, len(environment.prompts))
     with start_run("spo", Path("params.yaml"), {"spo": config}, []) as run:
-        algorithm.start(model, environment, run)
+        environment = environment_of(config, run)
+    algorithm = SingleStream(config, len(environment.prompts))
+    num_tried = [*algorithm.start(model, environment)]
+    assert num_tried[-1] == len(environment.prompts)
     indices = algorithm.draw(0)
     before = {"a": algorithm.tracker.a.copy(), "values": algorithm.tracker.values()[indices]}
     visits = [algorithm.tracker.visits[i] for i in indices]

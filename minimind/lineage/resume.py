@@ -39,6 +39,12 @@ class ResumeCheckpoint:
     step: int  # optimizer steps done
     tensors: dict[str, Tensor]
     values: dict[str, Any]  # JSON
+    part: int = 0  # of what comes before the next step, where that takes long: how much is done
+
+    @property
+    def name(self) -> str:
+        """Sorted as they are made."""
+        return f"checkpoint-{self.step:09d}" + (f"-{self.part:09d}" if self.part else "")
 
 
 class ResumeStore:
@@ -64,11 +70,11 @@ class ResumeStore:
 
     def save(self, checkpoint: ResumeCheckpoint) -> None:
         """Add a checkpoint durably; a UserError if that fails leaves those before it untouched."""
-        final = self.directory / f"checkpoint-{checkpoint.step:09d}"
+        final = self.directory / checkpoint.name
         with suppress(*CHECKPOINT_DAMAGE):
             _read_checkpoint(final)
             return  # of the same run, so of the same content: there is nothing to add
-        partial = self.directory / f"partial-{checkpoint.step:09d}"
+        partial = self.directory / checkpoint.name.replace("checkpoint", "partial")
         try:
             _write_checkpoint(partial, checkpoint)
         except (OSError, SafetensorError) as error:
@@ -138,8 +144,8 @@ def stored_runs(resume_root: Path) -> list[StoredRun]:
         for file in directory.rglob("*"):
             with suppress(FileNotFoundError):  # a run that is going on removes old ones
                 stats += [file.stat()] if file.is_file() else []
-        newest = max(directory.glob("checkpoint-" + "[0-9]" * 9), default=None)
-        step = None if newest is None else int(newest.name.rpartition("-")[2])
+        newest = max(directory.glob(f"checkpoint-{'[0-9]' * 9}*"), default=None)
+        step = None if newest is None else int(newest.name.split("-")[1])
         seconds = time.time() - max((stat.st_mtime for stat in stats), default=time.time())
         runs.append(StoredRun(directory, step, sum(stat.st_size for stat in stats), seconds))
     return sorted(runs, key=lambda run: -run.seconds)

@@ -1,6 +1,7 @@
 """What a policy acts in: prompts to answer, and rewards for the answers."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +22,7 @@ from minimind.rewards.reward import Given, Sample, Values
 from minimind.rewards.reward_model import load_reward_model
 from minimind.rewards.weighted import Rewards
 from minimind.tasks.problem import Problem, encode_prompts, read_problems
+from minimind.terminal.signals import StopRequest
 from minimind.training.run import Run
 
 T = TypeVar("T")
@@ -39,6 +41,7 @@ class Environment:
     config: ReinforcementConfig
     rewards: Rewards
     processes: Processes = field(default_factory=Processes)
+    stop: StopRequest = field(default_factory=lambda: StopRequest(listening=False))
 
     @classmethod
     def open(
@@ -68,7 +71,7 @@ class Environment:
         longest = max(map(len, encoded))
         for line in config.without_effect(len(encoded), longest, model.config.max_positions):
             run.say(line)
-        return cls(problems, encoded, tokenizer, config, rewards, run.processes)
+        return cls(problems, encoded, tokenizer, config, rewards, run.processes, run.stop)
 
     def rollout(
         self,
@@ -91,16 +94,17 @@ class Environment:
             keys = [first_key + i * num_samples + k for i in own for k in range(num_samples)]
             sampling = Sampling(config.temperature, config.top_p, config.seed, keys)
         model.eval()
-        completions = generate(
-            model,
-            prompts,
-            max_new_tokens=config.max_new_tokens,
-            end_id=self.tokenizer.end_id,
-            dtype=config.dtype,
-            sampling=sampling,
-            num_samples_per_prompt=num_samples,
-            with_logprobs=True,
-        )
+        with self._giving_up():
+            completions = generate(
+                model,
+                prompts,
+                max_new_tokens=config.max_new_tokens,
+                end_id=self.tokenizer.end_id,
+                dtype=config.dtype,
+                sampling=sampling,
+                num_samples_per_prompt=num_samples,
+                with_logprobs=True,
+            )
         model.train()
         assert completions.logprobs is not None
         repeated = [prompt for prompt in prompts for _ in range(num_samples)]
@@ -120,7 +124,10 @@ class Environment:
         """Log-probabilities of completions as training computes them, each process its share."""
         share, config = self.processes.share, self.config
         rows = share(prompts), share(completions)
-        own = completion_logprobs(model, *rows, config.temperature, config.dtype, rows_at_a_time)
+        with self._giving_up():
+            own = completion_logprobs(
+                model, *rows, config.temperature, config.dtype, rows_at_a_time
+            )
         return self.processes.in_order(own)
 
     def score(self, indices: Indices, rollout: Rollout) -> dict[str, Values]:
@@ -137,6 +144,10 @@ class Environment:
             name: np.array(self._of_all_prompts(values.tolist(), num_samples))
             for name, values in self.rewards.parts(samples).items()
         }
+
+    def _giving_up(self) -> AbstractContextManager[None]:
+        """Of many processes the others would wait for one that gives up."""
+        return nullcontext() if self.processes.world > 1 else self.stop.giving_up()
 
     def _of_all_prompts(self, rows: list[T], num_samples: int) -> list[T]:
         """From what each process has for the rows of its prompts, that of all prompts' rows."""

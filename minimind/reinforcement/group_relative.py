@@ -1,5 +1,7 @@
 """Group Relative Policy Optimization (GRPO, arXiv:2402.03300): a prompt's completions compete."""
 
+from collections.abc import Iterator
+
 from pydantic import Field
 from torch import Tensor
 
@@ -10,7 +12,6 @@ from minimind.reinforcement.draws import Indices
 from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.rollout import Rollout
 from minimind.rewards.reward import Values
-from minimind.training.run import Run
 
 
 class GrpoConfig(ReinforcementConfig):
@@ -28,8 +29,9 @@ class GroupRelative:
         # Dr. GRPO does without the division, which favours prompts that are almost always solved.
         self.divide_by_std = config.loss_type != "dr_grpo"
 
-    def start(self, model: Transformer, environment: Environment, run: Run) -> None:
+    def start(self, model: Transformer, environment: Environment) -> Iterator[int]:
         """Nothing to prepare: a group is its own baseline."""
+        return iter(())
 
     def draw(self, step: int) -> Indices:
         return self.draws.in_turn(step)

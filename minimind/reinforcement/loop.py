@@ -1,6 +1,8 @@
 """The loop of reinforcement: sample, reward, take gradient steps. GRPO and SPO share it."""
 
 import copy
+import math
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -30,8 +32,8 @@ class Algorithm(Protocol):
     num_samples: int  # completions of each prompt
     objective: Objective
 
-    def start(self, model: Transformer, environment: Environment, run: Run) -> None:
-        """Prepare a new run; a resumed one loads its state instead."""
+    def start(self, model: Transformer, environment: Environment) -> Iterator[int]:
+        """Prepare a run, from where its state is; after each part, how much is done."""
 
     def draw(self, step: int) -> Indices:
         """The prompts of a step."""
@@ -84,8 +86,6 @@ def reinforce(
     parts |= {"watched": watched} if watched else {}
     session = Session(run, num_steps, config.log_interval, optimizer, parts)
     gather(trained, model)
-    if session.history.step == 0:
-        algorithm.start(model, environment, run)
     num_updates = num_steps * config.updates_per_rollout
     for warning in (
         beyond_epochs(config.max_steps, num_steps, config.epochs),
@@ -94,42 +94,65 @@ def reinforce(
         if warning:
             run.say(warning)
     rows_at_a_time = config.batch_size * algorithm.num_samples
-    for step in session.steps():
+    # Of many processes each would be stopped by the same signal somewhere else.
+    can_go_back = config.updates_per_rollout > 1 and run.processes.world == 1
+    with session.saving_what_is_given_up():
+        if session.history.step == 0:
+            for num_done in algorithm.start(model, environment):
+                session.pause(num_done)
+        for step in session.steps():
+            if watched:
+                watched.look(model, step, num_steps)
+            indices = algorithm.draw(step)
+            rows_per_step = algorithm.draws.prompts_per_step * algorithm.num_samples
+            rollout = environment.rollout(
+                model, indices, algorithm.num_samples, first_key=step * rows_per_step
+            )
+            parts_of_reward = environment.score(indices, rollout)
+            rewards = environment.rewards.total(parts_of_reward)
+            reference_logprobs = environment.logprobs(
+                reference, rollout.prompts, rollout.completions, rows_at_a_time
+            )
+            # All before this may be given up: nothing has changed.
+            before = copy.deepcopy(session.checkpoint()) if can_go_back else None
+            advantages, own_values = algorithm.advantages(
+                model, environment, indices, rollout, rewards
+            )
+            micro_batches = pack_step(
+                rollout,
+                advantages,
+                reference_logprobs,
+                config.beta,
+                model.config.num_experts > 0,
+                rows_at_a_time,
+                run.processes,
+            )
+
+            def between_updates() -> None:
+                if before and run.stop.requested:  # noqa: B023
+                    session.go_back(before)  # noqa: B023
+
+            values, num_skipped = _update(
+                forward,
+                algorithm.objective,
+                optimizer,
+                micro_batches,
+                config,
+                step,
+                num_steps,
+                run,
+                between_updates,
+            )
+            gather(trained, model)
+            session.require_finite(values, config.dtype, lambda: _named(indices, environment))  # noqa: B023
+            values |= {
+                "reward": float(rewards.mean()),
+                **statistics(parts_of_reward, rollout, reference_logprobs),
+                **own_values,
+            }
+            session.record(values, rollout.num_tokens, num_skipped)
         if watched:
-            watched.look(model, step, num_steps)
-        indices = algorithm.draw(step)
-        rows_per_step = algorithm.draws.prompts_per_step * algorithm.num_samples
-        rollout = environment.rollout(
-            model, indices, algorithm.num_samples, first_key=step * rows_per_step
-        )
-        parts_of_reward = environment.score(indices, rollout)
-        rewards = environment.rewards.total(parts_of_reward)
-        advantages, own_values = algorithm.advantages(model, environment, indices, rollout, rewards)
-        reference_logprobs = environment.logprobs(
-            reference, rollout.prompts, rollout.completions, rows_at_a_time
-        )
-        micro_batches = pack_step(
-            rollout,
-            advantages,
-            reference_logprobs,
-            config.beta,
-            model.config.num_experts > 0,
-            rows_at_a_time,
-            run.processes,
-        )
-        values = _update(
-            forward, algorithm.objective, optimizer, micro_batches, config, step, num_steps, run
-        )
-        gather(trained, model)
-        session.require_finite(values, config.dtype, lambda: _named(indices, environment))  # noqa: B023
-        values |= {
-            "reward": float(rewards.mean()),
-            **statistics(parts_of_reward, rollout, reference_logprobs),
-            **own_values,
-        }
-        session.record(values, rollout.num_tokens)
-    if watched:
-        watched.look(model, num_steps, num_steps)
+            watched.look(model, num_steps, num_steps)
     session.finish()
     if all(row.get("frac_reward_zero_std") == 1 for row in session.history.rows):
         run.say(
@@ -158,8 +181,12 @@ def _update(
     number: int,
     num_steps: int,
     run: Run,
-) -> dict[str, float]:
-    """The gradient steps on one rollout; means of their losses and metrics."""
+    between_updates: Callable[[], None],
+) -> tuple[dict[str, float], int]:
+    """The gradient steps on one rollout: means of losses and metrics, and how many were skipped.
+
+    A step whose gradient overflows in float16 is skipped, and counts for no mean gradient norm.
+    """
     logprobs: list[Tensor] = []
 
     def first_objective(model: nn.Module, batch: PackedBatch, progress: float) -> Loss:
@@ -169,8 +196,11 @@ def _update(
         return loss
 
     sums: dict[str, float] = {"lr": 0.0}
+    norms: list[float] = []
     num_updates = num_steps * config.updates_per_rollout
     for k in range(config.updates_per_rollout):
+        if k:
+            between_updates()
         update = number * config.updates_per_rollout + k
         factor = lr_factor(config.schedule, update, num_updates, config.warmup_steps)
         own = objective if k else first_objective
@@ -180,8 +210,12 @@ def _update(
             batch.extras.setdefault("old", old)
         for name, value in {**values, "lr": factor * config.lr}.items():
             sums[name] = sums.get(name, 0.0) + value
+        norms.append(values["grad_norm"])
     means = {name: total / config.updates_per_rollout for name, total in sums.items()}
-    return means | sampling_difference(step, logprobs, run.processes)
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    if optimizer.scaler.is_enabled() and finite:
+        means["grad_norm"] = sum(finite) / len(finite)
+    return means | sampling_difference(step, logprobs, run.processes), len(norms) - len(finite)
 
 
 def _named(indices: Indices, environment: Environment) -> str:

@@ -1,5 +1,7 @@
 """Single-stream Policy Optimization (SPO, arXiv:2509.13232): one completion a prompt, no groups."""
 
+from collections.abc import Iterator
+
 import numpy as np
 from torch import Tensor
 
@@ -11,7 +13,6 @@ from minimind.reinforcement.environment import Environment
 from minimind.reinforcement.rollout import Rollout
 from minimind.reinforcement.value_tracker import TrackerConfig, ValueTracker, Visit, mean_change
 from minimind.rewards.reward import Values
-from minimind.training.run import Run
 
 ROWS_AT_A_TIME = 512
 # Keys of the noise of initial samples, far from those of any step.
@@ -33,14 +34,11 @@ class SingleStream:
         self.draws, self.objective = config.draws(num_prompts), config.objective()
         self.tracker = ValueTracker(config.tracker, num_prompts)
 
-    def start(self, model: Transformer, environment: Environment, run: Run) -> None:
+    def start(self, model: Transformer, environment: Environment) -> Iterator[int]:
         """Try every prompt a few times to see what can be expected of it."""
         num_samples = self.tracker.config.initial_samples
         prompts_at_a_time = max(1, ROWS_AT_A_TIME // num_samples)
-        for first in range(0, self.draws.num_prompts, prompts_at_a_time):
-            stopping, _ = run.agree(is_save_due=False)
-            if stopping:
-                raise run.stopped("before the first step")
+        for first in range(self.tracker.num_tried, self.draws.num_prompts, prompts_at_a_time):
             indices = np.arange(first, min(first + prompts_at_a_time, self.draws.num_prompts))
             first_key = INITIAL_KEYS + first * num_samples
             rollout = environment.rollout(model, indices, num_samples, first_key)
@@ -48,6 +46,7 @@ class SingleStream:
             scaled = rewards.scaled(rewards.total(environment.score(indices, rollout)))
             visits = _visits(model, environment, indices, rollout)
             self.tracker.initialize(indices, scaled.reshape(-1, num_samples), visits)
+            yield self.tracker.num_tried
 
     def draw(self, step: int) -> Indices:
         return self.draws.by_weight(step, self.tracker.weights())

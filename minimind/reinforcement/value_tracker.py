@@ -61,6 +61,11 @@ class ValueTracker:
         self.b[prompts] = weight * failures / (successes + failures)
         self._remember(prompts, visits)
 
+    @property
+    def num_tried(self) -> int:
+        """Of the prompts, which are initialized in their order."""
+        return int(np.count_nonzero(self.a))
+
     def values(self) -> Values:
         """Expected reward of every prompt: the distributions' means [P]."""
         return self.a / (self.a + self.b)

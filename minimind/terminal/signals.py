@@ -8,6 +8,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import takewhile
 from types import FrameType
 
@@ -17,11 +19,18 @@ from minimind.errors import Stopped
 from minimind.lineage.dvc_process import is_elsewhere, writers
 
 # Of a person, dvc, systemd, docker, Slurm and a terminal that closes. Windows has two of them.
-NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+ASKING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+# Whatever else ends a process and is no fault of its own: a battery, a timer, a line that wakes.
+RARE = ("SIGPWR", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGSTKFLT", "SIGRTMIN", "SIGRTMAX")
+NAMES = tuple(name for name in (*ASKING, *RARE) if hasattr(signal, name))
 # Slurm signals every process of a job, and those that start others pass it on as well: there, the
 # same signal again so soon is the same wish.
 ECHO_SECONDS = 2.0
 SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
+
+
+class GivenUp(Stopped):
+    """A signal came in the middle of what may be left undone."""
 
 
 class StopRequest:
@@ -30,7 +39,7 @@ class StopRequest:
     One of each may come for a single wish: Ctrl-C reaches a process both directly and through
     the launcher that starts it.
 
-    at_once: raise :class:`Stopped` where the signal finds us, for a stage with nothing to save.
+    at_once: raise :class:`GivenUp` where the signal finds us, for a stage with nothing to save.
     listening: False leaves the signals alone, as a library should. One that is ignored from the
         start, as by nohup, stays ignored.
     """
@@ -59,7 +68,25 @@ class StopRequest:
             signal.signal(number, self._previous.pop(number))
             signal.raise_signal(number)
         if self.at_once and not age:
-            raise Stopped("asked to stop. Run the same command again.", self.exit_code)
+            raise self._given_up()
+
+    @contextmanager
+    def giving_up(self) -> Iterator[None]:
+        """What is done inside, and changes nothing, is given up as soon as a signal comes.
+
+        Raises:
+            GivenUp: one has come.
+        """
+        before, self.at_once = self.at_once, True
+        try:
+            if self.requested:
+                raise self._given_up()
+            yield
+        finally:
+            self.at_once = before
+
+    def _given_up(self) -> "GivenUp":
+        return GivenUp("asked to stop. Run the same command again.", self.exit_code)
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""
@@ -74,7 +101,9 @@ def _is_passed_on() -> bool:
 
 def catchable() -> list[int]:
     """Numbers of the signals that ask to stop, but for those ignored from the start."""
-    numbers = [int(getattr(signal, name)) for name in NAMES if hasattr(signal, name)]
+    numbers = [int(getattr(signal, name)) for name in NAMES]
+    if hasattr(signal, "SIGRTMIN"):
+        numbers += range(signal.SIGRTMIN + 1, signal.SIGRTMAX)  # they have no names of their own
     return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 

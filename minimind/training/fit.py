@@ -127,8 +127,14 @@ def fit(
                 forward, objective, optimizer, parts_of_step, step / num_steps, factor, run
             )
             session.require_finite(values, config.dtype, lambda: _named(samples, dataset))  # noqa: B023
-            session.record(values, _num_tokens(dataset, samples), validate)
+            num_skipped = int(not math.isfinite(values["grad_norm"]))
+            session.record(values, _num_tokens(dataset, samples), num_skipped, validate)
         session.finish()
+        if 0 < history.step == history.skipped_steps:
+            run.say(
+                "the gradient of every step overflowed in float16, and so nothing was learnt; take "
+                "bfloat16, or a lower lr or loss"
+            )
         if best.tensors:
             best.bring_back()
             history.validation = held_out_loss()

@@ -3,17 +3,19 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor, get_device_module, nn
 
 from minimind.compute.precision import DType
 from minimind.compute.sharding import full_tensor, part_like, trained_parameters
-from minimind.errors import UserError
+from minimind.errors import Stopped, UserError
 from minimind.lineage.resume import ResumeCheckpoint
 from minimind.metrics import Number
+from minimind.terminal.signals import GivenUp
 from minimind.training.optimizer import Optimizer
 from minimind.training.run import Run, newest_checkpoint
 
@@ -136,6 +138,7 @@ class Session:
         tokens_left = None if num_tokens is None else num_tokens - self.history.tokens
         self.progress = run.progress(num_steps, self.history.step, tokens_left)
         self._last_save, self._save_seconds = time.monotonic(), 0.0
+        self._part = 0
 
     @property
     def is_new(self) -> bool:
@@ -153,21 +156,55 @@ class Session:
                 started = time.monotonic()
                 yield self.history.step
                 self.history.seconds += time.monotonic() - started
-                due = self.run.is_save_due(self._last_save, self._save_seconds)
-                stopping, saving = self.run.agree(due)
-                if stopping or saving:
-                    self._save()
-                if stopping:
-                    raise self.run.stopped(f"at step {self.history.step} of {self.num_steps}")
+                self.pause()
+
+    def pause(self, part: int = 0) -> None:
+        """Save a checkpoint where one is due, or wanted by a signal, and stop if one came.
+
+        part: how much is done of what comes before the next step.
+
+        Raises:
+            Stopped: a signal came; a checkpoint to resume from is saved.
+        """
+        self._part = part
+        due = self.run.is_save_due(self._last_save, self._save_seconds)
+        stopping, saving = self.run.agree(due)
+        if stopping or saving:
+            self._save(self.checkpoint())
+        if stopping:
+            raise self._stopped()
+
+    @contextmanager
+    def saving_what_is_given_up(self) -> Iterator[None]:
+        """Around steps in which :meth:`StopRequest.giving_up` is used before they change anything.
+
+        Raises:
+            Stopped: as :meth:`steps` does.
+        """
+        try:
+            yield
+        except GivenUp:
+            self._save(self.checkpoint())
+            raise self._stopped() from None
+
+    def go_back(self, checkpoint: ResumeCheckpoint) -> NoReturn:
+        """Stop at a checkpoint that :meth:`checkpoint` gave; raises Stopped."""
+        self._save(checkpoint)
+        raise self._stopped()
+
+    def _stopped(self) -> Stopped:
+        return self.run.stopped(f"at step {self.history.step} of {self.num_steps}")
 
     def record(
         self,
         values: Mapping[str, float],
         tokens: int,
+        num_skipped: int,
         validate: Callable[[int], Mapping[str, Number]] = lambda step: {},
     ) -> None:
         """A step is done: these were its values.
 
+        num_skipped: times that the optimizer left the weights as they were.
         validate: called with the number of steps done; what it gives is part of the history's row.
         """
         history = self.history
@@ -177,7 +214,7 @@ class Session:
             if math.isfinite(value) or name != "grad_norm":
                 history.window[name] = history.window.get(name, 0.0) + value
                 history.window_counts[name] = history.window_counts.get(name, 0) + 1
-        history.skipped_steps += not math.isfinite(values["grad_norm"])
+        history.skipped_steps += num_skipped
         validation = validate(history.step)
         self.progress.update(history.step, {**values, **validation}, tokens)
         if history.step % self.log_interval == 0 or history.step == self.num_steps:
@@ -205,7 +242,8 @@ class Session:
 
     def finish(self) -> None:
         """All steps are taken, or no more are wanted."""
-        self._save()  # so that a kill while outputs are written and recorded costs nothing
+        # So that a kill while outputs are written and recorded costs nothing.
+        self._save(self.checkpoint())
         history = self.history
         self.run.record |= {
             "steps": history.step,
@@ -215,8 +253,8 @@ class Session:
             "resumes": history.resumes,
         }
 
-    def _save(self) -> None:
-        started = time.monotonic()
+    def checkpoint(self) -> ResumeCheckpoint:
+        """All that the rest of the run depends on, as it is now: the tensors themselves."""
         tensors = {
             f"{name}/{key}": tensor
             for name, part in self.parts.items()
@@ -233,8 +271,12 @@ class Session:
             "scaler": self.optimizer.scaler_state(),
             "computed_with": self.run.computed_with(),
         }
+        return ResumeCheckpoint(self.history.step, tensors, values, self._part)
+
+    def _save(self, checkpoint: ResumeCheckpoint) -> None:
+        started = time.monotonic()
         if self.run.store is not None:
-            self.run.store.save(ResumeCheckpoint(self.history.step, tensors, values))
+            self.run.store.save(checkpoint)
         self._last_save = time.monotonic()
         self._save_seconds = self._last_save - started
 
