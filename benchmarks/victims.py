@@ -169,7 +169,9 @@ def digests(project: Path, stage: Stage) -> dict[str, str]:
 
 def newest_checkpoint(project: Path) -> int | None:
     """The step of the newest complete state."""
-    return max((int(p.name.split("-")[1]) for p in project.glob(".resume/*/*/checkpoint-*")), default=None)
+    return max(
+        (int(p.name.split("-")[1]) for p in project.glob(".resume/*/*/checkpoint-*")), default=None
+    )
 
 
 def phase_on_disk(project: Path, stage: Stage, started: float) -> str:

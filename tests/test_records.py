@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -150,6 +151,48 @@ def test_an_entry_that_another_clone_wrote_is_no_false_one(
     said = "broken: runs/mini_world.json has another code/mini_world.json of stage mini_world"
     texts = what_verify_says(project, "mini_world")
     assert texts and all(text.startswith(said) for text in texts)
+
+
+def commit_edited_code(project: Path) -> str:
+    edit_code_of_mini_world(project)
+    dvc(project, "commit", "-q", "--force", "code")
+    return "code"
+
+
+def commit_edited_metrics(project: Path) -> str:
+    file = project / "metrics/pretrain.json"
+    file.write_text(file.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    dvc(project, "commit", "-q", "--force", "pretrain")
+    return "pretrain"
+
+
+def commit_another_parameter(project: Path) -> str:
+    params = project / "params.yaml"
+    text = params.read_text(encoding="utf-8")
+    params.write_text(re.sub(r"(\npretrain:(\n  .*)*\n  lr: )", r"\g<1>1", text), "utf-8")
+    dvc(project, "commit", "-q", "--force", "pretrain")
+    return "pretrain"
+
+
+def commit_it_twice(project: Path) -> str:
+    """DVC's run cache has the false pair of the first time."""
+    commit_another_parameter(project)
+    git(project, "checkout", "-q", ".")
+    dvc(project, "repro", "-q", "--force", "--single-item", "pretrain")
+    return commit_another_parameter(project)
+
+
+@pytest.mark.parametrize(
+    "edit", [commit_edited_code, commit_edited_metrics, commit_another_parameter, commit_it_twice]
+)
+def test_what_dvc_was_told_to_commit_is_compared_with_the_run(
+    project: Path, edit: Callable[[Path], str]
+) -> None:
+    stage = edit(project)
+    said = f"broken: runs/{stage}.json has another "
+    assert any(text.startswith(said) for text in what_verify_says(project, stage))
+    git(project, "commit", "-qam", "A false entry")
+    assert any(text.startswith(said) for text in what_verify_says(project, stage))
 
 
 def edit_code_of_mini_world(project: Path) -> None:

@@ -356,7 +356,7 @@ def test_a_lock_that_is_cut_off_at_the_end_of_a_line_is_found(project: Path) -> 
         assert verify(project)[0] == 1, b"".join(lines[:end])
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}'])
 def test_a_broken_list_of_dvcs_locks_is_one_line(project: Path, text: str) -> None:
     (project / ".dvc/tmp/rwlock").write_text(text)
     code, lines, _ = verify(project)
@@ -367,6 +367,40 @@ def test_a_broken_list_of_dvcs_locks_is_one_line(project: Path, text: str) -> No
     edit("seed.txt", "2", "1")(project)
     (project / ".dvc/tmp/rwlock").write_text("{}")
     assert verify(project)[0] == 0
+
+
+def fill_the_place_of_dvcs_folder(project: Path) -> None:
+    shutil.rmtree(project / ".dvc/tmp")
+    (project / ".dvc/tmp").write_text("a file")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda p: (p / ".dvc/config").write_text("[[["), "config file error"),
+        (fill_the_place_of_dvcs_folder, "DVC cannot open the project"),
+        (lambda p: (p / ".dvc").rename(p / "dvc"), "this is no DVC project"),
+    ],
+)
+def test_what_keeps_dvc_from_the_project_is_one_line(
+    project: Path, break_it: Callable[[Path], object], said: str
+) -> None:
+    break_it(project)
+    code, lines, first = verify(project)
+    assert code == 1
+    assert lines["DVC"].startswith(f"BROKEN: {said}")
+    assert first.startswith("minimind: 1 of ")
+
+
+def test_a_lock_without_one_of_its_lines_is_found_or_one_line(project: Path) -> None:
+    files = {path: md5_of(project / path) for path in ("step.py", "models/pretrain/config.json")}
+    leave_record("sft", "metrics/sft.json", files=files)(project)
+    lines = (project / "dvc.lock").read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        if re.match(r" +(md5|path|- path|sft\.|lr|deps|outs|params)", line):
+            rest = "".join(lines[:number] + lines[number + 1 :])
+            (project / "dvc.lock").write_text(rest, encoding="utf-8")
+            assert verify(project)[0] == 1, (number, line)
 
 
 def test_only_the_upstream_ran_again(project: Path) -> None:
@@ -548,6 +582,22 @@ def test_weights_that_are_not_what_they_were_are_found_by_the_hook(project: Path
     assert "models/pretrain is (" in refused.stderr
     (project / "dvc.lock").write_text("stages: {", encoding="utf-8")
     assert "staged dvc.lock is" in git(project, "commit", "-qam", "cut off").stderr
+
+
+def test_a_staged_lock_is_not_taken_for_that_of_the_workspace(project: Path) -> None:
+    outs = {"models/sft": md5_of(project / "models/sft")}
+    leave_record("sft", "metrics/sft.json", outs=outs)(project)
+    with_hook(project, project)
+    whole = (project / "dvc.lock").read_bytes()
+    edit_lock("sft", "outs", 1)(project)
+    git(project, "add", "dvc.lock")
+    (project / "dvc.lock").write_bytes(whole)
+    assert "models/sft" in git(project, "commit", "-qm", "an invented hash").stderr
+    git(project, "reset", "-q")
+    git(project, "rm", "-q", "--cached", "dvc.lock")
+    assert "git would commit no dvc.lock" in git(project, "commit", "-qm", "none").stderr
+    git(project, "add", "dvc.lock")
+    assert git(project, "commit", "--allow-empty", "-qm", "whole").returncode == 0
 
 
 def test_the_hook_works_in_a_worktree(project: Path, tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ def _findings_of_staged(root: Path) -> list[Finding]:
         below = _git("rev-parse", "--show-prefix").strip()
         _git("checkout-index", "--all", f"--prefix={folder}/")
         copy = Path(folder, below, os.path.relpath(root))
+        if (root / "dvc.lock").exists() and not (copy / "dvc.lock").exists():
+            raise UserError("git would commit no dvc.lock; `git add dvc.lock` first.")
         try:
             return list(Project(root, copy).findings())
         except UserError as error:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from minimind.lineage.dvc_process import our_dvc
 # A process's creation is told by a clock that may be set meanwhile.
 CLOCK_TOLERANCE_SECONDS = 60.0
 MADE_FROM = ("files", "params", "outs")  # keys of a record that a run is known by
-_TIME = "%Y-%m-%dT%H:%M:%S%z"
 MOST_EARLIER = 10  # runs of a stage that are remembered beside its last one
 
 
@@ -68,12 +66,12 @@ class MadeFrom:
             if dep.get("hash") != "md5":
                 continue
             if place in pinned:
-                if pinned[place] != dep["md5"]:
+                if pinned[place] != dep.get("md5"):
                     return str(dep["path"])
                 continue
             below = f"{place}/"
             inside = {p.removeprefix(below): m for p, m in pinned.items() if p.startswith(below)}
-            if inside and md5_of_listing(inside) != dep["md5"]:
+            if inside and md5_of_listing(inside) != dep.get("md5"):
                 # DVC leaves out files that .dvcignore names: so look which it was, if any.
                 now = listing_of(Path(place))
                 for name in sorted({*inside, *now}):
@@ -183,7 +181,7 @@ class Records:
                 old.unlink()
         record = {
             "stage": file.stem,
-            "finished": time.strftime(_TIME),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **_peak_memory(),
             **contents,
             "dvc": self.ours and vars(self.ours),
@@ -214,14 +212,6 @@ def record_of(
         if (record := Record.read(file)) and record.is_of(entry):
             return record, json.loads(file.read_text(encoding="utf-8"))
     return None
-
-
-def time_of(record: Mapping[str, Any]) -> float:
-    """When a record was written, in whole seconds of the epoch; 0 if it does not say."""
-    try:
-        return datetime.strptime(record["finished"], _TIME).timestamp()
-    except (KeyError, TypeError, ValueError):
-        return 0.0
 
 
 def _aside(file: Path, metrics_md5: str) -> Path:

@@ -1,5 +1,6 @@
 """The project's repository: there is none, of DVC or git, or git's is empty, or DVC runs stages."""
 
+import json
 import os
 import subprocess
 from configparser import ConfigParser
@@ -26,6 +27,30 @@ def said_by_dvc(error: Exception, advice: str = "correct it") -> UserError:
     if "dvc.lock' validation failed" in text:
         advice = "`git checkout dvc.lock` brings it back"
     return UserError(f"{text.rstrip('.')}; {advice}.")
+
+
+def fault_of_dvc(root: Path) -> str | None:
+    """What has every command of DVC fail in a project; None if nothing does."""
+    # At the top they would double the time of every command.
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc.rwlock import SCHEMA
+    from voluptuous import Invalid
+
+    file = root / ".dvc/tmp/rwlock"  # in which DVC keeps who reads and writes what
+    try:
+        Repo(str(root)).close()
+        if file.exists():
+            SCHEMA(json.loads(file.read_text(encoding="utf-8")))
+    except DvcException as error:
+        return str(said_by_dvc(error)).rstrip(".")
+    except (OSError, ValueError, Invalid) as error:
+        if file.exists():
+            return (
+                f"{file} is broken, so that every command of DVC fails; when none runs, remove it"
+            )
+        return f"DVC cannot open the project: {error}; put that right, or move it away"
+    return None
 
 
 def lack_of_commits(root: Path) -> str:

@@ -1,7 +1,7 @@
-"""DVC's run cache has a copy of each entry that DVC wrote into dvc.lock.
+"""DVC's run cache: a copy of each entry of dvc.lock that DVC wrote, here or elsewhere.
 
-The time of a copy is when DVC wrote the entry, but for those that `minimind pull` brings: they are
-made older than any run, as nothing was written here. DVC takes the newest of the same inputs.
+Those that `minimind pull` brings are made older than any run, which tells them from one's own. Of
+the same inputs DVC takes the newest.
 """
 
 import os
@@ -16,7 +16,7 @@ from dvc.utils.serialize import load_yaml
 
 from minimind.lineage.repository import said_by_dvc
 
-ELSEWHERE = 0.0  # the time of what another machine wrote
+_ELSEWHERE = 0.0  # the time of what another machine wrote
 
 
 def copies(repo: Repo) -> list[Path]:
@@ -32,24 +32,19 @@ def as_of_elsewhere(repo: Repo) -> Iterator[None]:
         yield
     finally:
         for copy in copies(repo):
-            time = before.get(copy, ELSEWHERE)  # a pull writes again what is here
+            time = before.get(copy, _ELSEWHERE)  # a pull writes again what is here
             os.utime(copy, (time, time))
 
 
-def was_written_here(root: Path, entry: Mapping[str, Any], since: float) -> bool:
-    """Whether DVC itself wrote a stage's entry of dvc.lock here, at a time or after it.
-
-    since: in seconds of the epoch.
+def was_pulled(root: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether `minimind pull` has brought a stage's entry of dvc.lock.
 
     Raises:
         UserError: DVC has no project at root, or cannot read its config.
     """
     try:
-        written = [file for file in copies(Repo(str(root))) if file.stat().st_mtime >= since]
-        hashes = [str(out.get("md5")) for out in entry.get("outs", [])]
-        texts = [(file, file.read_text(encoding="utf-8")) for file in written]
-        likely = [file for file, text in texts if all(md5 in text for md5 in hashes)]
-        return any(_said(load_yaml(file)) == _said(entry) for file in likely)
+        pulled = [file for file in copies(Repo(str(root))) if file.stat().st_mtime == _ELSEWHERE]
+        return any(_said(load_yaml(file)) == _said(entry) for file in pulled)
     except DvcException as error:
         raise said_by_dvc(error) from None
 

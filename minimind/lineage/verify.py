@@ -15,6 +15,7 @@ from ruamel.yaml import YAML  # as DVC reads its files: numbers must come out al
 from ruamel.yaml.error import YAMLError
 
 from minimind.errors import UserError
+from minimind.lineage.brought import Brought
 from minimind.lineage.dvc_files import (
     first_difference,
     kept_from_dvc,
@@ -27,8 +28,8 @@ from minimind.lineage.dvc_files import (
     variants,
 )
 from minimind.lineage.paths import quoted
-from minimind.lineage.records import MadeFrom, record_name, record_of, time_of
-from minimind.lineage.repository import has_remote, running_stages
+from minimind.lineage.records import MadeFrom, Record, record_name, record_of
+from minimind.lineage.repository import fault_of_dvc, has_remote, running_stages
 
 CHECKPOINT_FOLDERS = ("models", "exports")
 _DVCS = "DVC writes it; bring the file back with git, or remove it and run `dvc repro`."
@@ -79,6 +80,7 @@ class Project:
         # DVC's hash of a file or folder, None if it is not there; and what a params file holds.
         self.digest = cache(lambda path: md5_of(self._place(path)))
         self._params = cache(lambda file: _read(self._place(file)))
+        self._brought = Brought(root, file.read_text(encoding="utf-8"))
         self.running = [] if staged else running_stages(root)
 
     def _place(self, path: str) -> Path:
@@ -114,7 +116,7 @@ class Project:
                 yield Finding(stage, found, "broken")
             elif lost := next(self._breaks_of_outputs(stage), None):
                 yield Finding(stage, lost.text, lost.verdict)
-        if not self.staged and (fault := _fault_of_dvcs_locks(self.root / ".dvc/tmp/rwlock")):
+        if not self.staged and (fault := fault_of_dvc(self.root)):
             yield Finding("DVC", fault, "broken")
 
     def checkpoint(self, path: str, stage: str) -> Finding:
@@ -245,18 +247,21 @@ class Project:
         )
 
     def _record(self, stage: str) -> MadeFrom | None:
-        """Of the run that dvc.lock is of, if it was here: git may have brought another's entry."""
-        entry = self.lock.get(stage, {})
-        if (found := record_of(self.root, stage, entry)) is None:
-            return None
-        run = found[0].run_of(entry, self.root)
-        if run.first_difference(entry, self.root):
-            # At the top this would double the time of every command: it is DVC's.
-            from minimind.lineage.run_cache import was_written_here
+        """Of the run that dvc.lock is of, unless another clone made it.
 
-            if not was_written_here(self.root, entry, time_of(found[1])):
+        A run of the same inputs here stands in for one that is not recorded: an edited output, as
+        `dvc commit --force` takes it, may be the one that tells runs apart.
+        """
+        entry = self.lock.get(stage, {})
+        if found := record_of(self.root, stage, entry):
+            run = found[0].run_of(entry, self.root)
+        else:
+            last = Record.read(self.root / "runs" / record_name(stage))
+            if not entry or not last or last.first_difference({**entry, "outs": []}, self.root):
                 return None
-        return run
+            run = last
+        differs = run.first_difference(entry, self.root) is not None
+        return None if differs and self._brought.has(stage, entry) else run
 
     def _recorded(self, path: str, stage: str) -> str | None:
         """The hash of an output in its stage's entry; of a file in an output, in that output."""
@@ -353,16 +358,6 @@ def _is_as_dvc_writes(entry: dict[str, Any]) -> bool:
         and isinstance(params, dict)
         and all(isinstance(values, dict) for values in params.values())
     )
-
-
-def _fault_of_dvcs_locks(file: Path) -> str | None:
-    """What is wrong with the file in which DVC keeps who reads and writes what."""
-    try:
-        if not file.exists() or isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
-            return None
-    except (OSError, ValueError):
-        pass
-    return f"{file} is broken, so that every command of DVC fails; when none runs, remove it"
 
 
 def _read(file: Path) -> Any:
