@@ -13,9 +13,11 @@ from unicodedata import normalize
 MOST_CHARACTERS = 10_000
 
 # Digits of any script; how many is limited, so that nothing long is computed with.
-# LaTeX writes 1{,}200, 1,\!200 and 1\,200.
+# LaTeX writes 1{,}200, 1,\!200 and 1\,200, others 1'200, 1 200 with a space that does not break, and
+# 1,23,456 in India.
 _WHOLE = (
-    r"(?:\d{1,3}(?:(?:,|\{,\}|,\\!|\\,)\d{3}){1,12}(?!\d)|\d{1,3}(?:，\d{3}){1,12}(?!\d)|\d{1,40})"
+    r"(?:\d{1,3}(?:(?:,|\{,\}|,\\!|\\,|['’\u00a0\u2009\u202f])\d{3}){1,12}(?!\d)"
+    r"|\d{1,3}(?:，\d{3}){1,12}(?!\d)|\d{1,2}(?:,\d{2}){1,6},\d{3}(?!\d)|\d{1,40})"
 )
 _DECIMAL = (
     rf"(?:{_WHOLE}(?:[.．]\d{{1,40}})?|(?<![A-Za-z])[.．]\d{{1,40}})"  # No.5 is no half
@@ -23,18 +25,23 @@ _DECIMAL = (
 )
 _PART = rf"\{{ ?[-−]?{_DECIMAL} ?\}}|\d"  # of \frac{3}{4} and \frac34
 _LATEX = rf"(?:(?P<before>{_WHOLE}) ?)?\\[cdt]?frac *(?P<over>{_PART}) *(?P<under>{_PART})"
+_TIMES_TEN = (
+    r" ?(?:[×x*]|\\times|\\cdot) ?10\^(?:\{(?P<braced>[-−]?\d{1,2})\}|(?P<bare>[-−]?\d{1,2}))"
+)
 _PLAIN = (
-    rf"(?:(?P<whole>{_WHOLE}) (?={_WHOLE}[/／]))?(?P<value>{_DECIMAL})"
-    rf"(?: ?[/／] ?(?P<divisor>{_DECIMAL}))?"
+    rf"(?:(?P<whole>{_WHOLE})(?: | ?又 ?)(?={_WHOLE}(?:[/／]| ?分之)))?"
+    rf"(?:(?P<parts>{_WHOLE}) ?分之 ?)?(?P<value>{_DECIMAL})"
+    rf"(?: ?[/／] ?(?P<divisor>{_DECIMAL})|{_TIMES_TEN})?"
 )
 _VULGAR = rf"(?:(?P<beside>{_WHOLE}) ?)?(?P<vulgar>[¼-¾⅐-⅞])"
 
 _POWERS = {"亿": 8, "億": 8, "万": 4, "萬": 4, "千": 3, "百": 2, "十": 1}  # of ten, largest first
 _SCALES = _POWERS | {"k": 3, "K": 3, "M": 6}
-_SCALES |= {"hundred": 2, "thousand": 3, "million": 6, "billion": 9}
+_SCALES |= {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "bn": 9, "trillion": 12}
+_SCALES |= {"lakh": 5, "crore": 7}
 # 5k, 5万 and 5百万, but neither 5 km nor 5千克, which are kilograms.
 _SCALE = (
-    r"(?P<scale>[kKM](?![A-Za-z])| ?(?:hundred|thousand|million|billion)\b"
+    r"(?P<scale>[kKM](?![A-Za-z])| ?(?:hundred|thousand|million|billion|trillion|bn|lakh|crore)\b"
     r"|[百千万萬亿億]+(?![百千万萬亿億克米瓦卡]))"
 )
 
@@ -57,24 +64,37 @@ _NOT_BEHIND_OPERATOR = (
 )
 _NOT_BEHIND = (
     r"(?<!\d)(?<!\d[.．,:：/／年月])(?<![百千万萬亿億√])(?<!sqrt)(?<!sqrt\{)(?<!frac\{)(?<!\}\{)"
-    r"(?<!\bm)(?<!\b[kcd]m)(?<!/s)"
+    r"(?<!\bm)(?<!\b[kcd]m)(?<!/s)(?<![<>≤≥≠])(?<![<>≤≥≠] )(?<!\bnot )(?<!不是)(?<!overline\{)"
+    + "".join(rf"(?<!{name})(?<!{name} )" for name in ("log", "ln", "sin", "cos", "tan", "binom{"))
 )
 _NOT_BEFORE = (
-    r"(?!\d|[.．,:：/／年月]\d|[⁰¹²³⁴-⁹¼-¾⅐-⅞])"
-    r"(?! ?(?:[xyz]\b|[π√]|\\(?:pi|sqrt|times|cdot|div|pm)\b))"
+    r"(?!\d|[.．,:：/／年月]\d|[⁰¹²³⁴-⁹¼-¾⅐-⅞₀-₉兆]|i\b|\}?\{|[.．]\\| ?分之| ?又\d)"
+    r"(?! ?(?:[-−] ?)?[xyz]\b| ?[π√]| ?\\(?:pi|sqrt|times|cdot|div|pm|over)(?![A-Za-z]))"
     rf"(?![)}}\]]? ?{_OPERATOR} ?[-\\({{]*\d)(?! ?[+＋×·÷^] ?[A-Za-z])"
 )
+_HALF = r" and a half\b|(?:小时|[个天年月块斤里])半"
+_PERCENT = r" ?(?:\\?[%％]|per ?cent\b|pct\b|\\text\{ ?(?:\\?%|per ?cent) ?\})"
 _NUMBER = re.compile(
-    rf"(?:{_SIGN}|{_NOT_BEHIND_OPERATOR}){_NOT_BEHIND}(?P<hundredth>百分之)?"
-    rf"(?:{_LATEX}|{_VULGAR}|{_PLAIN})(?:{_SCALE})?+{_NOT_BEFORE}"
-    r"(?P<percent> ?(?:\\?[%％]|per ?cent\b))?"
+    rf"(?:{_SIGN}|{_NOT_BEHIND_OPERATOR}){_NOT_BEHIND}(?P<hundredth>百分之 ?)?"
+    rf"(?:{_LATEX}|{_VULGAR}|{_PLAIN})(?:{_SCALE})?+(?P<half>{_HALF})?+{_NOT_BEFORE}"
+    rf"(?:(?P<percent>{_PERCENT})|(?P<permille> ?‰)|(?P<tenth>成(?![^\W\d])))?"
 )
-_SEPARATORS = str.maketrans("．−", ".-", "{} \\!,，")
+_SEPARATORS = str.maketrans("．−", ".-", "{} \\!,，'’\u00a0\u2009\u202f")
 _CURRENCY = r"\\?[$¥￥€£]?"
 # A unit, and the smaller ones in which the rest may follow: 3小时20分钟, 5元3角, 5 feet 3 inches.
 _HOURS, _MINUTES = "小?时|hours?|hrs?|h", "分钟?|minutes?|mins?"
 _SMALLER = {"天|days?": _HOURS, _HOURS: f"{_MINUTES}|m", _MINUTES: "秒|seconds?|secs?|s"}
 _SMALLER |= {"[元块]": "[角毛分]", "[角毛]": "分", "米": "[分厘]米", "feet|ft": "inch(?:es)?|in"}
+_SMALLER |= {
+    "斤": "两",
+    "公里|千米": "米",
+    "km": "m",
+    "公斤|千克": "克",
+    "kg": "g",
+    "吨": "公斤|千克|kg",
+}
+_SMALLER |= {"years?|yrs?": "months?", "年": "个月", "weeks?": "days?", "周|星期": "天", "点": "分"}
+_SMALLER |= {"pounds?|lbs?": "ounces?|oz", "dollars?": "cents?"}
 _PARTS = "|".join(
     rf" ?(?:{unit})(?: ?零| ?又|,? (?:and )?)?(?=\d[\d.]{{0,9}} ?(?:{smaller})(?![A-Za-z]))"
     for unit, smaller in _SMALLER.items()
@@ -87,6 +107,7 @@ _JOINED = re.compile(
     rf"| ?{_MINUS} ?[$¥￥€£](?=\d)|{_PARTS}"
 )
 _UNIT = re.compile(
+    r"(?!.*(?:(?i:answer)|答案|####|boxed))"  # what comes behind these is the answer
     r"(?:\^\{?[23]\}?|(?<=m)[23]|(?<=/s)2|(?<=[^\W\d])/(?=[^\W\d])|[^\d=:：/／+*×÷<>]){0,40}"
 )
 
@@ -161,13 +182,16 @@ def _value(match: re.Match[str]) -> Fraction | None:
     over, under = match["over"] or match["value"], match["under"] or match["divisor"] or "1"
     if match["vulgar"]:
         over, under = normalize("NFKC", match["vulgar"]).split("⁄")
-    divisor = _decimal(under)
+    divisor = _decimal(under) * _decimal(match["parts"] or "1")
     if divisor == 0:
         return None
     value = _decimal(whole) + _decimal(over) / divisor
+    value *= Fraction(10) ** int((match["braced"] or match["bare"] or "0").replace("−", "-"))
     for scale in re.findall(r"[A-Za-z]+|\S", match["scale"] or ""):
         value *= 10 ** _SCALES[scale]
-    value = value / 100 if match["percent"] or match["hundredth"] else value
+    value += Fraction(1, 2) if match["half"] else 0
+    for name, parts in {"percent": 100, "hundredth": 100, "permille": 1000, "tenth": 10}.items():
+        value /= parts if match[name] else 1
     return -value if match["minus"] or (match["sign"] or "+") not in "+＋" else value
 
 
