@@ -43,6 +43,8 @@ TOO_MANY = f"At most {MOST_COLUMNS} side by side. · 最多并排 {MOST_COLUMNS}
 NO_SEED = "The seed is 0 or more. · 随机种子不能小于 0。"
 # 3*4*5 stays as it is. No button copies: it would copy `&lt;` where < is shown.
 CHATBOT = {"render_markdown": False, "height": 380, "buttons": []}
+# Of the box, and of what says so, where its question is being answered.
+EMPTIED = "(typed, answered) => [typed === answered ? '' : typed, '']"
 CSS = """
 footer, .chat .top-panel { display: none !important }
 div:has(.tokens) { overflow: visible !important }
@@ -128,7 +130,7 @@ def page(
         if not chats or is_empty or seed < 0:
             if not is_empty:
                 gr.Warning(NO_SEED if chats else NONE_CHOSEN)
-            yield [visit, question or "", *columns(chats)]
+            yield [visit, gr.skip(), *columns(chats)]
             return
         settings = visit.settings
         settings.system, settings.temperature, settings.top_p = said[:3]
@@ -139,17 +141,15 @@ def page(
             for chat in chats
         }
         replies = list(growing.values())
-        failed, last = 0, 0.0
+        last = 0.0
         try:
             while growing:
                 for chat, error in advance(growing).items():
                     gr.Warning(escape(f"{chat.speaker.name}: {error}"))
-                    failed += 1
                 if growing and time.monotonic() - last > REFRESH_SECONDS:
-                    yield [visit, "", *columns(chats)]
+                    yield [visit, gr.skip() if last else question or "", *columns(chats)]
                     last = time.monotonic()
-            # A question that nobody could be asked is not lost.
-            yield [visit, (question or "") if failed == len(chats) else "", *columns(chats)]
+            yield [visit, gr.skip(), *columns(chats)]
         finally:
             for reply in replies:
                 reply.close()  # type: ignore[attr-defined]
@@ -178,6 +178,7 @@ def page(
                     chatbot = gr.Chatbot(**CHATBOT, label=label, elem_classes="chat")
                     slots.append([column, chatbot])
         box = gr.Textbox(label=i18n("question"), submit_btn=True, stop_btn=True, max_lines=8)
+        answered = gr.Textbox(visible="hidden")  # the question, from its first token on
         with gr.Row():
             regenerate = gr.Button(i18n("again"), size="sm", min_width=120)
             anew = gr.Button(i18n("reset"), size="sm", min_width=120)
@@ -200,10 +201,14 @@ def page(
             ]
         both = [part for slot in slots for part in (slot[1], slot[3])]
         asked = [visit, chosen, box, *inputs]
-        answering = [
-            box.submit(respond, asked, [visit, box, *both]),
-            regenerate.click(again, asked, [visit, box, *both]),
+        grown = [visit, answered, *both]
+        answering = [  # one after the other: a conversation has one reply that grows
+            box.submit(respond, asked, grown, concurrency_id="answers"),
+            regenerate.click(again, asked, grown, concurrency_id="answers"),
         ]
+        # What was typed meanwhile, or sent in vain, stays in the box.
+        boxes = [box, answered]
+        answered.change(None, boxes, boxes, js=EMPTIED)
         box.stop(lambda: None, cancels=answering)
         every = [visit, chosen, *[part for slot in slots for part in slot[:4]]]
         # One after the other, or what one of them has read before the other ended would be shown.

@@ -1,13 +1,14 @@
 """`minimind web` in a real browser, narrow and wide, light and dark, in both languages."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from minimind.talk.speaker import open_speaker
+from minimind.talk.speaker import Speaker, open_speaker
 from minimind.talk.web import page, serve
 from tests.test_chat import checkpoint  # noqa: F401
 
@@ -32,6 +33,30 @@ def browser() -> Iterator[Any]:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def slow_blocks(checkpoint: Path) -> Iterator[Any]:  # noqa: F811
+    """Its two checkpoints take seconds for an answer."""
+
+    def opened(_: str) -> Speaker:
+        speaker = open_speaker(str(checkpoint))
+        speaker.model.model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+        return speaker
+
+    blocks = page(["one", "two"], 2, opened, lambda name: "")
+    serve(blocks, "127.0.0.1", None, None, prevent_thread_lock=True)
+    yield blocks
+    blocks.close()
+
+
+@pytest.fixture
+def window(slow_blocks: Any, browser: Any) -> Iterator[Any]:
+    context = browser.new_context(locale="en-US")
+    window = context.new_page()
+    window.goto(slow_blocks.local_url)
+    yield window
+    context.close()
 
 
 def ask(window: Any, question: str) -> None:
@@ -105,3 +130,23 @@ def test_talking(
     context.close()
     assert not faults
     assert {host.split(":")[0] for host in hosts if host} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("first", ["a question", "another reply"])
+def test_a_question_during_an_answer_comes_after_it(window: Any, first: str) -> None:
+    box, chats = window.locator("textarea").first, window.locator(".chat")
+    ask(window, "1+1?")
+    if first == "another reply":
+        chats.get_by_text("2", exact=True).nth(1).wait_for()
+        window.get_by_role("button", name="Another reply").click()
+    window.wait_for_timeout(100)
+    ask(window, "你好")
+    for _ in range(60):  # who sees it still in the box sends it again
+        if not box.input_value():
+            break
+        window.wait_for_timeout(500)
+        box.press("Enter")
+    asked = chats.first.locator(".user .md")
+    asked.nth(1).wait_for()
+    assert chats.get_by_text("2", exact=True).count() >= 2  # answered to the end before
+    assert asked.all_inner_texts() == ["1+1?", "你好"]
