@@ -130,7 +130,7 @@ def page(
         if not chats or is_empty or seed < 0:
             if not is_empty:
                 gr.Warning(NO_SEED if chats else NONE_CHOSEN)
-            yield [visit, gr.skip(), *columns(chats)]
+            yield [visit, gr.skip(), *columns(visit, chosen)]
             return
         settings = visit.settings
         settings.system, settings.temperature, settings.top_p = said[:3]
@@ -147,14 +147,16 @@ def page(
                 for chat, error in advance(growing).items():
                     gr.Warning(escape(f"{chat.speaker.name}: {error}"))
                 if growing and time.monotonic() - last > REFRESH_SECONDS:
-                    yield [visit, gr.skip() if last else question or "", *columns(chats)]
+                    yield [visit, gr.skip() if last else question or "", *columns(visit, chosen)]
                     last = time.monotonic()
-            yield [visit, gr.skip(), *columns(chats)]
+            yield [visit, gr.skip(), *columns(visit, chosen)]
         finally:
             for reply in replies:
                 reply.close()  # type: ignore[attr-defined]
 
-    def columns(chats: list[Conversation]) -> list[Any]:
+    def columns(visit: Visit, chosen: list[str]) -> list[Any]:
+        """As the visit has it now: an answer may outlive its conversation."""
+        _, chats = talking(visit, chosen[:MOST_COLUMNS])
         values = [part for chat in chats for part in (messages(chat), tokens_html(chat))]
         return values + [gr.skip()] * (2 * MOST_COLUMNS - len(values))
 
@@ -162,10 +164,9 @@ def page(
         yield from respond(visit, chosen, None, *said)
 
     def reset(visit: Visit | None, chosen: list[str]) -> list[Any]:
-        visit, chats = talking(visit, chosen[:MOST_COLUMNS])
-        for chat in visit.conversations.values():
-            chat.reset()
-        return [visit, *columns(chats)]
+        visit, _ = talking(visit, [])
+        visit.conversations = {}  # an answer that has yet to end has the old ones
+        return [visit, *columns(visit, chosen)]
 
     with gr.Blocks(title="minimind", analytics_enabled=False, fill_width=True) as blocks:
         visit = gr.State(Visit(), time_to_live=3600)  # a copy for each window
@@ -211,11 +212,13 @@ def page(
         answered.change(None, boxes, boxes, js=EMPTIED)
         box.stop(lambda: None, cancels=answering)
         every = [visit, chosen, *[part for slot in slots for part in slot[:4]]]
+        for event in (anew.click, chosen.change):  # at first: Gradio waits for each before the next
+            event(None, cancels=answering)
         # One after the other, or what one of them has read before the other ended would be shown.
-        ends: dict[str, Any] = {"cancels": answering, "concurrency_id": "columns"}
-        anew.click(reset, [visit, chosen], [visit, *both], **ends)
+        turns = {"concurrency_id": "columns"}
+        anew.click(reset, [visit, chosen], [visit, *both], **turns)
         chatbots = [slot[1] for slot in slots]
-        chosen.change(show, [visit, chosen], every, show_progress_on=chatbots, **ends)
+        chosen.change(show, [visit, chosen], every, show_progress_on=chatbots, **turns)
         for event in (blocks.load, chosen.change):
             event(describe, chosen, [slot[4] for slot in slots])
     return blocks

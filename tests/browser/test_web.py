@@ -41,7 +41,9 @@ def slow_blocks(checkpoint: Path) -> Iterator[Any]:  # noqa: F811
 
     def opened(_: str) -> Speaker:
         speaker = open_speaker(str(checkpoint))
-        speaker.model.model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+        speaker.model.model.register_forward_pre_hook(
+            lambda _, args: time.sleep(0.1 if len(args[0]) == 1 else 0.5)
+        )
         return speaker
 
     blocks = page(["one", "two"], 2, opened, lambda name: "")
@@ -150,3 +152,16 @@ def test_a_question_during_an_answer_comes_after_it(window: Any, first: str) -> 
     asked.nth(1).wait_for()
     assert chats.get_by_text("2", exact=True).count() >= 2  # answered to the end before
     assert asked.all_inner_texts() == ["1+1?", "你好"]
+
+
+@pytest.mark.parametrize("milliseconds", [300, 700, 1500])  # before, with, after first tokens
+def test_a_new_conversation_ends_the_answer(window: Any, milliseconds: int) -> None:
+    answers = window.locator(".chat").get_by_text("2", exact=True)
+    ask(window, "1+1?")
+    window.wait_for_timeout(milliseconds)
+    window.get_by_role("button", name="New conversation").click()
+    window.wait_for_timeout(3000)  # an answer that goes on would be there again
+    assert window.locator(".user, .bot, .token").count() == 0
+    ask(window, "1+1?")
+    answers.nth(1).wait_for()
+    assert window.locator(".user").count() == 2  # one in each column
