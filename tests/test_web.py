@@ -79,3 +79,18 @@ def test_scores_and_ancestry_are_those_of_the_lock(monkeypatch: pytest.MonkeyPat
     assert {"dpo", "sft", "pretrain"} < {*stages}
     assert "grpo" not in stages
     assert about("nix") == ""
+
+
+@pytest.mark.parametrize("is_chinese", [False, True])
+def test_titles_and_headings_are_of_one_language(
+    is_chinese: bool, speaker: Speaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    chat = Conversation(speaker, Settings())
+    list(chat.ask("7*8?"))
+    shown = messages(chat, is_chinese)
+    titles = [said["metadata"]["title"] for said in shown if "metadata" in said]
+    assert {*titles} == ({"调用工具", "工具结果"} if is_chinese else {"Call", "Result"})
+    headings = about("reason", is_chinese)
+    assert "·" not in headings
+    assert ("made by" in headings, "来自" in headings) == (not is_chinese, is_chinese)

@@ -15,7 +15,7 @@ from minimind.talk.speaker import split_name
 SETTINGS = ("init", "data", "lr", "epochs", "num_steps", "loss", "seed")  # shown of a stage
 
 
-def about(said: str) -> str:
+def about(said: str, is_chinese: bool = False) -> str:
     """Markdown of a checkpoint named as for `open_speaker`; "" if no stage made it."""
     revision, name = split_name(said)
     with suppress(UserError), Project() as project:
@@ -24,11 +24,12 @@ def about(said: str) -> str:
         places = [name, *(f"{folder}/{name}" for folder in CHECKPOINT_FOLDERS)]
         if path := next((place for place in places if place in made), None):
             rows = [row for row in _ancestors(run, path) if row[1]]
-            return f"{_scores(run, path)}\n\n{table(['made by · 来自', 'with · 参数'], rows, 2)}"
+            head = ["来自", "参数"] if is_chinese else ["made by", "with"]
+            return f"{_scores(run, path, is_chinese)}\n\n{table(head, rows, 2)}"
     return ""
 
 
-def _scores(run: Run, path: str) -> str:
+def _scores(run: Run, path: str, is_chinese: bool) -> str:
     """Shares in %, as the evaluation of a checkpoint at a path has them."""
     for name, stage in run.stages.items():
         if name.startswith(PREFIX) and path in [dep["path"] for dep in stage.get("deps", [])]:
@@ -38,8 +39,9 @@ def _scores(run: Run, path: str) -> str:
                 shares = {key.rpartition(".")[2]: value for key, value in values.items()}
                 right = [key for key in shares if key.startswith(("exact", "choice"))]
                 rows = [[key, f"{100 * shares[key]:.1f}"] for key in right]
-                return table(["right answers to held-out problems · 留出题正确率", "%"], rows)
-    return "Not evaluated. · 未评测。"
+                head = "留出题正确率" if is_chinese else "right answers to held-out problems"
+                return table([head, "%"], rows)
+    return "未评测。" if is_chinese else "Not evaluated."
 
 
 def _ancestors(run: Run, path: str) -> Iterator[list[str]]:

@@ -16,12 +16,13 @@ from minimind.talk.speaker import Speaker
 
 MOST_COLUMNS = 4
 REFRESH_SECONDS = 0.1
-TITLES: dict[Kind, str] = {  # of what can be folded
-    "thought": "Thought · 思考",
-    "call": "Call · 调用工具",
-    "result": "Result · 工具结果",
+# Each in English and Chinese.
+TITLES: dict[Kind, tuple[str, str]] = {  # of what can be folded
+    "thought": ("Thought", "思考"),
+    "call": ("Call", "调用工具"),
+    "result": ("Result", "工具结果"),
 }
-LABELS = {  # English, Chinese
+LABELS = {
     "question": ("Question", "问题"),
     "checkpoints": ("Checkpoints, side by side", "并排比较的检查点"),
     "again": ("Another reply", "重新回答"),
@@ -37,10 +38,10 @@ LABELS = {  # English, Chinese
     "tokens": ("Tokens: point at one for what was likely instead", "token：指向一个可看其他可能"),
     "about": ("Scores and ancestry", "得分与来历"),
 }
-UNKNOWN = "No stage of this project made it. · 不是本项目的任何阶段生成的。"
-NONE_CHOSEN = "Choose a checkpoint first. · 请先勾选检查点。"
-TOO_MANY = f"At most {MOST_COLUMNS} side by side. · 最多并排 {MOST_COLUMNS} 个。"
-NO_SEED = "The seed is 0 or more. · 随机种子不能小于 0。"
+UNKNOWN = "No stage of this project made it.", "不是本项目的任何阶段生成的。"
+NONE_CHOSEN = "Choose a checkpoint first.", "请先勾选检查点。"
+TOO_MANY = f"At most {MOST_COLUMNS} side by side.", f"最多并排 {MOST_COLUMNS} 个。"
+NO_SEED = "The seed is 0 or more.", "随机种子不能小于 0。"
 # 3*4*5 stays as it is. No button copies: it would copy `&lt;` where < is shown.
 CHATBOT = {"render_markdown": False, "height": 380, "buttons": []}
 # Of the box, and of what says so, where its question is being answered.
@@ -64,6 +65,7 @@ div:has(.tokens) { overflow: visible !important }
 class Visit:
     """What one window of a browser talks about; its settings hold for all its conversations."""
 
+    is_chinese: bool = False
     settings: Settings = field(default_factory=Settings)
     conversations: dict[str, Conversation] = field(default_factory=dict)
 
@@ -72,12 +74,12 @@ def page(
     names: list[str],
     shown: int,
     open_speaker: Callable[[str], Speaker],
-    about: Callable[[str], str],
+    about: Callable[[str, bool], str],
 ) -> Any:
     """The page as Gradio's Blocks.
 
     names: of checkpoints that may be talked to, of which the first `shown` are at the start.
-    about: Markdown of one.
+    about: Markdown of one, in Chinese or English.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr  # an extra, and takes seconds
@@ -85,8 +87,15 @@ def page(
     open_once, known_of = cache(open_speaker), cache(about)
     i18n = words()
 
-    def talking(visit: Visit | None, chosen: list[str]) -> tuple[Visit, list[Conversation]]:
+    def is_chinese(request: gr.Request) -> bool:
+        """Of the browser's first language, as Gradio's labels, the only thing it translates."""
+        return request.headers.get("accept-language", "").lower().startswith("zh")
+
+    def talking(
+        visit: Visit | None, chosen: list[str], request: gr.Request
+    ) -> tuple[Visit, list[Conversation]]:
         visit = visit or Visit()
+        visit.is_chinese = is_chinese(request)
         for name in chosen:
             if name not in visit.conversations:
                 try:
@@ -95,42 +104,49 @@ def page(
                     raise gr.Error(escape(str(error)), print_exception=False) from None
         return visit, [visit.conversations[name] for name in chosen]
 
-    def show(visit: Visit | None, chosen: list[str]) -> list[Any]:
+    def show(request: gr.Request, visit: Visit | None, chosen: list[str]) -> list[Any]:
         """Other checkpoints in the columns."""
         is_more = len(chosen) > MOST_COLUMNS
         if is_more:
-            gr.Warning(TOO_MANY)
+            gr.Warning(TOO_MANY[is_chinese(request)])
             chosen = chosen[:MOST_COLUMNS]
-        visit, chats = talking(visit, chosen)
+        visit, chats = talking(visit, chosen, request)
         # What is set is a change, too, and would be shown again without end.
         columns: list[Any] = [visit, chosen if is_more else gr.skip()]
         for number in range(MOST_COLUMNS):
             if number < len(chats):
                 chat = chats[number]
-                chatbot = gr.Chatbot(messages(chat), label=chosen[number])
+                chatbot = gr.Chatbot(messages(chat, visit.is_chinese), label=chosen[number])
                 columns += [gr.Column(visible=True), chatbot, gr.Column(visible=True)]
                 columns.append(tokens_html(chat))
             else:
                 columns += [gr.Column(visible=False), [], gr.Column(visible=False), ""]
         return columns
 
-    def describe(chosen: list[str]) -> list[str]:
+    def describe(request: gr.Request, chosen: list[str]) -> list[str]:
         """Apart from `show`: DVC takes seconds, in which somebody may ask and be answered."""
-        names = chosen[:MOST_COLUMNS]
-        known = [f"**{name}**\n\n{known_of(name) or UNKNOWN}" for name in names]
+        chinese = is_chinese(request)
+        known = [
+            f"**{name}**\n\n{known_of(name, chinese) or UNKNOWN[chinese]}"
+            for name in chosen[:MOST_COLUMNS]
+        ]
         return known + [""] * (MOST_COLUMNS - len(known))
 
     def respond(
-        visit: Visit | None, chosen: list[str], question: str | None, *said: Any
+        request: gr.Request,
+        visit: Visit | None,
+        chosen: list[str],
+        question: str | None,
+        *said: Any,
     ) -> Iterator[list[Any]]:
         """Replies as they grow, to a question or, where that is None, to the last one again."""
-        visit, chats = talking(visit, chosen[:MOST_COLUMNS])
+        visit, chats = talking(visit, chosen[:MOST_COLUMNS], request)
         is_empty = question is not None and not question.strip()
         seed = int(said[3] or 0)
         if not chats or is_empty or seed < 0:
             if not is_empty:
-                gr.Warning(NO_SEED if chats else NONE_CHOSEN)
-            yield [visit, gr.skip(), *columns(visit, chosen)]
+                gr.Warning((NO_SEED if chats else NONE_CHOSEN)[visit.is_chinese])
+            yield [visit, gr.skip(), *columns(visit, chosen, request)]
             return
         settings = visit.settings
         settings.system, settings.temperature, settings.top_p = said[:3]
@@ -147,26 +163,34 @@ def page(
                 for chat, error in advance(growing).items():
                     gr.Warning(escape(f"{chat.speaker.name}: {error}"))
                 if growing and time.monotonic() - last > REFRESH_SECONDS:
-                    yield [visit, gr.skip() if last else question or "", *columns(visit, chosen)]
+                    yield [
+                        visit,
+                        gr.skip() if last else question or "",
+                        *columns(visit, chosen, request),
+                    ]
                     last = time.monotonic()
-            yield [visit, gr.skip(), *columns(visit, chosen)]
+            yield [visit, gr.skip(), *columns(visit, chosen, request)]
         finally:
             for reply in replies:
                 reply.close()  # type: ignore[attr-defined]
 
-    def columns(visit: Visit, chosen: list[str]) -> list[Any]:
+    def columns(visit: Visit, chosen: list[str], request: gr.Request) -> list[Any]:
         """As the visit has it now: an answer may outlive its conversation."""
-        _, chats = talking(visit, chosen[:MOST_COLUMNS])
-        values = [part for chat in chats for part in (messages(chat), tokens_html(chat))]
+        _, chats = talking(visit, chosen[:MOST_COLUMNS], request)
+        values: list[Any] = []
+        for chat in chats:
+            values += [messages(chat, visit.is_chinese), tokens_html(chat)]
         return values + [gr.skip()] * (2 * MOST_COLUMNS - len(values))
 
-    def again(visit: Visit | None, chosen: list[str], _: str, *said: Any) -> Iterator[list[Any]]:
-        yield from respond(visit, chosen, None, *said)
+    def again(
+        request: gr.Request, visit: Visit | None, chosen: list[str], _: str, *said: Any
+    ) -> Iterator[list[Any]]:
+        yield from respond(request, visit, chosen, None, *said)
 
-    def reset(visit: Visit | None, chosen: list[str]) -> list[Any]:
-        visit, _ = talking(visit, [])
+    def reset(request: gr.Request, visit: Visit | None, chosen: list[str]) -> list[Any]:
+        visit, _ = talking(visit, [], request)
         visit.conversations = {}  # an answer that has yet to end has the old ones
-        return [visit, *columns(visit, chosen)]
+        return [visit, *columns(visit, chosen, request)]
 
     with gr.Blocks(title="minimind", analytics_enabled=False, fill_width=True) as blocks:
         visit = gr.State(Visit(), time_to_live=3600)  # a copy for each window
@@ -232,7 +256,7 @@ def words() -> Any:
     return gr.I18n(**{"en": english, "zh-CN": chinese, "zh": chinese, "zh-TW": chinese})
 
 
-def messages(chat: Conversation) -> list[dict[str, Any]]:
+def messages(chat: Conversation, is_chinese: bool = False) -> list[dict[str, Any]]:
     """A conversation as Gradio's Chatbot shows it, thoughts and calls of tools foldable.
 
     As HTML, which it takes text for without Markdown, too: a model's <img> would load a picture.
@@ -247,7 +271,7 @@ def messages(chat: Conversation) -> list[dict[str, Any]]:
             text = escape(part.text, quote=False)
             message: dict[str, Any] = {"role": "assistant", "content": text}
             if title := TITLES.get(part.kind):
-                message["metadata"] = {"title": title}
+                message["metadata"] = {"title": title[is_chinese]}
             shown.append(message)
     return shown
 

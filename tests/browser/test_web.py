@@ -21,7 +21,9 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 @pytest.fixture(scope="module")
 def blocks(checkpoint: Path) -> Iterator[Any]:  # noqa: F811
     names = dict.fromkeys(("one", "two", "three", "four", "five"), checkpoint)
-    blocks = page([*names], 2, lambda name: open_speaker(str(names[name])), lambda name: "")
+    blocks = page(
+        [*names], 2, lambda name: open_speaker(str(names[name])), lambda name, is_chinese: ""
+    )
     serve(blocks, "127.0.0.1", None, None, prevent_thread_lock=True)
     yield blocks
     blocks.close()
@@ -46,7 +48,7 @@ def slow_blocks(checkpoint: Path) -> Iterator[Any]:  # noqa: F811
         )
         return speaker
 
-    blocks = page(["one", "two"], 2, opened, lambda name: "")
+    blocks = page(["one", "two"], 2, opened, lambda name, is_chinese: "")
     serve(blocks, "127.0.0.1", None, None, prevent_thread_lock=True)
     yield blocks
     blocks.close()
@@ -67,16 +69,29 @@ def ask(window: Any, question: str) -> None:
     box.press("Enter")
 
 
+ENGLISH = (
+    "New conversation",
+    "Thought",
+    "No stage of this project",
+    "At most 4",
+    "Choose a checkpoint",
+)
+CHINESE = "新对话", "思考", "不是本项目的任何阶段", "最多并排 4", "请先勾选检查点"
+
+
 @pytest.mark.parametrize(
-    ("size", "scheme", "language", "anew"),
-    [
-        ((1280, 900), "light", "en-US", "New conversation"),
-        ((390, 844), "dark", "zh-CN", "新对话"),
-    ],
+    ("size", "scheme", "language", "words"),
+    [((1280, 900), "light", "en-US", ENGLISH), ((390, 844), "dark", "zh-CN", CHINESE)],
 )
 def test_talking(
-    blocks: Any, browser: Any, size: tuple[int, int], scheme: str, language: str, anew: str
+    blocks: Any,
+    browser: Any,
+    size: tuple[int, int],
+    scheme: str,
+    language: str,
+    words: tuple[str, ...],
 ) -> None:
+    anew, thought, unknown, at_most, none = words
     width, height = size
     context = browser.new_context(
         viewport={"width": width, "height": height}, color_scheme=scheme, locale=language
@@ -98,13 +113,15 @@ def test_talking(
     answers = chats.get_by_text("2", exact=True)
     answers.nth(1).wait_for()
     assert chats.get_by_text("1+1=2").count() == answers.count() == 2  # thought and answer apart
-    fold = chats.first.get_by_text("Thought")
+    fold = chats.first.get_by_text(thought, exact=True)
     fold.click()
     chats.first.get_by_text("1+1=2").wait_for(state="hidden")
     # Each token has what was likely instead.
     window.locator("button.label-wrap").first.click()
     window.locator(".token").first.hover()
     window.locator(".token > span").first.wait_for(state="visible")
+    window.locator("button.label-wrap").nth(1).click()
+    window.get_by_text(unknown).first.wait_for()
     # What leaves no room is said, and not lost.
     ask(window, "x" * 10_000)
     window.get_by_text("the model 256 positions").first.wait_for()
@@ -113,12 +130,12 @@ def test_talking(
     # Of five, four are shown, and of none, none is asked.
     for name in ("three", "four", "five"):
         window.get_by_label(name).check()
-    window.get_by_text("At most 4").first.wait_for()
+    window.get_by_text(at_most).first.wait_for()
     window.get_by_label("five").and_(window.locator(":not(:checked)")).wait_for()
     for name in ("one", "two", "three", "four"):
         window.get_by_label(name).uncheck()
     ask(window, "1+1?")
-    window.get_by_text("Choose a checkpoint").first.wait_for()
+    window.get_by_text(none).first.wait_for()
     assert window.locator("textarea").first.input_value() == "1+1?"
     for name in ("one", "two"):
         window.get_by_label(name).check()
@@ -128,6 +145,8 @@ def test_talking(
     answers.first.wait_for(state="hidden")
     ask(window, "你好")
     chats.get_by_text("好😀！").nth(2).wait_for()
+    others = {*ENGLISH, *CHINESE} - {*words}
+    assert not [word for word in others if word in window.inner_text("body")]
     assert window.evaluate("document.documentElement.scrollWidth") <= width
     context.close()
     assert not faults
