@@ -13,8 +13,8 @@ from unicodedata import normalize
 MOST_CHARACTERS = 10_000
 
 # Digits of any script; how many is limited, so that nothing long is computed with.
-# LaTeX writes 1{,}200, 1,\!200 and 1\,200, others 1'200, 1 200 with a space that does not break, and
-# 1,23,456 in India.
+# LaTeX writes 1{,}200, 1,\!200 and 1\,200, others 1'200, or a space that does not break, and India
+# 1,23,456.
 _WHOLE = (
     r"(?:\d{1,3}(?:(?:,|\{,\}|,\\!|\\,|['’\u00a0\u2009\u202f])\d{3}){1,12}(?!\d)"
     r"|\d{1,3}(?:，\d{3}){1,12}(?!\d)|\d{1,2}(?:,\d{2}){1,6},\d{3}(?!\d)|\d{1,40})"

@@ -49,7 +49,6 @@ EMPTIED = "(typed, answered) => [typed === answered ? '' : typed, '']"
 CSS = """
 footer, .chat .top-panel { display: none !important }
 div:has(.tokens) { overflow: visible !important }
-@media (max-width: 640px) { .chat { height: 250px !important } }
 .chat .md { white-space: pre-wrap }
 .tokens { line-height: 1.9; white-space: pre-wrap; overflow-wrap: anywhere }
 .token { position: relative; border-radius: 3px; padding: 1px 0; cursor: help;
@@ -58,6 +57,11 @@ div:has(.tokens) { overflow: visible !important }
   padding: .4em .7em; border: 1px solid #888; border-radius: 6px; font-size: .85em;
   color: #fff; background: #222; white-space: pre }
 .token:hover > span, .token:focus > span { display: block }
+@media (max-width: 640px), (max-height: 500px) {
+  .chat { height: min(250px, 60vh) !important }
+  .tokens { max-height: 40vh; overflow-y: auto }
+  .token > span { position: fixed; left: 1em; bottom: 1em; top: auto }
+}
 """
 
 

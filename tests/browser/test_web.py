@@ -54,6 +54,38 @@ def slow_blocks(checkpoint: Path) -> Iterator[Any]:  # noqa: F811
     blocks.close()
 
 
+@pytest.mark.parametrize("size", [(390, 844), (844, 390)])
+def test_a_long_answer_leaves_room_on_a_phone(
+    checkpoint: Path,  # noqa: F811
+    browser: Any,
+    size: tuple[int, int],
+) -> None:
+    class Rambler(Speaker):
+        end_ids = ()  # type: ignore[assignment]
+
+    def opened(_: str) -> Speaker:
+        return Rambler(**vars(open_speaker(str(checkpoint))))
+
+    width, height = size
+    blocks = page(["one", "two"], 2, opened, lambda name, is_chinese: "")
+    serve(blocks, "127.0.0.1", None, None, prevent_thread_lock=True)
+    context = browser.new_context(viewport={"width": width, "height": height}, has_touch=True)
+    window = context.new_page()
+    window.goto(blocks.local_url)
+    window.locator("button.label-wrap").first.click()
+    ask(window, "1+1?")
+    window.get_by_text("--max-new-tokens").or_(window.get_by_text("/reset")).first.wait_for()
+    for part in (".chat", ".tokens"):
+        assert window.locator(part).first.bounding_box()["height"] <= 0.6 * height
+    # The last token's numbers are in sight, too.
+    window.locator(".token").last.tap()
+    shown = window.locator(".token").last.locator("span").bounding_box()
+    assert 0 <= shown["y"] <= height - shown["height"]
+    assert 0 <= shown["x"] <= width - shown["width"]
+    context.close()
+    blocks.close()
+
+
 @pytest.fixture
 def window(slow_blocks: Any, browser: Any) -> Iterator[Any]:
     context = browser.new_context(locale="en-US")
