@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from minimind.chat.agreement import is_asked_by_our_template, require_agreement
+from minimind.chat.agreement import is_as_trained, require_agreement
 from minimind.chat.tokenizer import ChatTokenizer
 from minimind.datasets.augment import Augmentation, load_synonyms
 from minimind.datasets.encode import (
@@ -42,7 +42,7 @@ def main(
     tokenizer = load_path(params, "encode.tokenizer")
     evaluation = [load_path(params, "data.problems"), load_path(params, "data.text")]
     with unchanged("encode", params, sections, [source, tokenizer, synonyms, *evaluation]):
-        if not is_asked_by_our_template(tokenizer):
+        if not is_as_trained(tokenizer):
             require_agreement(tokenizer, tokenizer)
         augmentation = None
         if isinstance(config, ChatEncodeConfig) and config.changes_chats:

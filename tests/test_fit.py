@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,6 +111,31 @@ def test_a_stopped_run_ends_with_the_same_bytes(
     assert resumed.resumes == 1
     assert weights(resumed_model) == weights(whole_model)
     assert resumed.rows == whole.rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"validation_share": 0.01}, "validation_share 0.01 of 50 source rows holds none out"),
+        ({"patience": 4}, "before the last of 20 steps there are 3 validations"),
+        ({"min_delta": 0.5}, "min_delta is 0.5, but patience is 0"),
+        ({"patience": 3, "min_delta": 0.5}, None),
+        ({"validation_share": 0.02}, None),
+        ({"validation_share": 0.0}, None),
+    ],
+)
+def test_settings_of_validation_that_do_nothing_are_said(
+    tmp_path: Path,
+    data: EncodedDataset,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, object],
+    said: str | None,
+) -> None:
+    train(tmp_path, data, **changes)
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if re.search("none out|nothing", line)
+    ]
+    assert [said in line for line in lines] == [True] if said else lines == []
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1111,6 +1111,32 @@ CAUSES["tokenizer.json is no tokenizer of ours"] = [
         list(TOKENIZERS.items()) * 2, TOKENIZER_CHANGES, strict=False
     )
 ]
+
+
+def with_edited_tokenizer(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def broken(directory: Path) -> None:
+        path = directory / "models/tokenizer/tokenizer.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        edit(content)
+        path.write_text(json.dumps(content), encoding="utf-8")
+
+    return broken
+
+
+PREPEND = [
+    {"type": "Prepend", "prepend": "▁"},
+    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+]
+STRIP = {"type": "Strip", "strip_left": True, "strip_right": True}
+CAUSES["a tokenizer of ours was edited so that chats are encoded otherwise"] = [
+    Case("encode sft", with_edited_tokenizer(edit), ("models/tokenizer: ",))
+    for edit in (
+        lambda made: made.update(normalizer={"type": "Sequence", "normalizers": PREPEND}),
+        lambda made: made.update(normalizer=STRIP),
+        lambda made: made["model"].update(dropout=0.5),
+        lambda made: [token.update(lstrip=True, rstrip=True) for token in made["added_tokens"]],
+    )
+]
 CAUSES["a tokenizer without an unknown token"] = [
     Case(
         command,

@@ -15,7 +15,7 @@ import tokenizers
 from pydantic import Field
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from minimind.chat.agreement import require_agreement
+from minimind.chat.agreement import pieces_of_text, require_agreement
 from minimind.chat.template import CHAT_TEMPLATE
 from minimind.chat.tokenizer import (
     CONTROL_TOKENS,
@@ -57,17 +57,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
     is one too: so a turn's header and content encode the same together and apart.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    # SmolLM's, which llama.cpp has as "smollm".
-    known = [
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ]
     # Learned from text that is split at newlines besides, so that no piece holds one with something
     # else. Then the split makes no difference to encoding: what is left out below is never missed.
     newlines = pre_tokenizers.Split("\n", behavior="isolated")
     # And what no space ends, as base64, in parts: time grows with the square of their length.
     parts = pre_tokenizers.Split(Regex(".{1,1000}"), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([newlines, *known, parts])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([newlines, *pieces_of_text(), parts])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(TAGS + TOOL_TAGS),
@@ -78,7 +73,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
     # Tokens added by name must not also be learned piece by piece.
     pieces = (piece for text in texts for piece in _ADDED_PATTERN.split(text))
     tokenizer.train_from_iterator(pieces, trainer)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(known)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces_of_text())
     add_tokens(tokenizer, TAGS + TOOL_TAGS)
     return tokenizer
 

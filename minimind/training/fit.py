@@ -1,7 +1,7 @@
 """The training loop of every supervised stage; the objective is all that they differ in."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from pydantic import Field
@@ -111,6 +111,7 @@ def fit(
         for warning in (
             beyond_epochs(config.max_steps, num_steps, config.epochs),
             never_reached(config.schedule, config.warmup_steps, num_steps),
+            *_without_effect(config, dataset.num_sources, len(held_out), num_steps),
         ):
             if warning:
                 run.say(warning)
@@ -193,6 +194,25 @@ def _require_samples(
             f"{dataset.num_sources} source rows holds none out; raise the share, or set patience "
             "to 0."
         )
+
+
+def _without_effect(
+    config: FitConfig, num_sources: int, num_held_out: int, num_steps: int
+) -> Iterator[str]:
+    """Lines of warning for settings of validation that cannot do what they say."""
+    if config.validation_share and not num_held_out:
+        yield (
+            f"validation_share {config.validation_share:g} of {num_sources} source rows holds none "
+            f"out, so nothing is validated; {1 / num_sources:.2g} would hold out one"
+        )
+    num_validations = (num_steps - 1) // config.eval_interval
+    if config.patience > num_validations:
+        yield (
+            f"patience is {config.patience}, but before the last of {num_steps} steps there are "
+            f"{num_validations} validations, so it stops nothing; lower eval_interval"
+        )
+    if config.min_delta and not config.patience:
+        yield f"min_delta is {config.min_delta:g}, but patience is 0, so it counts for nothing"
 
 
 def _named(samples: Rows, dataset: EncodedDataset) -> str:
