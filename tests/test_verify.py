@@ -249,6 +249,11 @@ BREAKS: dict[str, tuple[Callable[[Path], None], set[str], list[str]]] = {
         {"models/sft", "exports/sft", "metrics"},
         ["metrics/sft.json"],
     ),
+    "an edited output of a stage that no checkpoint comes of": (
+        edit("report.md", "$", "0"),
+        {"report"},
+        ["report.md is (", "`dvc checkout report.md`"],
+    ),
     "a record of another input": (
         OTHER_INPUT,
         {"models/sft", "exports/sft"},

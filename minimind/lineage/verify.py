@@ -116,6 +116,10 @@ class Project:
                 yield Finding(stage, found, "broken")
             elif lost := next(self._breaks_of_outputs(stage), None):
                 yield Finding(stage, lost.text, lost.verdict)
+            else:
+                outs = [path for path in self.outputs.get(stage, []) if path not in checked]
+                if text := next(filter(None, map(self._break_of_output, outs)), None):
+                    yield Finding(stage, text, "broken")
         if not self.staged and (fault := fault_of_dvc(self.root)):
             yield Finding("DVC", fault, "broken")
 
