@@ -117,7 +117,8 @@ def list_stages(directory: Path, kinds: list[str]) -> list[tuple[str, str, list[
 import json, networkx, os, sys
 from dvc.repo import Repo
 graph = Repo(".").index.graph
-chosen = [s for s in graph if not sys.argv[1:] or s.addressing.split("@")[0] in sys.argv[1:]]
+own = [stage for stage in graph if stage.path_in_repo == "dvc.yaml"]  # not of tools/ and lm-eval/
+chosen = [s for s in own if not sys.argv[1:] or s.addressing.split("@")[0] in sys.argv[1:]]
 needed = set(chosen).union(*(networkx.descendants(graph, stage) for stage in chosen))
 stages = [stage for stage in networkx.dfs_postorder_nodes(graph) if stage in needed]
 outputs = [[os.path.relpath(output.fs_path) for output in stage.outs] for stage in stages]
