@@ -50,6 +50,14 @@ def test_what_was_committed_here_is_of_nobody_else(mine: Path) -> None:
     assert stages_of_others(mine) == set()
 
 
+def test_what_was_committed_in_another_worktree_is_of_nobody_else(mine: Path) -> None:
+    git(mine, "worktree", "add", "-q", "../tree", "-b", "tree")
+    commit(mine.parent / "tree", entry("sft", 0.2, 1), entry("dpo", 0.1, 1))
+    git(mine, "merge", "-q", "tree")
+    assert "lr: 0.2" in (mine / "dvc.lock").read_text(encoding="utf-8")
+    assert stages_of_others(mine) == set()
+
+
 def test_a_clone_has_all_of_others_but_what_it_commits(mine: Path, theirs: Path) -> None:
     assert stages_of_others(theirs) == {"sft", "dpo"}
     commit(theirs, entry("sft", 0.2, 1), entry("dpo", 0.1, 1))

@@ -10,7 +10,7 @@ _TAGS = re.compile(r"</?(?:think|answer)>")
 _TAGGED_ANSWER = re.compile(r"<answer>(.*)</answer>", re.DOTALL)
 _TAGGED_PARTS = re.compile(r"<(think|answer)>.*?(</\1>|$)", re.DOTALL)
 _CUE = re.compile(
-    r"(?:\banswer(?: is|(?= ?[:：*]))|答案(?:是|为|(?=[:：]))|####|\\boxed\{)[ :：*]*",
+    r"(?:\banswer(?: is\b|(?= ?[:：*]))|答案(?:是|为|(?=[:：]))|####|\\boxed\{)[ :：*]*",
     re.IGNORECASE,
 )
 _LISTED = re.compile(

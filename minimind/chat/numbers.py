@@ -63,16 +63,18 @@ _NOT_BEHIND_OPERATOR = (
     + "".join(rf"(?<!\\{name})(?<!\\{name} )" for name in ("times", "cdot", "div", "pm"))
 )
 _NOT_BEHIND = (
-    r"(?<!\d)(?<!\d[.．,:：/／年月])(?<![百千万萬亿億√])(?<!sqrt)(?<!sqrt\{)(?<!frac\{)(?<!\}\{)"
-    r"(?<!\bm)(?<!\b[kcd]m)(?<!/s)(?<![<>≤≥≠])(?<![<>≤≥≠] )(?<!\bnot )(?<!不是)(?<!overline\{)"
-    + "".join(rf"(?<!{name})(?<!{name} )" for name in ("log", "ln", "sin", "cos", "tan", "binom{"))
+    r"(?<!\d)(?<!\d[.．,:：/／])(?!(?<=\d年)\d{1,2}月|(?<=\d月)\d{1,2}[日号])(?<![百千万萬亿億√])(?<!sqrt)(?<!sqrt\{)(?<!frac\{)(?<!\}\{)"
+    r"(?<!\bm)(?<!\b[kcd]m)(?<!/s)(?<!overline\{)(?<!binom\{)"
+    r"(?<!(?<!or )\bnot )(?<!(?<!是)不是)(?<!不等于)(?<![≤≥≠])(?<![≤≥≠] )"
+    + "".join(rf"(?<!\b{name})(?<!\b{name} )" for name in ("log", "ln", "sin", "cos", "tan"))
 )
 _NOT_BEFORE = (
-    r"(?!\d|[.．,:：/／年月]\d|[⁰¹²³⁴-⁹¼-¾⅐-⅞₀-₉兆]|i\b|\}?\{|[.．]\\| ?分之| ?又\d)"
+    r"(?!\d|[.．,:：/／]\d|年\d{1,2}月|月\d{1,2}[日号]|[⁰¹²³⁴-⁹¼-¾⅐-⅞₀-₉兆]|i\b|\}?\{|[.．]\\| ?分之| ?又\d)"
     r"(?! ?(?:[-−] ?)?[xyz]\b| ?[π√]| ?\\(?:pi|sqrt|times|cdot|div|pm|over)(?![A-Za-z]))"
     rf"(?![)}}\]]? ?{_OPERATOR} ?[-\\({{]*\d)(?! ?[+＋×·÷^] ?[A-Za-z])"
 )
-_HALF = r" and a half\b|(?:小时|[个天年月块斤里])半"
+# 5个半 and 5个半小时 are 5.5; 5个半圆 are 5.
+_HALF = r" and a half(?![\w-])|(?:小时|[个天年月块斤里])半(?=小时|钟头|[^\w]|\Z)"
 _PERCENT = r" ?(?:\\?[%％]|per ?cent\b|pct\b|\\text\{ ?(?:\\?%|per ?cent) ?\})"
 _NUMBER = re.compile(
     rf"(?:{_SIGN}|{_NOT_BEHIND_OPERATOR}){_NOT_BEHIND}(?P<hundredth>百分之 ?)?"

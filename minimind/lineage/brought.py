@@ -47,7 +47,9 @@ class Brought:
 
     def _changes(self) -> Iterator[set[str]]:
         """The entries that each commit of another clone has changed; nothing without git."""
-        made = self._git("log", "--walk-reflogs", "--format=%H %gs", "HEAD").splitlines()
+        # Of HEAD, and of branches, which other worktrees have in common with this one.
+        logs = ["--walk-reflogs", "--format=%H %gs", "HEAD", "--branches"]
+        made = self._git("log", *logs).splitlines()
         if not made:  # git keeps none, so that nobody knows who made what
             return
         here = {line.split()[0] for line in made if _MADE_HERE.match(line.partition(" ")[2])}
