@@ -24,6 +24,14 @@ _COMMA = re.compile(r" ?,(?!\d{3}(?!\d)) ?")  # of a list; that of 1,000 stays
 _SENTENCE_END = re.compile(r"[.!?。！？…][\"'”’」』)）]*\Z")
 
 
+# "Not 5" and 不是5 say no number; "whether or not 5" and 是不是5 say nothing of it.
+_DENIAL = re.compile(
+    r"(?:(?<!or )\b(?:not|never|isn't|isn’t|cannot be)|(?<!是)不是|不等于|不为|并非|≠|!=|\\neq?)"
+    r"(?: equal to)?[ ：:*$]*\Z",
+    re.IGNORECASE,
+)
+
+
 class Answer(NamedTuple):
     """A normalised answer and where it stands in the output, output[start:end]."""
 
@@ -71,7 +79,8 @@ def number_said(text: str, in_tags: bool) -> Number | None:
     is_one = len({number.value for number in rivals}) < 2
     if not few or not is_one or _are_listed(text, few[0], few[-1]):
         return None
-    return few[0 if after else -1]
+    number = few[0 if after else -1]
+    return None if _DENIAL.search(text, max(0, number.start - 40), number.start) else number
 
 
 def _are_listed(text: str, one: Number, other: Number) -> bool:

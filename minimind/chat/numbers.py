@@ -65,7 +65,7 @@ _NOT_BEHIND_OPERATOR = (
 _NOT_BEHIND = (
     r"(?<!\d)(?<!\d[.．,:：/／])(?!(?<=\d年)\d{1,2}月|(?<=\d月)\d{1,2}[日号])(?<![百千万萬亿億√])(?<!sqrt)(?<!sqrt\{)(?<!frac\{)(?<!\}\{)"
     r"(?<!\bm)(?<!\b[kcd]m)(?<!/s)(?<!overline\{)(?<!binom\{)"
-    r"(?<!(?<!or )\bnot )(?<!(?<!是)不是)(?<!不等于)(?<![≤≥≠])(?<![≤≥≠] )"
+    r"(?<![≤≥])(?<![≤≥] )"
     + "".join(rf"(?<!\b{name})(?<!\b{name} )" for name in ("log", "ln", "sin", "cos", "tan"))
 )
 _NOT_BEFORE = (
