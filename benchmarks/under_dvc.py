@@ -71,6 +71,7 @@ def kill_under_dvc(
         tally.phases[hit] += 1
         tally.means[f"under DVC: {blow}"] += 1
         remove_torn_locks(project)
+        restore_torn_lock(project, stage)
     before = newest_checkpoint(project)
     process, log = start_dvc(project, *command)
     code, printed = process.wait(), log.read_text(encoding="utf-8")
@@ -211,6 +212,20 @@ def remove_torn_locks(project: Path) -> None:
     except ValueError:
         print(f"DVC left {path.name} torn; removed, as DVC asks for", flush=True)
         path.unlink()
+
+
+def restore_torn_lock(project: Path, stage: Stage) -> None:
+    """DVC overwrites dvc.lock in place: what a kill has cut off, git brings back."""
+    file, own = project / "dvc.lock", (stage.name, "report")
+    committed = yaml.safe_load(git(project, "show", "HEAD:dvc.lock"))["stages"]
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))["stages"] or {}
+    except (yaml.YAMLError, TypeError, KeyError):
+        found = {}
+    if any(found.get(name) != entry for name, entry in committed.items() if name not in own):
+        print(f"DVC left {file.name} torn; git brought it back", flush=True)
+        git(project, "checkout", "-q", "dvc.lock")
+        forget_recorded(project, stage)
 
 
 def kill_under_experiments(project: Path, stages: Mapping[str, Stage], tally: Tally) -> None:
