@@ -126,6 +126,26 @@ def test_a_lock_that_git_has_brought_back_is_no_false_one(project: Path) -> None
     assert stages_run(dvc(project, "repro", "--force", "encode@sft")) != []
 
 
+def test_outputs_of_before_a_pull_are_only_out_of_date(project: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    shutil.copytree(project, theirs, symlinks=True)
+    params = theirs / "params.yaml"
+    text = params.read_text(encoding="utf-8")
+    params.write_text(re.sub(r"(\npretrain:(\n  .*)*\n  lr: )", r"\g<1>1", text), "utf-8")
+    assert "pretrain" in stages_run(dvc(theirs, "repro", "pretrain"))
+    git(theirs, "commit", "-qam", "another rate")
+    git(project, "pull", "-q", str(theirs), "HEAD")
+    (text,) = [f.text for f in Project(project).findings() if f.subject == "models/pretrain"]
+    found = {f.subject: f.verdict for f in Project(project).findings()}
+    assert found["models/pretrain"] == "out of date"
+    assert re.search(r"is \(\w+\), of another run, but dvc\.lock says", text)
+    weights = project / "models/pretrain/model.safetensors"
+    weights.chmod(0o644)
+    weights.write_bytes(weights.read_bytes() + b"x")
+    found = {f.subject: f.verdict for f in Project(project).findings()}
+    assert found["models/pretrain"] == "broken"
+
+
 @pytest.mark.parametrize("brought", ["by git", "by git and minimind pull"])
 def test_an_entry_that_another_clone_wrote_is_no_false_one(
     project: Path, tmp_path: Path, brought: str

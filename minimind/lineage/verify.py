@@ -102,10 +102,10 @@ class Project:
                 others = [name for name in others if name not in self.ancestors(stage)]
         recorded = [name for name in self.lock if name not in self.running]
         checked = [path for name in recorded for path in self.metrics.get(name, [])]
-        breaks = [found for path in checked if (found := self._break_of_output(path))]
+        breaks = [*filter(None, map(self._break_of_output, checked))]
         missing = [path for path in checked if self.digest(path) is None]
         if breaks:
-            yield Finding("metrics", breaks[0], "broken")
+            yield Finding("metrics", breaks[0].text, breaks[0].verdict)
         elif missing:
             again = f"`git checkout {missing[0]}` or `dvc repro {self.maker[missing[0]]}` brings it"
             yield Finding("metrics", f"{missing[0]} is missing; {again}", "out of date")
@@ -118,8 +118,8 @@ class Project:
                 yield Finding(stage, lost.text, lost.verdict)
             else:
                 outs = [path for path in self.outputs.get(stage, []) if path not in checked]
-                if text := next(filter(None, map(self._break_of_output, outs)), None):
-                    yield Finding(stage, text, "broken")
+                if other := next(filter(None, map(self._break_of_output, outs)), None):
+                    yield Finding(stage, other.text, other.verdict)
         if not self.staged and (fault := fault_of_dvc(self.root)):
             yield Finding("DVC", fault, "broken")
 
@@ -135,9 +135,9 @@ class Project:
             text = f"not here: {self._bringing(path, stage)} brings it; recorded"
         return Finding(path, f"{text} from {' ← '.join(self._generations(stage))}", "whole")
 
-    def _bringing(self, path: str, stage: str) -> str:
+    def _bringing(self, path: str, stage: str, anew: bool = True) -> str:
         """Commands that bring an output back, as far as there is anywhere to bring it from."""
-        md5, commands = self._recorded(path, stage), [f"`dvc repro {stage}`"]
+        md5, commands = self._recorded(path, stage), [f"`dvc repro {stage}`"] if anew else []
         if md5 and self._cached(md5).exists():
             commands.insert(0, f"`dvc checkout {quoted(path)}`")
         elif has_remote(self.root):
@@ -189,8 +189,7 @@ class Project:
                         f"{file}; {again}, or bring the former back",
                     )
         recorded = [out["path"] for out in self._entries(stage, "outs")]
-        for text in filter(None, map(self._break_of_output, recorded)):
-            yield Break("broken", text)
+        yield from filter(None, map(self._break_of_output, recorded))
         yield from self._breaks_of_record(stage)
 
     def _breaks_of_outputs(self, stage: str) -> Iterator[Break]:
@@ -210,8 +209,8 @@ class Project:
                     f"`dvc repro {stage}` makes it anew",
                 )
 
-    def _break_of_output(self, path: str) -> str | None:
-        """What is wrong with an output that is here."""
+    def _break_of_output(self, path: str) -> Break | None:
+        """What is wrong with an output that is here: another run's, as DVC knows, or nobody's."""
         stage, found = self.maker.get(path), self.digest(path)
         if stage is None or stage in self.running or found is None:
             return None
@@ -219,10 +218,19 @@ class Project:
             return None
         if self._is_of_workspace(path, found):
             return None
-        tool = "git" if path in self.metrics[stage] else "dvc"  # who keeps it
-        return (
-            f"{path} is {_short(found)}, but dvc.lock says {_short(expected)}; `{tool} checkout "
-            f"{quoted(path)}` brings that back, `dvc repro {stage}` makes it anew"
+        if path in self.metrics[stage]:
+            brings, is_known = f"`git checkout {quoted(path)}`", False
+        else:
+            brings = self._bringing(path, stage, anew=False)
+            is_known = self._cached(found).exists() and (
+                (expected is not None and self._cached(expected).exists())
+                or self._brought.has(stage, self.lock.get(stage, {}))
+            )
+        return Break(
+            "out of date" if is_known else "broken",
+            f"{path} is {_short(found)}, {'of another run, ' * is_known}but dvc.lock says "
+            f"{_short(expected)}; {brings + ' brings that back, ' if brings else ''}"
+            f"`dvc repro {stage}` makes it anew",
         )
 
     def _breaks_of_record(self, stage: str) -> Iterator[Break]:
