@@ -299,7 +299,8 @@ def redirected(command: str) -> str:
     """A stage's command that writes below out/."""
     words = command.split()
     for number, word in enumerate(words[:-1]):
-        if word in OUTPUTS and not (word == "--predictions" and "stages.report" in words):
+        reads = "stages.report" in words or "stages.export" in words
+        if word in OUTPUTS and not (word == "--predictions" and reads):
             words[number + 1] = f"out/{words[number + 1]}"
     return " ".join(words)
 
