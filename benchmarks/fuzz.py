@@ -232,6 +232,7 @@ class Fuzz:
                 marker.unlink()
         else:
             shutil.rmtree(self.project / ".resume", ignore_errors=True)
+        (self.project / case.file).unlink(missing_ok=True)  # a link may be another output's, too
         (self.project / case.file).write_bytes(case.contents)
         environment = {"MINIMIND_THREADS": "1", "DVC_STAGE": "", "DVC_ROOT": "."}
         log = self.project.with_name("fuzz.log")
