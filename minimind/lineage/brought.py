@@ -23,10 +23,8 @@ class Brought:
 
     def __init__(self, root: Path, lock: str) -> None:
         """lock: the text of dvc.lock."""
-        self.root, self.entries = (
-            root,
-            {text.split(":\n")[0].strip(): text for text in _split(lock)},
-        )
+        self.root = root
+        self.entries = {text.partition(":\n")[0].strip(): text for text in _split(lock)}
 
     def has(self, stage: str, entry: Mapping[str, Any]) -> bool:
         """Whether another clone wrote a stage's entry.

@@ -37,19 +37,18 @@ def fault_of_dvc(root: Path) -> str | None:
     from dvc.rwlock import SCHEMA
     from voluptuous import Invalid
 
-    file = root / ".dvc/tmp/rwlock"  # in which DVC keeps who reads and writes what
     try:
         Repo(str(root)).close()
-        if file.exists():
-            SCHEMA(json.loads(file.read_text(encoding="utf-8")))
     except DvcException as error:
         return str(said_by_dvc(error)).rstrip(".")
-    except (OSError, ValueError, Invalid) as error:
-        if file.exists():
-            return (
-                f"{file} is broken, so that every command of DVC fails; when none runs, remove it"
-            )
+    except OSError as error:
         return f"DVC cannot open the project: {error}; put that right, or move it away"
+    file = root / ".dvc/tmp/rwlock"  # in which DVC keeps who reads and writes what
+    try:
+        if file.exists():
+            SCHEMA(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, Invalid):
+        return f"{file} is broken, so that every command of DVC fails; when none runs, remove it"
     return None
 
 

@@ -228,7 +228,7 @@ class Project:
             )
         return Break(
             "out of date" if is_known else "broken",
-            f"{path} is {_short(found)}, {'of another run, ' * is_known}but dvc.lock says "
+            f"{path} is {_short(found)}, {'of another run, ' if is_known else ''}but dvc.lock says "
             f"{_short(expected)}; {brings + ' brings that back, ' if brings else ''}"
             f"`dvc repro {stage}` makes it anew",
         )
